@@ -1,0 +1,67 @@
+"""celbo: variational autoencoders for transcriptomics.
+
+Public names load on first use, so that ``import celbo`` and ``celbo.__version__`` cost no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
+    from celbo.errors import CelboError, DataError, DivergedError, ModelFileError, StorageError, UsageError
+    from celbo.estimator import ExpressionVAE, load
+    from celbo.likelihoods import LIKELIHOODS
+    from celbo.objective import elbo_terms
+    from celbo.simulate import simulate
+    from celbo.train import TrainConfig
+    from celbo.vae import VAE
+
+_HOME = {
+    "CelboError": "errors",
+    "DataError": "errors",
+    "DivergedError": "errors",
+    "ExpressionVAE": "estimator",
+    "LIKELIHOODS": "likelihoods",
+    "ModelFileError": "errors",
+    "NegativeBinomial": "distributions",
+    "StorageError": "errors",
+    "TrainConfig": "train",
+    "UsageError": "errors",
+    "VAE": "vae",
+    "ZeroInflatedNegativeBinomial": "distributions",
+    "elbo_terms": "objective",
+    "load": "estimator",
+    "simulate": "simulate",
+}
+
+__all__ = [
+    "LIKELIHOODS",
+    "VAE",
+    "CelboError",
+    "DataError",
+    "DivergedError",
+    "ExpressionVAE",
+    "ModelFileError",
+    "NegativeBinomial",
+    "StorageError",
+    "TrainConfig",
+    "UsageError",
+    "ZeroInflatedNegativeBinomial",
+    "__version__",
+    "elbo_terms",
+    "load",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module the first time somebody asks for it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'celbo' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"celbo.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

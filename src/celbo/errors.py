@@ -1,0 +1,49 @@
+"""What can go wrong, and the exit code the command line ends with.
+
+A message says what was found (where, how many), what was expected, and what to do about it::
+
+    CelboError            1   the family; on its own: a fault of celbo
+    ├── UsageError        2   an option that does not exist or does not fit the others
+    ├── DataError         3   the counts, genes or conditions cannot be used as they are
+    ├── ModelFileError    4   a model folder that is damaged, forged or from the future
+    ├── DivergedError     5   training left the numbers
+    └── StorageError      6   disk full, no permission, somebody else is writing
+"""
+
+__all__ = ["CelboError", "DataError", "DivergedError", "ModelFileError", "StorageError", "UsageError"]
+
+
+class CelboError(Exception):
+    """A failure that celbo can explain; its text is meant for the person at the keyboard."""
+
+    exit_code = 1
+
+
+class UsageError(CelboError):
+    """An option that does not exist, or that does not fit the others."""
+
+    exit_code = 2
+
+
+class DataError(CelboError):
+    """Counts, genes or conditions that cannot be used as they are."""
+
+    exit_code = 3
+
+
+class ModelFileError(CelboError):
+    """A model folder that is damaged, forged, or written by a newer celbo."""
+
+    exit_code = 4
+
+
+class DivergedError(CelboError):
+    """Training produced numbers that are not finite, and could not recover."""
+
+    exit_code = 5
+
+
+class StorageError(CelboError):
+    """A disk that is full, a folder without permission, or one in use by another process."""
+
+    exit_code = 6
