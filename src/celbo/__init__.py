@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from celbo.estimator import ExpressionVAE, load
     from celbo.likelihoods import LIKELIHOODS
     from celbo.objective import elbo_terms
-    from celbo.simulate import simulate
+    from celbo.simulate import simulate_cells
     from celbo.train import TrainConfig
     from celbo.vae import VAE
 
@@ -33,7 +33,7 @@ _HOME = {
     "ZeroInflatedNegativeBinomial": "distributions",
     "elbo_terms": "objective",
     "load": "estimator",
-    "simulate": "simulate",
+    "simulate_cells": "simulate",
 }
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "__version__",
     "elbo_terms",
     "load",
-    "simulate",
+    "simulate_cells",
 ]
 
 
