@@ -1,0 +1,175 @@
+r"""Count log-likelihoods in plain torch: the definition that every faster tier is tested against.
+
+Everything is a function of ``log mu`` and ``log theta``. Arithmetic is in float64, because float32 loses the negative
+binomial near its Poisson limit (at theta = 1e6 nothing is left of it); the special functions, which cost ten times
+the rest, are taken at non-zero counts alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
+
+# Beyond this digamma(y) - log(y) comes from its asymptotic series, whose first neglected term is 1e-17 here;
+# below it digamma itself is exact enough, because theta no longer multiplies the rounding of two large logarithms.
+_SERIES_FROM = 64.0
+
+
+def nb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+    r"""Negative binomial log-probability of counts, with variance ``mu + mu**2 / theta``.
+
+    With l = log mu - log theta::
+
+        log NB(x) = lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) - theta softplus(l) - x softplus(-l)
+        d / d log mu    = theta (x - mu) / (theta + mu)
+        d / d log theta = theta (log1p(u) - u + s(x + theta) - s(theta)),
+            u = (x - mu) / (theta + mu),  s(y) = digamma(y) - log(y)
+
+    Parameters
+    ----------
+    x
+        Counts, ``(cells, genes)``.
+    log_mu, log_theta
+        Logarithms of the mean and of the inverse dispersion; any shape that broadcasts with ``x``.
+
+    Returns
+    -------
+    Tensor
+        ``(cells, genes)``, nats, in the dtype of ``log_mu``. Differentiable once, in ``log_mu`` and ``log_theta``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> nb_log_prob(torch.tensor([0.0, 3.0]), torch.zeros(2), torch.zeros(2))
+    tensor([-0.6931, -2.7726])
+    """
+    result: Tensor = _NegativeBinomial.apply(x, log_mu, log_theta)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _NegativeBinomial(torch.autograd.Function):
+    """The formulas of `nb_log_prob`; the analytic gradient costs a tenth of what autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, log_mu, log_theta)
+        x, log_ratio, theta = _at_full_shape(x, log_mu, log_theta)
+        log_prob = -theta * _softplus(log_ratio)
+        cells_genes = x.nonzero(as_tuple=True)
+        x, log_ratio, theta = x[cells_genes].double(), log_ratio[cells_genes], theta[cells_genes]
+        log_prob[cells_genes] += (
+            torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) - x * _softplus(-log_ratio)
+        )
+        return log_prob.to(log_mu.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x, log_mu, log_theta = ctx.saved_tensors
+        shape_mu, shape_theta = log_mu.shape, log_theta.shape
+        x, log_ratio, theta = _at_full_shape(x, log_mu, log_theta)
+        success = torch.sigmoid(log_ratio)  # mu / (theta + mu)
+        grad_mu = grad_theta = None
+        if ctx.needs_input_grad[1]:
+            d_log_mu = x * torch.sigmoid(-log_ratio) - theta * success
+            grad_mu = (grad * d_log_mu).sum_to_size(shape_mu).to(log_mu.dtype)
+        if ctx.needs_input_grad[2]:
+            d_log_theta = theta * (success - _softplus(log_ratio))  # what the last line gives at x = 0
+            cells_genes = x.nonzero(as_tuple=True)
+            x, theta = x[cells_genes].double(), theta[cells_genes]
+            mu = theta * log_ratio[cells_genes].exp()
+            u = (x - mu) / (theta + mu)
+            d_log_theta[cells_genes] = theta * (
+                torch.log1p(u) - u + _digamma_minus_log(x + theta) - _digamma_minus_log(theta)
+            )
+            grad_theta = (grad * d_log_theta).sum_to_size(shape_theta).to(log_theta.dtype)
+        return None, grad_mu, grad_theta
+
+
+def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
+    r"""Zero-inflated negative binomial log-probability, a mixture taken in log space.
+
+    With g the logit of the probability that a count is zeroed::
+
+        log p(0)     = logaddexp(g, log NB(0)) - softplus(g)
+        log p(x > 0) = log NB(x) - softplus(g)
+
+    It becomes the negative binomial as g goes to minus infinity.
+
+    Parameters
+    ----------
+    x
+        Counts, ``(cells, genes)``.
+    log_mu, log_theta
+        As in `nb_log_prob`: of the negative binomial before zeros are added.
+    gate_logits
+        Logit of the zero-inflation probability; any shape that broadcasts with ``x``.
+
+    Returns
+    -------
+    Tensor
+        ``(cells, genes)``, nats.
+
+    Examples
+    --------
+    >>> import torch
+    >>> zinb_log_prob(torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), torch.zeros(1)).exp()
+    tensor([0.7500])
+    """
+    log_nb = nb_log_prob(x, log_mu, log_theta)
+    return torch.where(x == 0, torch.logaddexp(gate_logits, log_nb), log_nb) - F.softplus(gate_logits)
+
+
+def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
+    r"""Poisson log-probability, ``x log mu - mu - lgamma(x + 1)``.
+
+    Parameters
+    ----------
+    x
+        Counts, ``(cells, genes)``.
+    log_mu
+        Logarithm of the mean; any shape that broadcasts with ``x``.
+
+    Returns
+    -------
+    Tensor
+        ``(cells, genes)``, nats, in the dtype of ``log_mu``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> poisson_log_prob(torch.tensor([0.0, 2.0]), torch.zeros(2))
+    tensor([-1.0000, -1.6931])
+    """
+    x, log_rate = torch.broadcast_tensors(x, log_mu.double())
+    # A mean of zero explains a zero perfectly; 0 * -inf would make that NaN.
+    log_prob = torch.where(x > 0, x * log_rate, 0.0) - log_rate.exp()
+    cells_genes = x.nonzero(as_tuple=True)
+    log_factorial = torch.zeros_like(log_prob)
+    log_factorial[cells_genes] = torch.lgamma(x[cells_genes].double() + 1)
+    result: Tensor = (log_prob - log_factorial).to(log_mu.dtype)
+    return result
+
+
+def _at_full_shape(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, log(mu / theta) and theta, broadcast against each other; the last two in float64."""
+    log_theta = log_theta.double()
+    x, log_ratio, theta = torch.broadcast_tensors(x, log_mu.double() - log_theta, log_theta.exp())
+    return x, log_ratio, theta
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Log(1 + exp(x)); torch's default would switch to x at 20, an error of 2e-9 that counts multiply by a million."""
+    return F.softplus(x, threshold=40.0)
+
+
+def _digamma_minus_log(y: Tensor) -> Tensor:
+    """``digamma(y) - log(y)`` with full relative precision also where it is only -1 / (2 y)."""
+    inverse = 1.0 / y
+    square = inverse * inverse
+    series = -0.5 * inverse - square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))
+    return torch.where(y < _SERIES_FROM, torch.digamma(y) - torch.log(y), series)

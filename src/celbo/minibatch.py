@@ -1,0 +1,96 @@
+"""Minibatch and Source: all that data and model know of each other."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["GeneMoments", "Minibatch", "Rows", "Source", "gene_moments", "in_chunks"]
+
+Rows = NDArray[np.int64]
+"""Positions of cells in a `Source`."""
+
+
+class Minibatch(NamedTuple):
+    """The cells of one step."""
+
+    x: Tensor
+    """Values as the likelihood takes them, ``(cells, genes)`` float32: sparse CSR as read, dense once on a device."""
+    context: Tensor
+    """Encoded conditions, ``(cells, context_dim)`` float32."""
+    library: Tensor
+    """Library size on the linear scale, ``(cells, 1)`` float32."""
+
+    def to(self, device: torch.device | str) -> "Minibatch":
+        """Move to the device that computes, and only there become dense."""
+        return Minibatch(self.x.to(device).to_dense(), self.context.to(device), self.library.to(device))
+
+
+class Source(Protocol):
+    """Cells by position, from wherever they are kept; genes already in the model's order."""
+
+    n_cells: int
+    n_genes: int
+
+    def take(self, rows: Rows) -> Minibatch:
+        """Read the cells at these positions, in this order."""
+        ...
+
+
+def in_chunks(rows: Rows, size: int) -> Iterator[Rows]:
+    """Cut positions into consecutive pieces of at most ``size``.
+
+    Examples
+    --------
+    >>> [piece.tolist() for piece in in_chunks(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+class GeneMoments(NamedTuple):
+    """Sums over cells that give each likelihood its closed-form start; float64, ``(genes,)`` or scalar."""
+
+    n_cells: int
+    x: Tensor
+    """Sum of x, by gene."""
+    x_squared: Tensor
+    """Sum of x squared, by gene."""
+    x_library: Tensor
+    """Sum of x times library, by gene."""
+    detected: Tensor
+    """Number of cells with x > 0, by gene."""
+    library: Tensor
+    """Sum of library."""
+    library_squared: Tensor
+    """Sum of library squared."""
+
+
+def gene_moments(source: Source, rows: Rows, chunk: int = 4096) -> GeneMoments:
+    """Sum the powers of x and library that `GeneMoments` names, in one pass over these cells.
+
+    Parameters
+    ----------
+    source
+        Where the cells are.
+    rows
+        Which of them.
+    chunk
+        Cells held in memory at a time.
+    """
+    by_gene = torch.zeros(4, source.n_genes, dtype=torch.float64)
+    library_sum = library_squared = torch.zeros((), dtype=torch.float64)
+    for piece in in_chunks(rows, chunk):
+        minibatch = source.take(piece)
+        x, genes = minibatch.x.values().double(), minibatch.x.col_indices().long()
+        library = minibatch.library.double().squeeze(1)
+        library_of_x = library.repeat_interleave(minibatch.x.crow_indices().diff())
+        by_gene.index_add_(1, genes, torch.stack([x, x * x, x * library_of_x, (x > 0).double()]))
+        library_sum = library_sum + library.sum()
+        library_squared = library_squared + library.square().sum()
+    x_sum, x_squared, x_library, detected = by_gene
+    return GeneMoments(len(rows), x_sum, x_squared, x_library, detected, library_sum, library_squared)

@@ -1,0 +1,322 @@
+"""The variational autoencoder: encoder, reparameterisation, decoder, likelihood head."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution
+
+from celbo.errors import UsageError
+from celbo.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
+
+__all__ = ["NORMS", "VAE", "Noise", "draw_noise", "mlp", "reparameterize"]
+
+NORMS = {"none": None, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+"""Normalisations of a hidden layer, by name."""
+
+
+class VAE(nn.Module):
+    r"""A variational autoencoder, conditional where ``context_dim`` is above 0.
+
+    The model is ``z ~ N(0, I)``, ``x ~ p(x | z, c)``; the encoder gives ``q(z | x, c) = N(mu_z, exp(logvar_z))``
+    (Kingma & Welling 2014, arXiv 1312.6114; with conditions, Sohn 2015). By default it is the textbook's: stacks of
+    Linear, ReLU and Dropout, a Gaussian likelihood whose mean is the decoder's linear output.
+
+    Parameters
+    ----------
+    input_dim
+        Number of genes.
+    latent_dim
+        Width of z.
+    hidden_dims
+        Widths of the encoder's hidden layers; the decoder has them in reverse. Empty for linear maps.
+    likelihood
+        A row of `celbo.LIKELIHOODS`; None for the Gaussian.
+    dispersion
+        What theta of a negative binomial depends on: "gene", "gene-condition" or "gene-cell".
+    context_dim
+        Width of the encoded conditions.
+    encode_context
+        Whether the encoder sees the conditions too; the decoder always does.
+    skip
+        Give z and the context to every layer of the decoder (Dieng 2019), not only to its first.
+    norm
+        Normalisation of hidden layers: "none", "layer" or "batch".
+    dropout
+        Share of hidden units zeroed in training.
+
+    Examples
+    --------
+    >>> import torch, celbo
+    >>> vae = celbo.VAE(input_dim=50, latent_dim=8, hidden_dims=[64, 32])
+    >>> x_recon, mu_z, logvar_z = vae(torch.randn(5, 50))
+    >>> x_recon.shape, mu_z.shape, logvar_z.shape
+    (torch.Size([5, 50]), torch.Size([5, 8]), torch.Size([5, 8]))
+
+    Counts, with a batch of two levels:
+
+    >>> vae = celbo.VAE(50, 8, [64], likelihood=celbo.LIKELIHOODS["nb"], context_dim=2)
+    >>> p = vae.likelihood(torch.randn(5, 8), context=torch.eye(2)[[0, 0, 1, 1, 1]], library=torch.full((5, 1), 1e3))
+    >>> p.mean.sum(1).round()
+    tensor([1000., 1000., 1000., 1000., 1000.], ...)
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        latent_dim: int,
+        hidden_dims: Sequence[int],
+        *,
+        likelihood: Likelihood | None = None,
+        dispersion: str = "gene",
+        context_dim: int = 0,
+        encode_context: bool = True,
+        skip: bool = False,
+        norm: str = "none",
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        likelihood = LIKELIHOODS["gaussian"] if likelihood is None else likelihood
+        _check_options(likelihood, dispersion, context_dim, norm, dropout)
+        self.input_dim = input_dim
+        self.latent_dim = latent_dim
+        self.context_dim = context_dim
+        self.encode_context = encode_context
+        self.skip = skip
+
+        seen_dim = input_dim + (context_dim if encode_context else 0)
+        self.encoder, width = mlp(seen_dim, hidden_dims, norm=norm, dropout=dropout)
+        self.fc_mu = nn.Linear(width, latent_dim)
+        self.fc_logvar = nn.Linear(width, latent_dim)
+
+        code_dim = latent_dim + context_dim
+        self.decoder, width = mlp(
+            code_dim, hidden_dims[::-1], norm=norm, dropout=dropout, extra_dim=code_dim if skip else 0
+        )
+        self.fc_out = nn.Linear(width, input_dim)
+        self.head = likelihood.make_head(input_dim, width, context_dim, dispersion)
+
+    def encode(
+        self, x: Tensor, context: Tensor | None = None, *, masks: Iterable[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Approximate posterior q(z | x, c).
+
+        Parameters
+        ----------
+        x
+            Values as they are stored (counts are not log-transformed beforehand), ``(cells, genes)``, dense or CSR.
+        context
+            ``(cells, context_dim)``, where the model has one.
+        masks
+            Dropout masks to use instead of drawing new ones, one per hidden layer; see `draw_noise`.
+
+        Returns
+        -------
+        tuple
+            ``mu_z`` and ``logvar_z``, each ``(cells, latent_dim)``.
+        """
+        self._check_context(context)
+        h = self.head.encoder_input(x if x.layout == torch.strided else x.to_dense())
+        if context is not None and self.encode_context:
+            h = torch.cat([h, context], dim=-1)
+        h = _run(self.encoder, h, masks=masks)
+        return self.fc_mu(h), self.fc_logvar(h)
+
+    def reparameterize(self, mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Sample z from q(z | x); see `celbo.vae.reparameterize`."""
+        return reparameterize(mu_z, logvar_z, eps)
+
+    def likelihood(
+        self,
+        z: Tensor,
+        *,
+        context: Tensor | None = None,
+        library: Tensor | None = None,
+        masks: Iterable[Tensor] | None = None,
+    ) -> Distribution:
+        """Distribution of values given the latent, p(x | z, c).
+
+        Parameters
+        ----------
+        z
+            ``(cells, latent_dim)``.
+        context
+            ``(cells, context_dim)``, where the model has one.
+        library
+            Library size on the linear scale, ``(cells, 1)``: the expected sum of counts over the modelled genes.
+            Without it, the mean of a count likelihood is the expression shares, which sum to 1.
+        masks
+            Dropout masks to use instead of drawing new ones, one per hidden layer; see `draw_noise`.
+
+        Returns
+        -------
+        torch.distributions.Distribution
+            Over ``(cells, genes)``.
+        """
+        self._check_context(context)
+        code = z if context is None else torch.cat([z, context], dim=-1)
+        h = _run(self.decoder, code, extra=code if self.skip else None, masks=masks)
+        return self.head(h, self.fc_out(h), context, library)
+
+    def decode(self, z: Tensor, context: Tensor | None = None, library: Tensor | None = None) -> Tensor:
+        """Mean of p(x | z, c), ``(cells, genes)``; parameters as in `likelihood`."""
+        mean: Tensor = self.likelihood(z, context=context, library=library).mean
+        return mean
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, sample and decode with x's own library size: ``x_recon, mu_z, logvar_z``."""
+        mu_z, logvar_z = self.encode(x, context)
+        z = self.reparameterize(mu_z, logvar_z)
+        return self.decode(z, context, x.sum(-1, keepdim=True)), mu_z, logvar_z
+
+    def _check_context(self, context: Tensor | None) -> None:
+        found = 0 if context is None else context.shape[-1]
+        if found != self.context_dim:
+            raise UsageError(
+                f"the model was made with context_dim={self.context_dim}, and was given a context of width {found}; "
+                "pass context=(cells, context_dim), as schema_.encode(obs) makes it"
+            )
+
+
+def reparameterize(mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
+    """``z = mu_z + exp(logvar_z / 2) * eps`` with ``eps ~ N(0, I)``, so that gradients pass through the sampling.
+
+    Parameters
+    ----------
+    mu_z, logvar_z
+        ``(cells, latent_dim)``.
+    eps
+        Noise to use, of the same shape; drawn from torch's global generator if None.
+
+    Returns
+    -------
+    Tensor
+        z, ``(cells, latent_dim)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> reparameterize(torch.zeros(1, 2), torch.log(torch.tensor([[4.0, 9.0]])), eps=torch.ones(1, 2))
+    tensor([[2., 3.]])
+    """
+    std = torch.exp(0.5 * logvar_z)
+    eps = torch.randn_like(std) if eps is None else eps
+    return mu_z + eps * std
+
+
+def mlp(
+    input_dim: int, hidden_dims: Sequence[int], *, norm: str = "none", dropout: float = 0.2, extra_dim: int = 0
+) -> tuple[nn.Sequential, int]:
+    """Stack Linear, norm (if any), ReLU and Dropout for each width.
+
+    Parameters
+    ----------
+    input_dim
+        Width of the input.
+    hidden_dims
+        Widths of the layers.
+    norm, dropout
+        As in `VAE`.
+    extra_dim
+        Width of what is joined to the input of every Linear after the first (skip connections).
+
+    Returns
+    -------
+    tuple
+        The stack, and the width of its output.
+
+    Examples
+    --------
+    >>> mlp(50, [64])
+    (Sequential(
+      (0): Linear(in_features=50, out_features=64, bias=True)
+      (1): ReLU()
+      (2): Dropout(p=0.2, inplace=False)
+    ), 64)
+    """
+    layers: list[nn.Module] = []
+    width = input_dim
+    make_norm = NORMS[norm]
+    for hidden_dim in hidden_dims:
+        layers.append(nn.Linear(width + (extra_dim if layers else 0), hidden_dim))
+        if make_norm is not None:
+            layers.append(make_norm(hidden_dim))
+        layers += [nn.ReLU(), nn.Dropout(dropout)]
+        width = hidden_dim
+    return nn.Sequential(*layers), width
+
+
+class Noise(NamedTuple):
+    """All randomness of one training step, so that a step is a function of it."""
+
+    eps: Tensor
+    """Standard normal, ``(cells, latent_dim)``."""
+    encoder: list[Tensor]
+    """Dropout masks of the encoder's hidden layers, ``(cells, width)``: 0, or 1 / (1 - dropout)."""
+    decoder: list[Tensor]
+    """Those of the decoder."""
+
+
+def draw_noise(vae: VAE, n_cells: int, generator: Generator, device: torch.device | str = "cpu") -> Noise:
+    """Draw a step's noise and dropout masks on the CPU, the same for every device and number of processes.
+
+    Parameters
+    ----------
+    vae
+        The model, for its widths and dropout.
+    n_cells
+        Cells in the whole minibatch.
+    generator
+        Where the randomness comes from.
+    device
+        Where the noise is needed.
+
+    Returns
+    -------
+    Noise
+    """
+
+    def masks(layers: nn.Sequential) -> list[Tensor]:
+        widths = (layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+        keeps = (1 - layer.p for layer in layers if isinstance(layer, nn.Dropout))
+        return [
+            torch.empty(n_cells, width).bernoulli_(keep, generator=generator).div_(keep).to(device)
+            for width, keep in zip(widths, keeps, strict=True)
+        ]
+
+    eps = torch.randn(n_cells, vae.latent_dim, generator=generator).to(device)
+    return Noise(eps, masks(vae.encoder), masks(vae.decoder))
+
+
+def _run(
+    layers: nn.Sequential, h: Tensor, *, extra: Tensor | None = None, masks: Iterable[Tensor] | None = None
+) -> Tensor:
+    """Apply a stack of `mlp`: ``extra`` joins the input of every later Linear, ``masks`` stand in for Dropout."""
+    remaining: Iterator[Tensor] | None = None if masks is None else iter(masks)
+    for position, layer in enumerate(layers):
+        if extra is not None and position > 0 and isinstance(layer, nn.Linear):
+            h = torch.cat([h, extra], dim=-1)
+        h = h * next(remaining) if remaining is not None and isinstance(layer, nn.Dropout) else layer(h)
+    return h
+
+
+def _check_options(likelihood: Likelihood, dispersion: str, context_dim: int, norm: str, dropout: float) -> None:
+    if not isinstance(likelihood, Likelihood):
+        raise UsageError(
+            f"likelihood is {likelihood!r}; pass a row of the table, e.g. celbo.LIKELIHOODS['nb'] "
+            f"(there are {', '.join(LIKELIHOODS)})"
+        )
+    if dispersion not in DISPERSIONS:
+        raise UsageError(f"dispersion is {dispersion!r}; choose one of {', '.join(DISPERSIONS)}")
+    if dispersion != "gene" and not likelihood.has_theta:
+        with_theta = ", ".join(row.name for row in LIKELIHOODS.values() if row.has_theta)
+        raise UsageError(
+            f"dispersion={dispersion!r} needs a likelihood with theta ({with_theta}), not {likelihood.name!r}"
+        )
+    if dispersion == "gene-condition" and context_dim == 0:
+        raise UsageError("dispersion='gene-condition' needs a condition to depend on; name one, or use 'gene'")
+    if norm not in NORMS:
+        raise UsageError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout is {dropout}; it is the share of hidden units zeroed, from 0 to below 1")
