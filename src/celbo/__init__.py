@@ -10,7 +10,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
-    from celbo.errors import CelboError, DataError, DivergedError, ModelFileError, StorageError, UsageError
+    from celbo.errors import (
+        CelboError,
+        DataError,
+        DivergedError,
+        ModelFileError,
+        NotFittedError,
+        StorageError,
+        UsageError,
+    )
     from celbo.estimator import ExpressionVAE, load
     from celbo.likelihoods import LIKELIHOODS
     from celbo.objective import elbo_terms
@@ -26,6 +34,7 @@ _HOME = {
     "LIKELIHOODS": "likelihoods",
     "ModelFileError": "errors",
     "NegativeBinomial": "distributions",
+    "NotFittedError": "errors",
     "StorageError": "errors",
     "TrainConfig": "train",
     "UsageError": "errors",
@@ -45,6 +54,7 @@ __all__ = [
     "ExpressionVAE",
     "ModelFileError",
     "NegativeBinomial",
+    "NotFittedError",
     "StorageError",
     "TrainConfig",
     "UsageError",

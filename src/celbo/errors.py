@@ -4,13 +4,14 @@ A message says what was found (where, how many), what was expected, and what to 
 
     CelboError            1   the family; on its own: a fault of celbo
     ├── UsageError        2   an option that does not exist or does not fit the others
+    │   └── NotFittedError    something that only fitting makes
     ├── DataError         3   the counts, genes or conditions cannot be used as they are
     ├── ModelFileError    4   a model folder that is damaged, forged or from the future
     ├── DivergedError     5   training left the numbers
     └── StorageError      6   disk full, no permission, somebody else is writing
 """
 
-__all__ = ["CelboError", "DataError", "DivergedError", "ModelFileError", "StorageError", "UsageError"]
+__all__ = ["CelboError", "DataError", "DivergedError", "ModelFileError", "NotFittedError", "StorageError", "UsageError"]
 
 
 class CelboError(Exception):
@@ -23,6 +24,10 @@ class UsageError(CelboError):
     """An option that does not exist, or that does not fit the others."""
 
     exit_code = 2
+
+
+class NotFittedError(UsageError, AttributeError):
+    """Something asked of a model that only fitting makes."""
 
 
 class DataError(CelboError):

@@ -196,7 +196,7 @@ class Likelihood(NamedTuple):
     make_head: Callable[[int, int, int, str], Head]
     """``(n_genes, width of h, context_dim, dispersion)`` to a head."""
     values: str
-    """What x is: "counts" (integers), "binary" (counts > 0) or "real" (log-normalised counts, or a layer of reals)."""
+    """What x is: "counts" (integers), "detected" (counts > 0) or "real" (log-normalised counts, or a layer of reals)."""
     has_theta: bool
     meaning: str
     """One line for people."""
@@ -206,7 +206,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
     row.name: row
     for row in (
         Likelihood("gaussian", GaussianHead, "real", False, "log-normalised counts, or a layer of real numbers"),
-        Likelihood("bernoulli", BernoulliHead, "binary", False, "whether a gene was detected at all"),
+        Likelihood("bernoulli", BernoulliHead, "detected", False, "whether a gene was detected at all"),
         Likelihood("poisson", PoissonHead, "counts", False, "counts whose only noise is counting"),
         Likelihood("nb", NegativeBinomialHead, "counts", True, "counts that vary more than counting explains"),
         Likelihood("zinb", ZeroInflatedNegativeBinomialHead, "counts", True, "such counts with additional zeros"),

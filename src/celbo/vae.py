@@ -252,9 +252,9 @@ class Noise(NamedTuple):
 
     eps: Tensor
     """Standard normal, ``(cells, latent_dim)``."""
-    encoder: list[Tensor]
-    """Dropout masks of the encoder's hidden layers, ``(cells, width)``: 0, or 1 / (1 - dropout)."""
-    decoder: list[Tensor]
+    encoder: list[Tensor] | None
+    """Dropout masks of the encoder's hidden layers, ``(cells, width)``: 0, or 1 / (1 - dropout); None to draw them."""
+    decoder: list[Tensor] | None
     """Those of the decoder."""
 
 

@@ -1,0 +1,355 @@
+"""ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo import checkpoint
+from celbo.data import MemorySource, Schema, build_schema, open_source, read_adata
+from celbo.errors import ModelFileError, NotFittedError, UsageError
+from celbo.inference import cell_terms, expected_values, posterior
+from celbo.likelihoods import LIKELIHOODS, Likelihood
+from celbo.minibatch import gene_moments
+from celbo.objective import OBJECTIVES, Objective
+from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
+from celbo.vae import VAE
+
+__all__ = ["ExpressionVAE", "History", "Reference", "load"]
+
+_REFERENCE_CELLS = 50_000
+"""Training cells whose posterior is kept with a model."""
+
+
+class History(list[Epoch]):
+    """One `celbo.train.Epoch` per pass over the training cells."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per epoch; ``kl_per_dim`` is spread over columns ``kl_0``, ``kl_1``, ..."""
+        frame = pd.DataFrame([asdict(epoch) for epoch in self]).drop(columns="kl_per_dim")
+        kl = pd.DataFrame([epoch.kl_per_dim for epoch in self]).add_prefix("kl_")
+        return pd.concat([frame, kl], axis=1)
+
+
+class Reference(NamedTuple):
+    """Where the cells of fit lie: what later questions compare new cells with. No counts, no names."""
+
+    mu_z: NDArray[np.float32]
+    """Posterior means, ``(cells, latent_dim)``."""
+    logvar_z: NDArray[np.float32]
+    library: NDArray[np.float32]
+    """``(cells,)``."""
+    conditions: NDArray[np.float32]
+    """``(cells, conditions)``: the number of a level, or a standardised value."""
+    held_out: NDArray[np.bool_]
+    """``(cells,)``: whether the cell was kept out of training."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ExpressionVAE:
+    """A variational autoencoder of the counts in an AnnData.
+
+    Making one stores options; `fit` learns. What fitting makes ends in an underscore: ``schema_`` (genes and
+    conditions), ``vae_`` (the `celbo.VAE`), ``history_`` (a record per epoch). Cells given later are aligned to the
+    model's genes by name. No counts are kept, and no AnnData is changed.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> adata = celbo.simulate_cells(n_cells=200, n_genes=50, seed=0)
+    >>> model = celbo.ExpressionVAE(latent_dim=4, train=celbo.TrainConfig(max_epochs=5)).fit(adata)
+    >>> adata.obsm["X_celbo"] = model.embed(adata)
+    >>> adata.obsm["X_celbo"].shape
+    (200, 4)
+    """
+
+    latent_dim: int = 10
+    """Width of z."""
+    hidden_dims: Sequence[int] = (128,)
+    """Widths of the encoder's hidden layers; the decoder has them in reverse."""
+    likelihood: str = "nb"
+    """A name in `celbo.LIKELIHOODS`."""
+    conditions: Sequence[str] = ()
+    """Columns of obs given to the model: floating-point ones are continuous, others categorical."""
+    layer: str | None = None
+    """Layer that holds the values; None for X."""
+    size_factor: str | None = None
+    """Column of obs used in place of the sum of counts."""
+    dispersion: str = "gene"
+    """What theta of a negative binomial depends on: "gene", "gene-condition" or "gene-cell"."""
+    objective: str = "vae"
+    """A name in `celbo.objective.OBJECTIVES`: "vae", or "autoencoder" (no KL, z = mu_z)."""
+    encode_context: bool = True
+    """Whether the encoder sees the conditions too."""
+    skip: bool = False
+    """Give z and the conditions to every layer of the decoder."""
+    norm: str = "layer"
+    """Normalisation of hidden layers: "none", "layer" or "batch"."""
+    dropout: float = 0.1
+    """Share of hidden units zeroed in training."""
+    train: TrainConfig = TrainConfig()
+    """How to train."""
+
+    schema_: Schema = field(init=False, repr=False)
+    vae_: VAE = field(init=False, repr=False)
+    history_: History = field(init=False, repr=False)
+    split_: Split = field(init=False, repr=False)
+    reference_: Reference | None = field(init=False, repr=False)
+
+    def fit(self, adata: AnnData | str | Path, *, track: Track | None = None) -> "ExpressionVAE":
+        """Learn from these cells.
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts, or the path of an ``.h5ad`` file or ``.zarr`` folder of them.
+        track
+            Watches the minibatches of each epoch go by; see `celbo.train.epochs`.
+
+        Returns
+        -------
+        ExpressionVAE
+            The model itself.
+
+        Raises
+        ------
+        DataError
+            If genes, values or conditions cannot be used; nothing is trained then.
+        DivergedError
+            If training left the numbers and could not come back.
+        """
+        likelihood, objective = self._likelihood(), self._objective()
+        device = settle_device(self.train.device)
+        if self.train.threads is not None:
+            torch.set_num_threads(self.train.threads)
+        adata = read_adata(adata)
+        schema = build_schema(
+            adata,
+            values=likelihood.values,
+            conditions=self.conditions,
+            layer=self.layer,
+            size_factor=self.size_factor,
+        )
+        source = open_source(adata, schema)
+        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            vae = self._make_vae(schema)
+        vae.head.initialise(vae.fc_out, gene_moments(source, split.train))
+        vae.to(device)
+        run = epochs(vae, source, split, self.train, objective=objective, **({"track": track} if track else {}))
+        self.history_ = History(run)
+        self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
+        self.reference_ = self._refer(adata, source)
+        return self
+
+    def embed(self, adata: AnnData | str | Path) -> NDArray[np.float32]:
+        """Posterior means of z, ``(cells, latent_dim)``: the latent space."""
+        return self.posterior(adata)[0]
+
+    def posterior(self, adata: AnnData | str | Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where each cell lies in the latent space, and how surely: mean and standard deviation of q(z | x, c).
+
+        Returns
+        -------
+        tuple
+            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``.
+        """
+        mu_z, logvar_z = posterior(self.vae_, self._source(adata))
+        return mu_z, np.exp(0.5 * logvar_z)
+
+    def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
+        """Evidence lower bound of each cell and its terms, in nats, with one sample of z.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By cell: ``elbo = reconstruction - kl``, and ``kl_0``, ``kl_1``, ... which sum to ``kl``.
+        """
+        adata = read_adata(adata)
+        terms = cell_terms(self.vae_, self._source(adata), seed=seed, objective=self._objective())
+        kl = pd.DataFrame(terms.kl, index=adata.obs_names).add_prefix("kl_")
+        kl.insert(0, "elbo", terms.elbo)
+        kl.insert(1, "reconstruction", terms.reconstruction)
+        kl.insert(2, "kl", terms.kl.sum(1))
+        return kl
+
+    def expected_expression(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        given: Mapping[str, Any] | None = None,
+        library: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Denoised expression: the mean of p(x | mu_z, c), for each cell and gene of the model.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        given
+            Conditions to decode under, the same for all cells: ``{"batch": "A"}`` corrects for batch. The latent of a
+            cell always comes from its own conditions.
+        library
+            Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(cells, genes)``, columns in the order of ``schema_.genes``: counts, detection probabilities or
+            log-normalised values, as the likelihood has it.
+        """
+        adata = read_adata(adata)
+        context = self.schema_.encode(adata.obs, given) if given else None
+        libraries = None if library is None else torch.full((adata.n_obs, 1), float(library))
+        return expected_values(self.vae_, self._source(adata), context=context, library=libraries)
+
+    def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
+        """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
+
+        Parameters
+        ----------
+        path
+            The folder; one that already holds a model is replaced.
+        keep_reference
+            Whether to keep the latent positions of the cells of fit (no counts, no names).
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written; an older model there stays whole.
+        """
+        document = {
+            "options": self.options(),
+            "schema": self.schema_.to_json(),
+            "history": [_without_nan(asdict(epoch)) for epoch in self.history_],
+        }
+        weights = {name: value.cpu().numpy() for name, value in self.vae_.state_dict().items()}
+        reference = None
+        if keep_reference and self.reference_ is not None:
+            reference = {**self.reference_._asdict(), "held_out": self.reference_.held_out.astype(np.uint8)}
+        checkpoint.write_folder(path, document, weights, reference)
+
+    def options(self) -> dict[str, Any]:
+        """What was given to make this model, as plain values."""
+        chosen = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+        return {
+            **chosen,
+            "hidden_dims": [int(width) for width in self.hidden_dims],
+            "conditions": list(self.conditions),
+            "train": asdict(self.train),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do where something is asked for that only `fit` makes."""
+        if name.endswith("_") and not name.startswith("_"):
+            raise NotFittedError(f"this model has no {name}: fit it first, or celbo.load a fitted one.")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _likelihood(self) -> Likelihood:
+        if self.likelihood not in LIKELIHOODS:
+            raise UsageError(f"likelihood is {self.likelihood!r}; choose one of {', '.join(LIKELIHOODS)}.")
+        return LIKELIHOODS[self.likelihood]
+
+    def _objective(self) -> Objective:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective is {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        return OBJECTIVES[self.objective]
+
+    def _make_vae(self, schema: Schema) -> VAE:
+        return VAE(
+            input_dim=len(schema.genes),
+            latent_dim=self.latent_dim,
+            hidden_dims=self.hidden_dims,
+            likelihood=self._likelihood(),
+            dispersion=self.dispersion,
+            context_dim=schema.context_dim,
+            encode_context=self.encode_context,
+            skip=self.skip,
+            norm=self.norm,
+            dropout=self.dropout,
+        )
+
+    def _source(self, adata: AnnData | str | Path) -> MemorySource:
+        schema = self.schema_  # first, so that an unfitted model says so before anything is read
+        return open_source(read_adata(adata), schema)
+
+    def _refer(self, adata: AnnData, source: MemorySource) -> Reference:
+        """Positions of all held-out cells and of as many training cells as are kept."""
+        chosen = np.random.default_rng([self.train.seed, 3]).permutation(self.split_.train)[:_REFERENCE_CELLS]
+        rows = np.sort(np.concatenate([chosen, self.split_.validation]))
+        mu_z, logvar_z = posterior(self.vae_, source, rows)
+        return Reference(
+            mu_z=mu_z,
+            logvar_z=logvar_z,
+            library=source.library[rows],
+            conditions=self.schema_.codes(adata.obs.iloc[rows]),
+            held_out=np.isin(rows, self.split_.validation),
+        )
+
+
+def load(path: str | Path) -> ExpressionVAE:
+    """Read a fitted model from its folder, or from a run's folder; nothing in it is executed.
+
+    Parameters
+    ----------
+    path
+        What `ExpressionVAE.save` or ``celbo fit`` wrote.
+
+    Returns
+    -------
+    ExpressionVAE
+        On the CPU.
+
+    Raises
+    ------
+    ModelFileError
+        If the folder is damaged, forged, or written by a newer celbo.
+    """
+    folder = checkpoint.read_folder(path)
+    try:
+        options = dict(folder.document["options"])
+        schema = Schema.from_json(folder.document["schema"])
+        model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
+        if len(model.hidden_dims) > len(folder.weights):
+            raise ValueError(f"{len(model.hidden_dims)} hidden layers, but {len(folder.weights)} tensors")
+        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
+            vae = model._make_vae(schema)
+        history = History(
+            Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]
+        )
+        reference = None if folder.reference is None else _read_reference(folder.reference)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
+        raise ModelFileError(
+            f"{path}: model.json does not describe a model ({error}); save the model again."
+        ) from error
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in vae.state_dict().items()}
+    found = {name: torch.from_numpy(value) for name, value in folder.weights.items()}
+    if expected != {name: (tuple(value.shape), value.dtype) for name, value in found.items()}:
+        names = sorted(set(expected) ^ set(found)) or [n for n in expected if tuple(found[n].shape) != expected[n][0]]
+        raise ModelFileError(
+            f"{path}: the weights do not fit the model that model.json describes ({', '.join(names[:5])}); "
+            "save the model again."
+        )
+    vae.load_state_dict(found, assign=True)
+    model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
+    return model
+
+
+def _read_reference(arrays: Mapping[str, NDArray[Any]]) -> Reference:
+    return Reference(**{**arrays, "held_out": arrays["held_out"].astype(bool)})
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; an epoch without a single good step has."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }

@@ -1,0 +1,134 @@
+"""A fitted model over a Source, in chunks of bounded memory; torch in, numpy out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from celbo.minibatch import Minibatch, Rows, Source, in_chunks
+from celbo.objective import Objective, elbo_terms
+from celbo.vae import VAE, Noise
+
+__all__ = ["CellTerms", "cell_terms", "context_of", "expected_values", "posterior"]
+
+_CHUNK = 1024
+"""Cells computed together: enough to keep the processor busy, few enough to stay in its cache."""
+
+
+class CellTerms(NamedTuple):
+    """Terms of the bound for each cell, as `celbo.objective.ElboTerms`, in numpy."""
+
+    reconstruction: NDArray[np.float32]
+    """``(cells,)``, nats."""
+    kl: NDArray[np.float32]
+    """``(cells, latent_dim)``, nats."""
+
+    @property
+    def elbo(self) -> NDArray[np.float32]:
+        """Reconstruction less KL, ``(cells,)``, nats."""
+        return self.reconstruction - self.kl.sum(1)
+
+
+def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and log-variance of q(z | x, c), each ``(cells, latent_dim)``, of these cells or of all."""
+    with _evaluating(vae):
+        parts = [vae.encode(cells.x, context_of(vae, cells)) for cells in _minibatches(vae, source, rows)]
+        mu_z, logvar_z = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return mu_z, logvar_z
+
+
+def cell_terms(
+    vae: VAE, source: Source, rows: Rows | None = None, *, seed: int = 0, objective: Objective = elbo_terms
+) -> CellTerms:
+    """Terms of the bound for each cell, with one sample of z; the same seed draws the same noise.
+
+    Parameters
+    ----------
+    vae
+        The model; dropout is off meanwhile.
+    source
+        The cells.
+    rows
+        Which of them; all if None.
+    seed
+        Of the sampling noise.
+    objective
+        Whose terms.
+
+    Returns
+    -------
+    CellTerms
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    eps = torch.randn(len(rows), vae.latent_dim, generator=torch.Generator().manual_seed(seed))
+    parts = []
+    with _evaluating(vae):
+        chunks = zip(_minibatches(vae, source, rows), eps.split(_CHUNK), strict=True)
+        for cells, eps_of_chunk in chunks:
+            noise = Noise(eps_of_chunk.to(cells.x.device), None, None)
+            parts.append(objective(vae, cells.x, context_of(vae, cells), cells.library, noise))
+        reconstruction, kl = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return CellTerms(reconstruction, kl)
+
+
+def expected_values(
+    vae: VAE, source: Source, *, context: Tensor | None = None, library: Tensor | None = None
+) -> NDArray[np.float32]:
+    """Mean of p(x | mu_z, c, library), where mu_z comes from each cell under its own conditions.
+
+    Parameters
+    ----------
+    vae
+        The model.
+    source
+        The cells.
+    context
+        What to decode under, ``(cells, context_dim)``; each cell's own if None.
+    library
+        Library sizes to decode at, ``(cells, 1)``; each cell's own if None.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(cells, genes)`` float32.
+    """
+    means = np.empty((source.n_cells, source.n_genes), np.float32)
+    start = 0
+    with _evaluating(vae):
+        for cells in _minibatches(vae, source, None):
+            here = slice(start, start := start + len(cells.x))
+            mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
+            target = Minibatch(
+                cells.x,
+                cells.context if context is None else context[here].to(cells.x.device),
+                cells.library if library is None else library[here].to(cells.x.device),
+            )
+            means[here] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
+    return means
+
+
+def _minibatches(vae: VAE, source: Source, rows: Rows | None) -> Iterator[Minibatch]:
+    device = next(vae.parameters()).device
+    for piece in in_chunks(np.arange(source.n_cells) if rows is None else rows, _CHUNK):
+        yield source.take(piece).to(device)
+
+
+def context_of(vae: VAE, minibatch: Minibatch) -> Tensor | None:
+    """The minibatch's context as the model takes it: None where the model has no conditions."""
+    return minibatch.context if vae.context_dim else None
+
+
+@contextmanager
+def _evaluating(vae: VAE) -> Iterator[None]:
+    """Without dropout and gradients; the model's mode is afterwards what it was."""
+    was_training = vae.training
+    vae.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        vae.train(was_training)

@@ -1,0 +1,318 @@
+"""The training loop, as a generator of epochs: encode, decode, terms, penalty, step, yield."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from celbo.errors import DivergedError, UsageError
+from celbo.inference import CellTerms, cell_terms, context_of
+from celbo.minibatch import Rows, Source
+from celbo.objective import ElboTerms, Objective, elbo_terms
+from celbo.remedies import linear_warmup
+from celbo.vae import VAE, draw_noise
+
+__all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
+
+# How often training may come back from numbers that are not finite, each time with half the learning rate.
+_SECOND_CHANCES = 3
+# Fewer steps than this in an epoch, and the minibatches of a small data set are made smaller.
+_STEPS_PER_EPOCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Examples
+    --------
+    >>> TrainConfig(max_epochs=20, seed=1).max_epochs
+    20
+    """
+
+    max_epochs: int = 400
+    """Passes over the training cells at most."""
+    batch_size: int = 128
+    """Cells of a minibatch; fewer where the training cells would not fill eight."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    warmup_fraction: float = 0.25
+    """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
+    patience: int = 30
+    """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
+    validation_fraction: float = 0.1
+    """Share of the cells held out, for stopping and for choosing the best weights."""
+    gradient_clip: float = 1000.0
+    """Largest norm of the gradient of the loss (nats per cell)."""
+    seed: int = 0
+    """Of initial weights, held-out cells, minibatches, noise and dropout."""
+    device: str = "auto"
+    """Where to compute: "auto" (a CUDA device if there is one), or torch's name of a device."""
+    threads: int | None = None
+    """Processor threads; None for torch's own choice."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, all of them at once."""
+        rules = {
+            "max_epochs": self.max_epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "warmup_fraction": 0 <= self.warmup_fraction <= 0.5,
+            "patience": self.patience >= 1,
+            "validation_fraction": 0 <= self.validation_fraction < 1,
+            "gradient_clip": self.gradient_clip > 0,
+            "seed": self.seed >= 0,
+            "threads": self.threads is None or self.threads >= 1,
+        }
+        if broken := [f"{name}={getattr(self, name)!r}" for name, kept in rules.items() if not kept]:
+            raise UsageError(
+                f"out of range: {', '.join(broken)}. Counts are at least 1, learning_rate and gradient_clip above 0, "
+                "validation_fraction from 0 to below 1, warmup_fraction from 0 to 0.5, the seed at least 0."
+            )
+
+
+class Split(NamedTuple):
+    """Which cells a model learns from, and which it is measured on."""
+
+    train: Rows
+    validation: Rows
+
+
+class Plan(NamedTuple):
+    """The planned run, fixed before its first step."""
+
+    n_cells: int
+    """Training cells."""
+    epochs: int
+    steps_per_epoch: int
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Record of one pass over all training cells. Terms are unweighted means over cells, in nats."""
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Optimiser steps taken so far."""
+    kl_weight: float
+    """Weight of the KL term in the last step."""
+    seconds: float
+    """Of this epoch, validation included."""
+    train_elbo: float
+    """Over the epoch's minibatches as they came, with dropout."""
+    train_reconstruction: float
+    train_kl: float
+    validation_elbo: float | None
+    """Over the held-out cells after the epoch, without dropout; None where no cells are held out."""
+    validation_reconstruction: float | None
+    validation_kl: float | None
+    kl_per_dim: tuple[float, ...]
+    """Per latent dimension, of the held-out cells if there are any."""
+
+
+Track = Callable[[Iterable[Rows], Plan, list[Epoch]], Iterable[Rows]]
+"""Watches the minibatches of an epoch go by, given the plan and the epochs so far; a progress bar, for example."""
+
+
+def split_cells(n_cells: int, validation_fraction: float, seed: int) -> Split:
+    """Choose the held-out cells at random; at least one cell is left to learn from.
+
+    Examples
+    --------
+    >>> [len(rows) for rows in split_cells(100, 0.1, seed=0)]
+    [90, 10]
+    """
+    order = np.random.default_rng([seed, 0]).permutation(n_cells)
+    n_validation = min(round(n_cells * validation_fraction), n_cells - 1)
+    return Split(np.sort(order[n_validation:]), np.sort(order[:n_validation]))
+
+
+def plan_run(n_cells: int, config: TrainConfig) -> Plan:
+    """Fix the number of epochs, steps and warm-up steps for this many training cells.
+
+    Examples
+    --------
+    >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_fraction=0.2))
+    Plan(n_cells=1000, epochs=10, steps_per_epoch=10, warmup_steps=20)
+    """
+    # Minibatches are even and at least this large: there is never a last one of a single cell.
+    batch_size = min(config.batch_size, max(2, n_cells // _STEPS_PER_EPOCH))
+    steps_per_epoch = max(1, n_cells // batch_size)
+    return Plan(
+        n_cells, config.max_epochs, steps_per_epoch, int(config.warmup_fraction * config.max_epochs * steps_per_epoch)
+    )
+
+
+def settle_device(name: str) -> torch.device:
+    """Turn "auto" or a device's name into the device; a `UsageError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device)  # the likelihoods compute in float64
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used ({reason}); use 'auto' or 'cpu'.") from error
+    return device
+
+
+def epochs(
+    vae: VAE,
+    source: Source,
+    split: Split,
+    config: TrainConfig,
+    *,
+    objective: Objective = elbo_terms,
+    track: Track = lambda minibatches, plan, history: minibatches,
+) -> Iterator[Epoch]:
+    """Train a model, epoch by epoch; when the last has been taken, the model has its best weights.
+
+    A step is ``loss = mean(weight * KL - reconstruction)``, Adam, gradient clipping. All its randomness comes from
+    ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand;
+    only from then on do held-out cells decide which weights are best and when to stop.
+
+    Parameters
+    ----------
+    vae
+        The model, on the device that is to compute; changed in place.
+    source
+        The cells.
+    split
+        Which of them to learn from, and which to hold out.
+    config
+        Of the run.
+    objective
+        What to maximise.
+    track
+        Watches the minibatches go by.
+
+    Yields
+    ------
+    Epoch
+
+    Raises
+    ------
+    DivergedError
+        If the loss or its gradient is not finite, and halving the learning rate three times did not help.
+    """
+    plan = plan_run(len(split.train), config)
+    device = next(vae.parameters()).device
+    optimizer = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    last_good, best, best_elbo, epochs_since_best = _weights(vae), None, -math.inf, 0
+    step, chances, kl_weight, history = 0, _SECOND_CHANCES, 0.0, list[Epoch]()
+
+    for epoch in range(plan.epochs):
+        started = time.perf_counter()
+        totals, n_seen = torch.zeros(1 + vae.latent_dim, dtype=torch.float64, device=device), 0
+        vae.train()
+        for rows in track(_minibatches(split.train, plan, config.seed, epoch), plan, history):
+            minibatch = source.take(rows).to(device)
+            noise = draw_noise(vae, len(rows), _generator(config.seed, epoch, step), device)
+            terms = objective(vae, minibatch.x, context_of(vae, minibatch), minibatch.library, noise)
+            kl_weight = linear_warmup(step, plan.warmup_steps)
+            loss = (kl_weight * terms.kl.sum(-1) - terms.reconstruction).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), config.gradient_clip)
+            step += 1
+            if not torch.isfinite(loss + norm):
+                chances -= 1
+                optimizer = _second_chance(vae, optimizer, last_good, terms, rows, step, chances)
+                continue
+            optimizer.step()
+            totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
+            n_seen += len(rows)
+
+        held_out = None
+        if split.validation.size:
+            held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
+        seconds = time.perf_counter() - started
+        record = _record(epoch, step, kl_weight, seconds, (totals / max(n_seen, 1)).tolist(), held_out)
+        history.append(record)
+        yield record
+
+        last_good = _weights(vae)
+        if record.validation_elbo is None or step < plan.warmup_steps:
+            continue
+        epochs_since_best += 1
+        if record.validation_elbo > best_elbo:
+            best, best_elbo, epochs_since_best = last_good, record.validation_elbo, 0
+        if epochs_since_best >= config.patience:
+            break
+
+    if best is not None:
+        vae.load_state_dict(best)
+
+
+def _minibatches(rows: Rows, plan: Plan, seed: int, epoch: int) -> list[Rows]:
+    """Cut the training cells, in an order of this epoch's own, into minibatches of even size."""
+    order = np.random.default_rng([seed, 1, epoch]).permutation(rows)
+    return np.array_split(order, plan.steps_per_epoch)
+
+
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """All randomness of a step, whatever came before it."""
+    state = np.random.SeedSequence([seed, 2, epoch, step]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _weights(vae: VAE) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in vae.state_dict().items()}
+
+
+def _second_chance(
+    vae: VAE,
+    optimizer: torch.optim.Adam,
+    last_good: dict[str, Tensor],
+    terms: ElboTerms,
+    rows: Rows,
+    step: int,
+    chances: int,
+) -> torch.optim.Adam:
+    """Go back to the weights before this epoch, with half the learning rate; `DivergedError` when out of chances."""
+    learning_rate = optimizer.param_groups[0]["lr"]
+    if chances < 0:
+        parts = {"reconstruction": terms.reconstruction, "KL": terms.kl.sum(-1)}
+        bad = {name: ~torch.isfinite(values) for name, values in parts.items()}
+        where = [
+            f"the {name} of {int(cells.sum())} of {len(rows)} cells, the first in row {rows[int(cells.nonzero()[0])]}"
+            for name, cells in bad.items()
+            if cells.any()
+        ]
+        raise DivergedError(
+            f"training diverged at step {step}: not finite are {'; '.join(where) or 'the gradients'}. "
+            f"Going back with half the learning rate {_SECOND_CHANCES} times (now {learning_rate:g}) did not help: "
+            "start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
+        )
+    vae.load_state_dict(last_good)
+    return torch.optim.Adam(vae.parameters(), lr=learning_rate / 2, fused=True)
+
+
+def _record(
+    epoch: int, step: int, kl_weight: float, seconds: float, train: list[float], held_out: CellTerms | None
+) -> Epoch:
+    train_reconstruction, *train_kl = train
+    reconstruction = kl = None
+    if held_out is not None:
+        reconstruction = float(held_out.reconstruction.mean(dtype=np.float64))
+        kl = held_out.kl.mean(0, dtype=np.float64).tolist()
+    return Epoch(
+        epoch=epoch + 1,
+        step=step,
+        kl_weight=kl_weight,
+        seconds=seconds,
+        train_elbo=train_reconstruction - sum(train_kl),
+        train_reconstruction=train_reconstruction,
+        train_kl=sum(train_kl),
+        validation_elbo=None if reconstruction is None or kl is None else reconstruction - sum(kl),
+        validation_reconstruction=reconstruction,
+        validation_kl=None if kl is None else sum(kl),
+        kl_per_dim=tuple(train_kl if kl is None else kl),
+    )
