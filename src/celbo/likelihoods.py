@@ -196,7 +196,7 @@ class Likelihood(NamedTuple):
     make_head: Callable[[int, int, int, str], Head]
     """``(n_genes, width of h, context_dim, dispersion)`` to a head."""
     values: str
-    """What x is: "counts" (integers), "detected" (counts > 0) or "real" (log-normalised counts, or a layer of reals)."""
+    """What x is: "counts", "detected" (counts > 0), or "real" (log-normalised counts, or a layer of reals)."""
     has_theta: bool
     meaning: str
     """One line for people."""

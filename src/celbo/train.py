@@ -35,7 +35,7 @@ class TrainConfig:
     20
     """
 
-    max_epochs: int = 400
+    max_epochs: int = 100
     """Passes over the training cells at most."""
     batch_size: int = 128
     """Cells of a minibatch; fewer where the training cells would not fill eight."""
@@ -43,7 +43,7 @@ class TrainConfig:
     """Of Adam."""
     warmup_fraction: float = 0.25
     """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
-    patience: int = 30
+    patience: int = 15
     """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
     validation_fraction: float = 0.1
     """Share of the cells held out, for stopping and for choosing the best weights."""

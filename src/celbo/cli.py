@@ -1,0 +1,327 @@
+"""The command line: parse, one call, write. Data and JSON go to stdout, talk to stderr.
+
+Commands import what they need when they run, so that ``celbo --help`` costs no torch.
+"""
+
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+import celbo
+from celbo import checkpoint
+from celbo.errors import CelboError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from celbo.checkpoint import FolderDescription
+    from celbo.demo import Recovery
+    from celbo.estimator import ExpressionVAE
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="celbo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataPath = Annotated[Path, typer.Argument(help="Cells with raw counts: an .h5ad file or a .zarr folder.")]
+RunPath = Annotated[Path, typer.Argument(help="What `celbo fit` wrote, or the model folder in it.")]
+OutFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to; made if it is not there.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+
+# Disk full, quota, read-only, permission: what the person, not celbo, can mend.
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"celbo {celbo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """Variational autoencoders for transcriptomics: counts in, latent space out.
+
+    Try it: `celbo demo` simulates cells, fits them, and says what to open.
+
+    Then: `celbo fit counts.h5ad -o run` and open `run/report.html`.
+    """
+
+
+@app.command()
+def fit(
+    data: DataPath,
+    output: OutFolder,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
+    ] = None,
+    likelihood: Annotated[
+        str, typer.Option(help="nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian.")
+    ] = "nb",
+    layer: Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")] = None,
+    size_factor: Annotated[
+        str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")
+    ] = None,
+    dispersion: Annotated[str, typer.Option(help="Theta by gene, gene-condition or gene-cell (nb, zinb).")] = "gene",
+    objective: Annotated[str, typer.Option(help="vae, or autoencoder: no KL, no sampling.")] = "vae",
+    latent_dim: Annotated[int, typer.Option(help="Width of the latent space.")] = 10,
+    hidden_dim: Annotated[
+        list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.  [default: 128]")
+    ] = None,
+    encode_context: Annotated[bool, typer.Option(help="Whether the encoder sees the conditions too.")] = True,
+    skip: Annotated[bool, typer.Option("--skip", help="Give z to every layer of the decoder.")] = False,
+    norm: Annotated[str, typer.Option(help="Normalisation of hidden layers: none, layer or batch.")] = "none",
+    dropout: Annotated[float, typer.Option(help="Share of hidden units zeroed in training.")] = 0.1,
+    epochs: Annotated[int, typer.Option(help="Passes over the cells at most.")] = 100,
+    patience: Annotated[int, typer.Option(help="Epochs without a better held-out ELBO before stopping.")] = 15,
+    batch_size: Annotated[int, typer.Option(help="Cells of a minibatch.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    validation_fraction: Annotated[float, typer.Option(help="Share of the cells held out.")] = 0.1,
+    keep_reference: Annotated[
+        bool, typer.Option(help="Keep the cells' latent positions in the model folder (no counts, no names).")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Check the counts, train a model, and write everything under one folder.
+
+    `celbo fit counts.h5ad -o run --condition batch`
+
+    The folder gets **report.html** (open it), **embedding.h5ad** (the latent space), **metrics.json**,
+    **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
+    """
+    model = celbo.ExpressionVAE(
+        latent_dim=latent_dim,
+        hidden_dims=hidden_dim or (128,),
+        likelihood=likelihood,
+        conditions=condition or (),
+        layer=layer,
+        size_factor=size_factor,
+        dispersion=dispersion,
+        objective=objective,
+        encode_context=encode_context,
+        skip=skip,
+        norm=norm,
+        dropout=dropout,
+        train=celbo.TrainConfig(
+            max_epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            patience=patience,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            device=device,
+            threads=threads,
+        ),
+    )
+    from celbo.data import read_adata
+
+    adata = read_adata(data)
+    _fit_and_write(model, adata, output, source=data.name, keep_reference=keep_reference)
+    _say(f"open {output / 'report.html'}")
+
+
+@app.command()
+def embed(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .h5ad file to write.")],
+) -> None:
+    """Place cells in the latent space of a fitted model; genes are matched by name.
+
+    `celbo embed run new.h5ad -o new_embedding.h5ad`
+
+    The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
+    standard deviations); no counts.
+    """
+    from celbo.data import read_adata
+    from celbo.runs import embedding, write_embedding
+
+    if output.exists() and output.samefile(data):
+        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+    model = celbo.load(run)
+    cells = embedding(model, read_adata(data))
+    write_embedding(cells, output)
+    _say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
+
+
+@app.command()
+def inspect(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a model folder holds, after checking that it is whole; nothing in it is executed."""
+    found = _describe(checkpoint.describe_folder(run))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"{name:<14}{'none' if shown in ('', None) else _plain(str(shown))}")
+
+
+@app.command()
+def demo(
+    output: OutFolder = Path("celbo-demo"),
+    seed: Seed = 0,
+) -> None:
+    """Simulate cells with known truth, fit them, and say how much of the truth came back."""
+    from celbo.demo import demo_cells, demo_model, recover
+
+    _say("simulating 3,000 cells x 1,000 genes: 6 types, 2 batches, a treatment that acts in 3 of the types")
+    adata, model = demo_cells(seed), demo_model(seed)
+    summary = _fit_and_write(model, adata, output, source="simulated cells", recover=recover)
+    for name, value, reference, meaning in (row.values() for row in summary["recovery"]):
+        beside = "" if reference is None else f" (principal components {reference:.3f})"
+        typer.echo(f"{name}: {value:.3f}{beside}: {meaning}")
+    _say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
+
+
+def _fit_and_write(
+    model: "ExpressionVAE",
+    adata: "AnnData",
+    output: Path,
+    *,
+    source: str,
+    keep_reference: bool = True,
+    recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
+) -> dict[str, Any]:
+    """Train with progress, then write the run; warnings are shown, and repeated in the report."""
+    from celbo.progress import shown_progress
+    from celbo.runs import prepare_folder, write_run
+
+    prepare_folder(output)
+    started = time.perf_counter()
+    with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+        model.fit(adata, track=track)
+    seconds = time.perf_counter() - started
+    summary = write_run(
+        output,
+        model,
+        adata,
+        seconds=seconds,
+        source=source,
+        notes=notes,
+        recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
+        keep_reference=keep_reference,
+    )
+    metrics = summary["metrics"]
+    elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
+    of = "training" if elbo == "elbo_train" else "held-out"
+    _say(
+        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell, "
+        f"after {metrics['epochs']} epochs in {seconds:.0f} s."
+    )
+    return summary
+
+
+def _describe(folder: "FolderDescription") -> dict[str, Any]:
+    """Say what a model folder holds in a line each; what the folder lacks is None."""
+    document = folder.document
+    options, schema = document.get("options", {}), document.get("schema", {})
+    history = document.get("history") or [{}]
+    return {
+        "path": str(folder.path),
+        "format": folder.format_version,
+        "celbo_version": folder.celbo_version,
+        "size_bytes": folder.size,
+        "likelihood": options.get("likelihood"),
+        "objective": options.get("objective"),
+        "latent_dim": options.get("latent_dim"),
+        "hidden_dims": options.get("hidden_dims"),
+        "n_genes": len(schema.get("genes", [])),
+        "genes": schema.get("genes", [])[:5],
+        "layer": schema.get("layer"),
+        "size_factor": schema.get("size_factor"),
+        "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},
+        "epochs": len(document.get("history") or []),
+        "kl_weight": history[-1].get("kl_weight"),
+        "elbo_validation": history[-1].get("validation_elbo"),
+        "n_parameters": sum(math.prod(shape) for shape in folder.shapes.values()),
+        "has_reference": folder.has_reference,
+    }
+
+
+def _say(text: str) -> None:
+    """Tell the person, not the pipe; names in data cannot control the terminal."""
+    typer.echo(_plain(text), err=True)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[list[str]]:
+    """Say warnings in a line each, and keep them."""
+    notes: list[str] = []
+
+    def show(message: Warning | str, *_: Any) -> None:
+        notes.append(str(message))
+        _say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield notes
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated)."""
+    _say("interrupted" if number == signal.SIGINT else "terminated")
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """Run the command line; every failure ends in a message and its exit code, never in a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except CelboError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("out of memory: use fewer cells or genes, or a machine with more of it.", 137)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            _bug(error)
+        _fail(f"{error.filename or 'a file'}: {error.strerror}.", StorageError.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        _bug(error)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    _say(f"error: {message}")
+    sys.exit(exit_code)
+
+
+def _bug(error: Exception) -> NoReturn:
+    if os.environ.get("CELBO_DEBUG"):
+        traceback.print_exc()
+    _fail(
+        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please report it "
+        "with what CELBO_DEBUG=1 shows when set before the same command.",
+        CelboError.exit_code,
+    )

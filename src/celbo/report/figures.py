@@ -1,0 +1,341 @@
+"""The pictures of a report: matplotlib figures from a summary."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from celbo.errors import DataError
+from celbo.report.text import natural, number, shorten
+
+__all__ = ["Legend", "Level", "history_figure", "kl_figure", "latent_figure", "legend", "numbers", "to_png"]
+
+PALETTE = (
+    # Okabe & Ito (2008) first; the others were found one by one, each farthest in OKLab from those before it and from
+    # both greys, to the eye that sees all colours and to those that do not see red or green.
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#78003C", "#3C1E96", "#A6E070", "#695A3C"),
+    *("#8778F0", "#A53C87", "#87C387", "#5A3C69", "#2CDDE8", "#4B4BC3", "#B41E0F", "#692D00", "#006969", "#D8CC1F"),
+)
+OTHER = "#8A8A8A"
+MISSING = "#D3D3D3"
+INK = "#30343B"
+
+DEAD_KL = 0.01
+"""A latent dimension with less KL than this, in nats per cell, carries nothing."""
+WEAK_KL = 0.1
+"""... and one with less than this, little."""
+
+HUGE = 1e100
+"""Numbers beyond this cannot be drawn: squares and axis limits overflow."""
+
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": "#9AA0A8",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,  # a gene or cell type may be called "$x$"
+    "xtick.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.color": INK,
+    "ytick.labelsize": 9,
+}
+"""Over matplotlib's own defaults, so that a reader's matplotlibrc changes nothing."""
+
+
+class Level(NamedTuple):
+    """One line of a legend."""
+
+    label: str
+    colour: str
+    n_cells: int
+
+
+class Legend(NamedTuple):
+    """What the colours of a categorical column mean."""
+
+    levels: list[Level]
+    codes: NDArray[np.intp]
+    """For each cell the position of its level, ``(cells,)``."""
+
+
+def legend(values: Sequence[str | None]) -> Legend:
+    """Give each level its colour: the twenty largest their own, the rest one together, missing values grey.
+
+    Parameters
+    ----------
+    values
+        The level of each cell; None is a missing value.
+
+    Returns
+    -------
+    Legend
+        Levels by name, then ``other`` and ``missing``.
+
+    Examples
+    --------
+    >>> [(level.label, level.n_cells) for level in legend(["T cell", "B cell", None, "T cell"]).levels]
+    [('B cell', 1), ('T cell', 2), ('missing', 1)]
+    """
+    names = [None if value is None or value != value else str(value) for value in values]  # NaN differs from itself
+    counts = Counter(name for name in names if name is not None)
+    largest = sorted(counts, key=lambda name: (-counts[name], natural(name)))
+    own = sorted(largest[: len(PALETTE)], key=natural)
+    rest = largest[len(PALETTE) :]
+    levels = [Level(shorten(name), colour, counts[name]) for name, colour in zip(own, PALETTE, strict=False)]
+    position: dict[str | None, int] = {name: i for i, name in enumerate(own)}
+    if rest:
+        position |= dict.fromkeys(rest, len(levels))
+        levels.append(Level(f"other ({len(rest)} levels)", OTHER, sum(counts[name] for name in rest)))
+    if n_missing := len(names) - counts.total():
+        position[None] = len(levels)
+        levels.append(Level("missing", MISSING, n_missing))
+    return Legend(levels, np.array([position[name] for name in names], dtype=np.intp))
+
+
+def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
+    """Read numbers that may be missing; what cannot be drawn is NaN.
+
+    Examples
+    --------
+    >>> numbers([1, None, float("inf")])
+    array([ 1., nan, nan])
+    """
+    array = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.where(np.abs(array) < HUGE, array, np.nan)
+
+
+@style.context(["default", STYLE])
+def latent_figure(summary: Mapping[str, Any], columns: Sequence[str] | None = None, *, labels: bool = True) -> Figure:
+    """Draw the cells in the plane, one panel for each column that colours them.
+
+    Parameters
+    ----------
+    summary
+        See `celbo.report`; ``latent`` must be there.
+    columns
+        The columns to draw; all of them if None. Without any, one panel in one colour.
+    labels
+        Write names and legends into the picture.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Save it with `to_png`.
+
+    Raises
+    ------
+    DataError
+        A column that has not one value for each cell.
+
+    Examples
+    --------
+    >>> colours = {"cell type": {"kind": "categorical", "values": ["T", "B"]}}
+    >>> len(latent_figure({"latent": {"xy": [[0, 0], [1, 1]], "colours": colours}}).axes)
+    1
+    """
+    latent = summary["latent"]
+    xy = numbers([value for point in latent["xy"] for value in point]).reshape(-1, 2)
+    colours: Mapping[str, Any] = latent.get("colours") or {}
+    names = list(colours) if columns is None else list(columns)
+    for name in names:
+        if (n_values := len(colours[name]["values"])) != len(xy):
+            raise DataError(f"the colour {name!r} has {n_values} values for {len(xy)} cells shown; give each cell one.")
+    n_panels = max(1, len(names))
+    n_columns = min(2, n_panels)
+    n_rows = -(-n_panels // n_columns)
+    figure = Figure(figsize=((6.4 if labels else 4.4) * n_columns, 4.4 * n_rows))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    # The same cells in the same random order in each panel: no level lies on top of all others.
+    order = np.random.default_rng(0).permutation(len(xy))
+    for axes in grid:
+        axes.set(xticks=[], yticks=[])
+        axes.set_aspect("equal", "datalim")
+        axes.spines[:].set_visible(False)
+    for axes, name in zip(grid, names, strict=False):
+        if colours[name]["kind"] == "categorical":
+            _draw_levels(axes, xy, order, legend(colours[name]["values"]), labels=labels)
+        else:
+            _draw_values(axes, xy, order, numbers(colours[name]["values"]))
+        if labels:
+            axes.set_title(shorten(name), loc="left", fontweight="bold")
+    if not names:
+        _scatter(grid[0], xy, order, color=PALETTE[0])
+    return figure
+
+
+def _scatter(axes: Axes, xy: NDArray[np.float64], rows: NDArray[np.intp], **colour: Any) -> Any:
+    size = np.clip(12000 / max(len(xy), 1), 5, 40)
+    return axes.scatter(xy[rows, 0], xy[rows, 1], s=size, linewidths=0, alpha=0.85, **colour)
+
+
+def _draw_levels(axes: Axes, xy: NDArray[np.float64], order: NDArray[np.intp], legend: Legend, *, labels: bool) -> None:
+    if not legend.levels:
+        return
+    missing = legend.levels[-1].colour == MISSING
+    if missing:  # underneath
+        order = order[np.argsort(legend.codes[order] != len(legend.levels) - 1, kind="stable")]
+    palette = np.array([level.colour for level in legend.levels])
+    _scatter(axes, xy, order, color=palette[legend.codes[order]])
+    if labels:
+        dots = [Line2D([], [], color=level.colour, marker="o", linestyle="", markersize=6) for level in legend.levels]
+        texts = [shorten(level.label, 28) for level in legend.levels]
+        axes.legend(dots, texts, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+
+
+def _draw_values(axes: Axes, xy: NDArray[np.float64], order: NDArray[np.intp], values: NDArray[np.float64]) -> None:
+    known = np.isfinite(values[order])
+    _scatter(axes, xy, order[~known], color=MISSING)
+    if not known.any():
+        return
+    shown = order[known]
+    # A few extreme cells would leave one colour for all others.
+    low, high = np.percentile(values[shown], [1, 99])
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    beyond = bool(values[shown].min() < low), bool(values[shown].max() > high)
+    dots = _scatter(axes, xy, shown, c=values[shown], cmap="viridis", vmin=low, vmax=high)
+    bar = axes.figure.colorbar(dots, ax=axes, location="bottom", shrink=0.6, aspect=30, extend=extend[beyond])
+    bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(4)
+    bar.update_ticks()
+
+
+@style.context(["default", STYLE])
+def history_figure(summary: Mapping[str, Any]) -> Figure:
+    """Draw how training went: the ELBO of training and held-out cells by step, and the weight of the KL term.
+
+    Parameters
+    ----------
+    summary
+        See `celbo.report`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels over the same steps.
+
+    Examples
+    --------
+    >>> epochs = [{"step": 10, "train_elbo": -9.0}, {"step": 20, "train_elbo": -7.0, "validation_elbo": -8.0}]
+    >>> len(history_figure({"history": epochs}).axes)
+    2
+    """
+    history = summary["history"]
+    series = {key: numbers([epoch.get(key) for epoch in history]) for key in ("train_elbo", "validation_elbo")}
+    step = numbers([epoch.get("step") for epoch in history])
+    weight = numbers([epoch.get("kl_weight") for epoch in history])
+    figure = Figure(figsize=(5.2, 3.9))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    marker = "." if len(history) <= 30 else ""
+    upper.plot(step, series["train_elbo"], marker=marker, color=OTHER, label="training cells")
+    upper.plot(step, series["validation_elbo"], marker=marker, color=PALETTE[0], label="held-out cells")
+    upper.set_ylabel("ELBO, nats per cell")
+    _leave_out_the_first_fall(upper, np.concatenate(list(series.values())))
+    upper.legend(loc="lower right")
+    lower.plot(step, weight, marker=marker, color=PALETTE[5])
+    lower.set(xlabel="training step", ylabel="KL weight")
+    if np.isfinite(weight).any():
+        lower.set_ylim(0, 1.08 * max(np.nanmax(weight), 1e-9))
+    upper.margins(x=0.02)
+    for axes in (upper, lower):
+        axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        axes.xaxis.set_major_formatter(lambda value, _: number(value))
+        axes.grid(axis="y", color="#E8EAED", linewidth=0.8)
+    lower.yaxis.set_major_locator(MaxNLocator(2))
+    lower.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
+def _leave_out_the_first_fall(axes: Axes, values: NDArray[np.float64]) -> None:
+    """End the axis above a few values far below all others, and say so."""
+    values = values[np.isfinite(values)]
+    if len(values) < 10:
+        return
+    low, high = np.quantile(values, 0.1), values.max()
+    bottom = low - 0.3 * (high - low)
+    if below := int((values < bottom).sum()):
+        axes.set_ylim(bottom, high + 0.08 * (high - low))
+        note = f"↓ {below} value{'s' * (below > 1)} below, down to {number(values.min())}"
+        axes.annotate(note, (0.01, 0.02), xycoords="axes fraction", fontsize=8, color="#6B7280")
+
+
+@style.context(["default", STYLE])
+def kl_figure(summary: Mapping[str, Any]) -> Figure:
+    """Draw the KL term of each latent dimension, beside the lines under which one is weak or dead.
+
+    Parameters
+    ----------
+    summary
+        See `celbo.report`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One bar per latent dimension; the axis is logarithmic above 0.01 nats.
+
+    Examples
+    --------
+    >>> len(kl_figure({"metrics": {"kl_per_dim": [2.0, 0.05, 0.001]}}).axes[0].patches)
+    3
+    """
+    kl = numbers(summary["metrics"].get("kl_per_dim") or [])
+    figure = Figure(figsize=(5.2, 3.9))
+    axes = figure.subplots()
+    # Linear up to the lower line, so that a bar begins at zero.
+    axes.set_yscale("symlog", linthresh=DEAD_KL, linscale=0.5)
+    colour = np.select([kl < DEAD_KL, kl < WEAK_KL], [OTHER, PALETTE[1]], PALETTE[0])
+    axes.bar(np.arange(1, len(kl) + 1), kl, color=colour, width=0.75)
+    top = 2 * max(1.0, np.nanmax(kl, initial=0.0))
+    axes.set(ylim=(min(0.0, np.nanmin(kl, initial=0.0)), top), xlabel="latent dimension", ylabel="KL, nats per cell")
+    ticks = [0.0, *(10.0**power for power in range(-2, 100) if 10.0**power < top)]
+    axes.set_yticks(ticks, [number(tick) for tick in ticks])
+    axes.yaxis.minorticks_off()
+    axes.set_xlim(0.3, max(len(kl), 1) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(min(max(len(kl), 1), 12), integer=True))
+    for line, word in ((WEAK_KL, "weak"), (DEAD_KL, "dead")):
+        axes.axhline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(f" {word}\n below", (1, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    return figure
+
+
+@style.context(["default", STYLE])
+def to_png(figure: Figure, *, scale: float = 2.0) -> bytes:
+    r"""Make a PNG of a figure, the same bytes for the same figure.
+
+    Parameters
+    ----------
+    figure
+        What a function of this module draws.
+    scale
+        Pixels of the picture per pixel on the page, which has 100 to the inch.
+
+    Returns
+    -------
+    bytes
+        For ``path.write_bytes``.
+
+    Examples
+    --------
+    >>> to_png(history_figure({"history": []}))[:4]
+    b'\x89PNG'
+    """
+    buffer = BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that matplotlib's font lacks is drawn as boxes; the page spells it out.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from|Matplotlib currently does not support", UserWarning)
+        figure.savefig(buffer, format="png", dpi=100 * scale, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

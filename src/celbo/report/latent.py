@@ -1,0 +1,110 @@
+"""Where cells lie on a page: the latent space in two dimensions."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
+
+__all__ = ["Layout", "layout"]
+
+MIN_CELLS = 10
+"""Fewer cells than this have no neighbourhoods for t-SNE to keep."""
+
+MAX_ITER = 500
+"""t-SNE steps: half of scikit-learn's default costs half the time, and 2000 cells look the same."""
+
+
+class Layout(NamedTuple):
+    """Cells in the plane."""
+
+    rows: NDArray[np.int64]
+    """Which cells are shown, ``(shown,)``, ascending."""
+    xy: NDArray[np.float64]
+    """Where they are shown, ``(shown, 2)``."""
+    method: str
+    """How the plane was made, in words."""
+
+
+def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
+    """Place cells in the plane, so that neighbours in the latent space stay neighbours.
+
+    By t-SNE (van der Maaten & Hinton 2008) where there are at least ten cells and three latent dimensions; otherwise
+    by the latent dimensions themselves, or by principal components. The same input and seed give the same plane.
+
+    Parameters
+    ----------
+    mu_z
+        Posterior means, ``(cells, latent_dim)``. A cell with a value that is not finite is not shown.
+    max_cells
+        Show at most this many cells, drawn at random.
+    seed
+        Chooses the cells, and the heights where there is only one latent dimension.
+
+    Returns
+    -------
+    Layout
+        The cells shown, their coordinates and the method's name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layout(np.eye(4, 2), max_cells=3)
+    Layout(rows=array([1, 2, 3]), xy=array([[0., 1.], [0., 0.], [0., 0.]]), method='the two latent dimensions')
+    """
+    z = np.asarray(mu_z, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(np.isfinite(z).all(axis=1))
+    if len(rows) > max_cells:
+        rows = np.sort(rng.choice(rows, max_cells, replace=False))
+    z = z[rows]
+    if z.shape[1] == 1:
+        return Layout(
+            rows,
+            np.c_[z, rng.uniform(-1, 1, len(z))],
+            "the one latent dimension, from left to right (height is random)",
+        )
+    if z.shape[1] == 2:
+        return Layout(rows, z, "the two latent dimensions")
+    plane = principal_plane(z)
+    spread = np.ptp(plane[:, 0]) if len(plane) else 0.0
+    if len(z) < MIN_CELLS or spread == 0:
+        return Layout(rows, plane, "the first two principal components")
+    tsne = TSNE(
+        init=(plane / spread * 1e-3).astype(np.float32),
+        perplexity=min(30.0, (len(z) - 1) / 3),
+        max_iter=MAX_ITER,
+        random_state=seed,
+    )
+    # One thread: sums keep their order, and a busy machine is not slower than an idle one.
+    with threadpool_limits(1):
+        return Layout(rows, tsne.fit_transform(z / spread).astype(np.float64), "t-SNE")
+
+
+def principal_plane(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coordinates along the two directions of largest variance.
+
+    Parameters
+    ----------
+    z
+        ``(cells, latent_dim)``, at least two dimensions.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(cells, 2)``; each direction's largest coordinate is positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> principal_plane(np.array([[3.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [-2.0, 0.0, 0.0]]))[:, 0]
+    array([ 3., -1., -2.])
+    """
+    if len(z) < 2:
+        return np.zeros((len(z), 2))
+    centred = z - z.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    plane = centred @ directions[:2].T
+    signs = np.sign(plane[np.abs(plane).argmax(axis=0), np.arange(plane.shape[1])])
+    return plane * np.where(signs == 0, 1, signs)

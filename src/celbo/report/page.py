@@ -1,0 +1,258 @@
+"""The page: a JSON summary as one HTML file that needs nothing else."""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+
+from celbo.report.figures import Level, history_figure, kl_figure, latent_figure, legend, numbers, to_png
+from celbo.report.text import DASH, clean, duration, number, shorten
+
+__all__ = ["render"]
+
+LIKELIHOODS = {
+    "gaussian": "Gaussian",
+    "bernoulli": "Bernoulli",
+    "poisson": "Poisson",
+    "nb": "negative binomial",
+    "zinb": "zero-inflated negative binomial",
+}
+"""Names that need spelling out; any other is shown as it is."""
+
+
+class Card(NamedTuple):
+    """One key figure."""
+
+    label: str
+    value: str
+    unit: str
+    detail: str
+
+
+class Picture(NamedTuple):
+    """A figure inside the page."""
+
+    title: str
+    source: str
+    """``data:`` address of the PNG."""
+    width: int
+    """Pixels on the page, as ``height``."""
+    height: int
+    alt: str
+    levels: list[Level]
+    """The legend, where the picture has one beside it."""
+
+
+class Finding(NamedTuple):
+    """One thing known about simulated data, and how well it was found again."""
+
+    name: str
+    value: str
+    reference: str
+    meaning: str
+
+
+class Facts(NamedTuple):
+    """A table of names and values."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Make the page.
+
+    Parameters
+    ----------
+    summary
+        See `celbo.report`.
+
+    Returns
+    -------
+    str
+        HTML without scripts or outside addresses, the same text for the same summary; write it as UTF-8.
+
+    Raises
+    ------
+    DataError
+        A colour that has not one value for each cell shown.
+
+    Examples
+    --------
+    >>> page = render({"title": "PBMC <3k>", "verdict": "The latent space is in good use."})
+    >>> "<h1>PBMC &lt;3k&gt;</h1>" in page
+    True
+    """
+    latent, history = summary.get("latent") or {}, summary.get("history") or []
+    # A clean string has no lone surrogates, so that the page can always be written as UTF-8.
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,
+    )
+    template = environment.from_string(files("celbo.report").joinpath("template.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=summary.get("title") or "celbo report",
+        verdict=summary.get("verdict") or "",
+        version=summary.get("celbo_version") or "",
+        notes=summary.get("notes") or [],
+        cards=cards(summary.get("metrics") or {}),
+        latent_pictures=latent_pictures(summary) if latent.get("xy") else [],
+        latent_method=latent.get("method") or "",
+        n_cells_shown=number(latent.get("n_cells_shown")),
+        n_cells=number(latent.get("n_cells")),
+        training_pictures=[*history_pictures(history), *kl_pictures(summary.get("metrics") or {})],
+        recovery=recovery(summary),
+        facts=facts(summary.get("run") or {}),
+    )
+
+
+def cards(metrics: Mapping[str, Any]) -> list[Card]:
+    """Choose the key figures and their units.
+
+    Examples
+    --------
+    >>> cards({"elbo_validation": -812.34, "elbo_train": -800})[0]
+    Card(label='ELBO, held-out cells', value='−812.3', unit='nats per cell', detail='training cells: −800')
+    """
+    get = metrics.get
+    likelihood = str(get("likelihood") or DASH)
+    return [
+        Card(
+            "ELBO, held-out cells",
+            number(get("elbo_validation")),
+            "nats per cell",
+            f"training cells: {number(get('elbo_train'))}",
+        ),
+        Card(
+            "Reconstruction, held-out cells",
+            number(get("reconstruction_validation")),
+            "nats per cell",
+            f"likelihood: {LIKELIHOODS.get(likelihood, likelihood)}",
+        ),
+        Card(
+            "KL, held-out cells",
+            number(get("kl_validation")),
+            "nats per cell",
+            f"weight at the end of training: {number(get('kl_weight_final'))}",
+        ),
+        Card(
+            "Active latent dimensions",
+            number(get("active_units")),
+            f"of {number(get('latent_dim'))}",
+            "the others carry next to nothing",
+        ),
+        Card("Data", number(get("n_cells")), "cells", f"{number(get('n_genes'))} genes"),
+        Card("Training", duration(get("seconds")), "", f"{number(get('epochs'))} epochs, {number(get('steps'))} steps"),
+        Card(
+            "Speed",
+            number(get("cells_per_second")),
+            "cells per second",
+            f"peak memory: {number(get('peak_memory_mb'))} MB",
+        ),
+    ]
+
+
+def latent_pictures(summary: Mapping[str, Any]) -> list[Picture]:
+    """One picture of the cells for each column that colours them."""
+    latent = summary["latent"]
+    colours = latent.get("colours") or {}
+    n_cells = number(len(latent["xy"]))
+    if not colours:
+        return [
+            picture("", latent_figure(summary, labels=False), f"Scatter plot of {n_cells} cells in the latent space.")
+        ]
+    pictures = []
+    for name, colour in colours.items():
+        categorical = colour["kind"] == "categorical"
+        levels = legend(colour["values"]).levels if categorical else []
+        key = f"{len(levels)} groups, listed below" if categorical else f"a scale {span(colour['values'])}"
+        alt = f"Scatter plot of {n_cells} cells in the latent space, coloured by {shorten(name)}: {key}."
+        pictures.append(picture(shorten(name), latent_figure(summary, [name], labels=False), alt, levels))
+    return pictures
+
+
+def history_pictures(history: list[Mapping[str, Any]]) -> list[Picture]:
+    """Draw the training curve, where there is one."""
+    if not history:
+        return []
+    train, validation = ([epoch.get(key) for epoch in history] for key in ("train_elbo", "validation_elbo"))
+    alt = (
+        f"Line plot of the ELBO, nats per cell, over {number(len(history))} epochs: on training cells from "
+        f"{number(train[0])} to {number(train[-1])}, on held-out cells from {number(validation[0])} to "
+        f"{number(validation[-1])}. Below it the KL weight, {number(history[-1].get('kl_weight'))} at the end."
+    )
+    return [picture("ELBO during training", history_figure({"history": history}), alt)]
+
+
+def kl_pictures(metrics: Mapping[str, Any]) -> list[Picture]:
+    """Draw the KL of each latent dimension, where it is known."""
+    kl = metrics.get("kl_per_dim")
+    if not kl:
+        return []
+    alt = f"Bar chart of the KL, nats per cell, of each latent dimension: {', '.join(number(value) for value in kl)}."
+    return [picture("KL by latent dimension", kl_figure({"metrics": metrics}), alt)]
+
+
+def picture(title: str, figure: Figure, alt: str, levels: list[Level] | None = None) -> Picture:
+    """Put a figure into an address of its own, at twice the resolution of the page."""
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    source = "data:image/png;base64," + base64.b64encode(to_png(figure)).decode()
+    return Picture(title, source, width, height, alt, levels or [])
+
+
+def recovery(summary: Mapping[str, Any]) -> list[Finding]:
+    """What is known of simulated data, and how well it was found again."""
+    return [
+        Finding(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
+        for row in summary.get("recovery") or []
+    ]
+
+
+def facts(run: Mapping[str, Any]) -> list[Facts]:
+    """Everything needed to run it again.
+
+    Examples
+    --------
+    >>> facts({"seed": 0, "options": {"train": {"max_epochs": 40}}})
+    [Facts(title='Options', rows=[('seed', '0'), ('train.max_epochs', '40')])]
+    """
+    options = {"seed": run.get("seed")} | (run.get("options") or {})
+    tables = {"Options": options, "Data": run.get("data") or {}, "Versions": run.get("versions") or {}}
+    return [Facts(title, list(flat(table))) for title, table in tables.items() if table]
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Walk nested tables, joining the names by dots.
+
+    Examples
+    --------
+    >>> list(flat({"a": {"b": 1, "c": [True, "x"]}}))
+    [('a.b', '1'), ('a.c', '[true, "x"]')]
+    """
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            text = DASH if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield shorten(f"{prefix}{name}", 120), shorten(text, 300)
+
+
+def span(values: list[float | None]) -> str:
+    """Write the range of the values that are there.
+
+    Examples
+    --------
+    >>> span([2.0, None, 1.0]), span([None])
+    ('from 1 to 2', 'without values')
+    """
+    known = numbers(values)
+    known = known[np.isfinite(known)]
+    return f"from {number(known.min())} to {number(known.max())}" if len(known) else "without values"

@@ -1,0 +1,280 @@
+"""A run's folder: everything that ``celbo fit`` and ``celbo embed`` write, and the summary the report shows."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo import __version__, report
+from celbo.data.schema import layer_values
+from celbo.errors import DataError, StorageError, UsageError
+from celbo.estimator import ExpressionVAE
+
+if sys.platform != "win32":
+    import resource
+
+__all__ = ["embedding", "fingerprint", "measure", "prepare_folder", "summarise", "write_embedding", "write_run"]
+
+_ACTIVE = 0.01
+"""Variance of a posterior mean over cells below which a latent dimension is called inactive (Burda 2016)."""
+_MOST_LEVELS = 60
+"""A column of obs with more levels than this is no help as a colour of the latent picture."""
+_MOST_COLOURS = 6
+_LIBRARIES = ("anndata", "numpy", "pandas", "safetensors", "scipy", "torch")
+
+
+def prepare_folder(path: Path) -> Path:
+    """Make a run's folder, and find out before training that it can be written to.
+
+    Raises
+    ------
+    UsageError
+        If the path is a file.
+    StorageError
+        If the folder cannot be made or written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; name a folder to write to.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".celbo-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written to: {error.strerror}. Name another folder with -o.") from error
+    return path
+
+
+def measure(model: ExpressionVAE, adata: AnnData, seconds: float) -> dict[str, Any]:
+    """Figures of a fitted model for ``metrics.json``; ELBO terms are unweighted, nats per cell.
+
+    Parameters
+    ----------
+    model
+        Just fitted.
+    adata
+        To these cells.
+    seconds
+        That fitting took.
+    """
+    terms = model.elbo(adata, seed=model.train.seed)
+    train, validation = terms.iloc[model.split_.train], terms.iloc[model.split_.validation]
+    held_out = validation if len(validation) else None
+    kl_per_dim = (train if held_out is None else held_out).filter(regex=r"^kl_\d+$").mean()
+    active = model.embed(adata).var(axis=0) > _ACTIVE
+    history = model.history_
+    return {
+        "n_cells": adata.n_obs,
+        "n_genes": len(model.schema_.genes),
+        "likelihood": model.likelihood,
+        "objective": model.objective,
+        "latent_dim": model.latent_dim,
+        "epochs": len(history),
+        "steps": history[-1].step,
+        "seconds": seconds,
+        "cells_per_second": len(model.split_.train) * len(history) / sum(epoch.seconds for epoch in history),
+        "peak_memory_mb": _peak_memory_mb(),
+        "elbo_train": float(train["elbo"].mean()),
+        "elbo_validation": None if held_out is None else float(held_out["elbo"].mean()),
+        "reconstruction_validation": None if held_out is None else float(held_out["reconstruction"].mean()),
+        "kl_validation": None if held_out is None else float(held_out["kl"].mean()),
+        "kl_per_dim": [float(value) for value in kl_per_dim],
+        "active_units": int(active.sum()),
+        "kl_weight_final": history[-1].kl_weight,
+    }
+
+
+def fingerprint(adata: AnnData, layer: str | None) -> dict[str, Any]:
+    """Shape and SHA-256 of the values and of the names, to tell later whether data are the same."""
+    matrix = layer_values(adata, layer)
+    x = sp.csr_matrix(matrix if sp.issparse(matrix) else np.asarray(matrix))
+    values = hashlib.sha256()
+    for part in (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data.astype(np.float64)):
+        values.update(part.tobytes())
+    names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode())
+    return {
+        "n_cells": adata.n_obs,
+        "n_genes": adata.n_vars,
+        "layer": layer,
+        "sha256_values": values.hexdigest(),
+        "sha256_names": names.hexdigest(),
+    }
+
+
+def embedding(model: ExpressionVAE, adata: AnnData) -> AnnData:
+    """Cells with their obs and ``obsm["X_celbo"]``, ``obsm["X_celbo_sd"]``; no counts."""
+    mu_z, sd_z = model.posterior(adata)
+    return AnnData(obs=adata.obs.copy(), obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
+
+
+def write_embedding(cells: AnnData, path: Path) -> None:
+    """Write an embedding as ``.h5ad``, in one step or not at all."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cells.write_h5ad(beside)
+        beside.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}. Name another place with -o."
+        ) from error
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_run(
+    folder: Path,
+    model: ExpressionVAE,
+    adata: AnnData,
+    *,
+    seconds: float,
+    source: str,
+    notes: Sequence[str] = (),
+    recovery: Sequence[Mapping[str, Any]] | None = None,
+    keep_reference: bool = True,
+) -> dict[str, Any]:
+    """Write model, embedding, metrics, history, record of the run, picture and report.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    model
+        Just fitted.
+    adata
+        To these cells.
+    seconds
+        That fitting took.
+    source
+        Name of the data, for people.
+    notes
+        Warnings to repeat in the report.
+    recovery
+        How well a simulated truth was recovered, where there is one.
+    keep_reference
+        Whether the model folder keeps the latent positions of the cells.
+
+    Returns
+    -------
+    dict
+        The report's summary: everything it shows.
+    """
+    metrics = measure(model, adata, seconds)
+    cells = embedding(model, adata)
+    run = {
+        "options": model.options(),
+        "versions": {
+            "celbo": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
+        "seed": model.train.seed,
+        "data": {"name": source, **fingerprint(adata, model.layer)},
+    }
+    history = [asdict(epoch) for epoch in model.history_]
+    summary = {
+        "title": f"celbo: {source}",
+        "celbo_version": __version__,
+        "verdict": _verdict(metrics),
+        "notes": list(notes),
+        "metrics": metrics,
+        "run": run,
+        "history": history,
+        "latent": summarise(cells, seed=model.train.seed, first=model.conditions),
+        "recovery": None if recovery is None else list(recovery),
+    }
+    model.save(folder / "model", keep_reference=keep_reference)
+    write_embedding(cells, folder / "embedding.h5ad")
+    _write(folder / "metrics.json", _json(metrics))
+    _write(folder / "history.jsonl", "".join(_json(epoch, indent=None) for epoch in history))
+    _write(folder / "run.json", _json(run))
+    _write(folder / "latent.png", report.to_png(report.latent_figure(summary)))
+    _write(folder / "report.html", report.render(summary))
+    return summary
+
+
+def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[str, Any]:
+    """Lay the latent space out in a plane, with the columns of obs that can colour it, conditions first."""
+    layout = report.layout(cells.obsm["X_celbo"], seed=seed)
+    obs = cells.obs.iloc[layout.rows]
+    columns = [*first, *(name for name in obs.columns if name not in first)]
+    colours = {str(name): colour for name in columns if (colour := _colour(obs[name])) is not None}
+    return {
+        "method": layout.method,
+        "xy": np.round(layout.xy, 3).tolist(),
+        "n_cells_shown": len(layout.rows),
+        "n_cells": cells.n_obs,
+        "colours": dict(list(colours.items())[:_MOST_COLOURS]),
+    }
+
+
+def _colour(column: "pd.Series[Any]") -> dict[str, Any] | None:
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and column.nunique() > 12:
+        values: NDArray[np.float64] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        return {"kind": "continuous", "values": [float(v) if np.isfinite(v) else None for v in values]}
+    if not 2 <= column.nunique() <= _MOST_LEVELS:
+        return None
+    return {"kind": "categorical", "values": [None if pd.isna(value) else str(value) for value in column]}
+
+
+def _verdict(metrics: Mapping[str, Any]) -> str:
+    """One sentence on what was learned."""
+    active, total = metrics["active_units"], metrics["latent_dim"]
+    if metrics["objective"] == "autoencoder":
+        return f"A plain autoencoder with {total} latent dimensions: nothing ties its latent space to a prior."
+    if active == 0:
+        return (
+            f"The latent space collapsed: none of its {total} dimensions varies between cells, "
+            "so it shows a blob without separation."
+        )
+    unit = "dimension varies" if active == 1 else "dimensions vary"
+    return f"{active} of {total} latent {unit} between cells."
+
+
+def _peak_memory_mb() -> float | None:
+    if sys.platform == "win32":
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _json(value: Any, indent: int | None = 1) -> str:
+    """JSON, where what is not finite is null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: finite(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(part) for part in item]
+        return None if isinstance(item, float) and not np.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write a file in one step or not at all."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}. Free some space.") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
