@@ -106,10 +106,10 @@ def write_folder(
     model = {"format_version": FORMAT_VERSION, "celbo_version": __version__, **document}
     contents = {
         _MODEL: json.dumps(model, indent=1, ensure_ascii=False, allow_nan=False).encode(),
-        _WEIGHTS: safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in weights.items()}),
+        _WEIGHTS: _tensors(weights),
     }
     if reference is not None:
-        contents[_REFERENCE] = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in reference.items()})
+        contents[_REFERENCE] = _tensors(reference)
     files = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
     contents[_MANIFEST] = json.dumps({"files": files}, indent=1).encode()
 
@@ -300,6 +300,10 @@ def _refuse_to_replace(path: Path) -> None:
     inside = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else None
     if inside is None or (inside and _MANIFEST not in inside) or inside - {*_FILES, _MANIFEST}:
         raise StorageError(f"{path} exists, and is not just a model folder; name another place, or move it away.")
+
+
+def _tensors(arrays: Arrays) -> bytes:
+    return safetensors.numpy.save({name: np.array(value, order="C") for name, value in arrays.items()})
 
 
 def _sibling(path: Path, suffix: str) -> Path:

@@ -326,7 +326,9 @@ def load(path: str | Path) -> ExpressionVAE:
         history = History(
             Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]
         )
-        reference = None if folder.reference is None else _read_reference(folder.reference)
+        reference = None
+        if folder.reference is not None:
+            reference = _read_reference(folder.reference, model.latent_dim, len(schema.conditions))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."
@@ -344,8 +346,14 @@ def load(path: str | Path) -> ExpressionVAE:
     return model
 
 
-def _read_reference(arrays: Mapping[str, NDArray[Any]]) -> Reference:
-    return Reference(**{**arrays, "held_out": arrays["held_out"].astype(bool)})
+def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:
+    """Take the tensors known here, if their shapes agree; a folder may hold more."""
+    known = {name: arrays[name] for name in Reference._fields}
+    n_cells = len(known["mu_z"])
+    shapes = [(n_cells, latent_dim), (n_cells, latent_dim), (n_cells,), (n_cells, n_conditions), (n_cells,)]
+    if [value.shape for value in known.values()] != shapes:
+        raise ValueError("reference.safetensors does not fit the model")
+    return Reference(**{**known, "held_out": known["held_out"].astype(bool)})
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
@@ -78,6 +79,7 @@ class VAE(nn.Module):
     ):
         super().__init__()
         likelihood = LIKELIHOODS["gaussian"] if likelihood is None else likelihood
+        _check_widths(input_dim=[input_dim], latent_dim=[latent_dim], hidden_dims=hidden_dims)
         _check_options(likelihood, dispersion, context_dim, norm, dropout)
         self.input_dim = input_dim
         self.latent_dim = latent_dim
@@ -299,6 +301,12 @@ def _run(
             h = torch.cat([h, extra], dim=-1)
         h = h * next(remaining) if remaining is not None and isinstance(layer, nn.Dropout) else layer(h)
     return h
+
+
+def _check_widths(**widths: Sequence[int]) -> None:
+    for name, values in widths.items():
+        if bad := [width for width in values if not isinstance(width, int | np.integer) or width < 1]:
+            raise UsageError(f"{name} has {bad[0]!r}; a width is a whole number of at least 1")
 
 
 def _check_options(likelihood: Likelihood, dispersion: str, context_dim: int, norm: str, dropout: float) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celbo.data.checks import holds_counts
-from celbo.errors import DataError
+from celbo.errors import DataError, UsageError
 
 __all__ = ["VALUES", "Condition", "Schema", "build_schema", "layer_values", "size_factors"]
 
@@ -241,6 +241,8 @@ def build_schema(
     if not (adata.n_obs and adata.n_vars):
         raise DataError(f"these data have {adata.n_obs} cells and {adata.n_vars} genes; a model needs some of both.")
     _refuse_duplicate_genes(adata.var_names)
+    if isinstance(conditions, str):
+        raise UsageError(f"conditions is the text {conditions!r}; give a list of columns: [{conditions!r}].")
     if missing := [name for name in conditions if name not in adata.obs.columns]:
         raise DataError(f"obs has no column {_listed(missing)}; it has {_listed(adata.obs.columns) or 'no column'}.")
     if twice := sorted({name for name in conditions if list(conditions).count(name) > 1}):

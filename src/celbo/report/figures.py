@@ -11,7 +11,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from celbo.errors import DataError
@@ -25,8 +25,8 @@ PALETTE = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#78003C", "#3C1E96", "#A6E070", "#695A3C"),
     *("#8778F0", "#A53C87", "#87C387", "#5A3C69", "#2CDDE8", "#4B4BC3", "#B41E0F", "#692D00", "#006969", "#D8CC1F"),
 )
-OTHER = "#8A8A8A"
-MISSING = "#D3D3D3"
+OTHER = "#7D7D7D"
+MISSING = "#C4C4C4"
 INK = "#30343B"
 
 DEAD_KL = 0.01
@@ -44,7 +44,9 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
+    "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
     "legend.fontsize": 9,
     "legend.frameon": False,
     "text.color": INK,
@@ -96,7 +98,7 @@ def legend(values: Sequence[str | None]) -> Legend:
     largest = sorted(counts, key=lambda name: (-counts[name], natural(name)))
     own = sorted(largest[: len(PALETTE)], key=natural)
     rest = largest[len(PALETTE) :]
-    levels = [Level(shorten(name), colour, counts[name]) for name, colour in zip(own, PALETTE, strict=False)]
+    levels = [Level(shorten(name, 60), colour, counts[name]) for name, colour in zip(own, PALETTE, strict=False)]
     position: dict[str | None, int] = {name: i for i, name in enumerate(own)}
     if rest:
         position |= dict.fromkeys(rest, len(levels))
@@ -211,7 +213,12 @@ def _draw_values(axes: Axes, xy: NDArray[np.float64], order: NDArray[np.intp], v
     bar = axes.figure.colorbar(dots, ax=axes, location="bottom", shrink=0.6, aspect=30, extend=extend[beyond])
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(4)
+    bar.formatter = FuncFormatter(_tick)
     bar.update_ticks()
+
+
+def _tick(value: float, _: int | None) -> str:
+    return number(value)
 
 
 @style.context(["default", STYLE])
@@ -249,13 +256,13 @@ def history_figure(summary: Mapping[str, Any]) -> Figure:
     lower.plot(step, weight, marker=marker, color=PALETTE[5])
     lower.set(xlabel="training step", ylabel="KL weight")
     if np.isfinite(weight).any():
-        lower.set_ylim(0, 1.08 * max(np.nanmax(weight), 1e-9))
+        top = max(np.nanmax(weight), 1e-9)
+        lower.set(ylim=(0, 1.15 * top), yticks=[0, top])
     upper.margins(x=0.02)
     for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(lambda value, _: number(value))
-        axes.xaxis.set_major_formatter(lambda value, _: number(value))
+        axes.yaxis.set_major_formatter(_tick)
+        axes.xaxis.set_major_formatter(_tick)
         axes.grid(axis="y", color="#E8EAED", linewidth=0.8)
-    lower.yaxis.set_major_locator(MaxNLocator(2))
     lower.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure
 
@@ -269,8 +276,8 @@ def _leave_out_the_first_fall(axes: Axes, values: NDArray[np.float64]) -> None:
     bottom = low - 0.3 * (high - low)
     if below := int((values < bottom).sum()):
         axes.set_ylim(bottom, high + 0.08 * (high - low))
-        note = f"↓ {below} value{'s' * (below > 1)} below, down to {number(values.min())}"
-        axes.annotate(note, (0.01, 0.02), xycoords="axes fraction", fontsize=8, color="#6B7280")
+        note = f"below the axis: {below} of {len(values)} values, down to {number(values.min())}"
+        axes.set_title(note, loc="left", fontsize=8.5, color="#6B7280")
 
 
 @style.context(["default", STYLE])
@@ -305,7 +312,7 @@ def kl_figure(summary: Mapping[str, Any]) -> Figure:
     axes.set_yticks(ticks, [number(tick) for tick in ticks])
     axes.yaxis.minorticks_off()
     axes.set_xlim(0.3, max(len(kl), 1) + 0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(min(max(len(kl), 1), 12), integer=True))
+    axes.set_xticks(range(1, len(kl) + 1, 1 + len(kl) // 16))
     for line, word in ((WEAK_KL, "weak"), (DEAD_KL, "dead")):
         axes.axhline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(f" {word}\n below", (1, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)

@@ -147,16 +147,12 @@ def cards(metrics: Mapping[str, Any]) -> list[Card]:
             "Active latent dimensions",
             number(get("active_units")),
             f"of {number(get('latent_dim'))}",
-            "the others carry next to nothing",
+            "the others do not vary between cells",
         ),
         Card("Data", number(get("n_cells")), "cells", f"{number(get('n_genes'))} genes"),
         Card("Training", duration(get("seconds")), "", f"{number(get('epochs'))} epochs, {number(get('steps'))} steps"),
-        Card(
-            "Speed",
-            number(get("cells_per_second")),
-            "cells per second",
-            f"peak memory: {number(get('peak_memory_mb'))} MB",
-        ),
+        Card("Speed", number(get("cells_per_second"), whole=True), "cells per second", "during training"),
+        Card("Memory", number(get("peak_memory_mb"), whole=True), "MB", "at the peak"),
     ]
 
 

@@ -52,7 +52,7 @@ def natural(name: str) -> list[str | int]:
 
 
 def number(value: float | None, *, whole: bool = False) -> str:
-    """Write a number for a reader: four digits or so, thousands apart, a dash where there is none, ``whole`` without fractions.
+    """Write a number for a reader: four digits or so (``whole``: no fraction), thousands apart, a dash for None.
 
     Examples
     --------

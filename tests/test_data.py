@@ -1,0 +1,271 @@
+"""The contract with an AnnData: genes by name, values checked, conditions encoded, any storage the same."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from celbo import DataError
+from celbo.data import Schema, build_schema, open_source, read_adata
+from celbo.minibatch import gene_moments
+
+COUNTS = np.array([[0, 2, 1], [3, 0, 0], [0, 0, 0], [1, 5, 0]], dtype=np.float32)
+
+
+def some_cells(x=COUNTS, **obs):
+    n_cells, n_genes = x.shape
+    names = pd.DataFrame({"batch": ["a", "b", "a", "b"][:n_cells], **obs}, index=[f"c{i}" for i in range(n_cells)])
+    return anndata.AnnData(x, obs=names, var=pd.DataFrame(index=[f"g{i}" for i in range(n_genes)]))
+
+
+def dense(source, rows=None):
+    return source.take(np.arange(source.n_cells) if rows is None else np.asarray(rows)).to("cpu")
+
+
+STORAGES = {
+    "csr": sp.csr_matrix,
+    "csc": sp.csc_matrix,
+    "csr_array": sp.csr_array,
+    "csc_array": sp.csc_array,
+    "dense": np.array,
+    "fortran": np.asfortranarray,
+    "int64 csr": lambda x: sp.csr_matrix(x.astype(np.int64)),
+    "uint16 dense": lambda x: x.astype(np.uint16),
+    "float64 csr": lambda x: sp.csr_matrix(x.astype(np.float64)),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_storage_gives_the_same_counts(storage):
+    cells = some_cells(STORAGES[storage](COUNTS))
+    x, context, library = dense(open_source(cells, build_schema(cells, conditions=["batch"])))
+    assert x.dtype == context.dtype == library.dtype == torch.float32
+    np.testing.assert_array_equal(x, COUNTS)
+    np.testing.assert_array_equal(library, COUNTS.sum(1, keepdims=True))
+    np.testing.assert_array_equal(context, [[1, 0], [0, 1], [1, 0], [0, 1]])
+
+
+def test_unsorted_and_duplicate_indices_are_summed_and_the_callers_array_stays():
+    x = sp.csr_matrix((np.float32([1, 2, 4]), [2, 0, 2], [0, 3]), shape=(1, 3))
+    cells = some_cells(sp.csr_matrix((1, 3), dtype=np.float32))
+    cells.X = x
+    before = cells.X.indices.copy(), cells.X.data.copy()
+    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells))).x, [[2, 0, 5]])
+    np.testing.assert_array_equal(cells.X.indices, before[0])
+    np.testing.assert_array_equal(cells.X.data, before[1])
+
+
+def test_a_view_is_read_in_its_own_order():
+    cells = some_cells(sp.csr_matrix(COUNTS))
+    view = cells[[3, 0], ["g1", "g0"]]
+    np.testing.assert_array_equal(dense(open_source(view, build_schema(view))).x, [[5, 1], [2, 0]])
+
+
+def test_rows_come_in_the_order_asked_for():
+    cells = some_cells()
+    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells)), [3, 1, 3]).x, COUNTS[[3, 1, 3]])
+
+
+def test_minibatches_stay_sparse_until_they_are_moved():
+    cells = some_cells()
+    assert open_source(cells, build_schema(cells)).take(np.array([0, 1])).x.layout == torch.sparse_csr
+
+
+def test_genes_are_aligned_by_name_and_others_ignored():
+    cells = some_cells()
+    schema = build_schema(cells[:, ["g2", "g0"]])
+    source = open_source(cells, schema)
+    np.testing.assert_array_equal(dense(source).x, COUNTS[:, [2, 0]])
+    np.testing.assert_array_equal(dense(source).library[:, 0], COUNTS[:, [2, 0]].sum(1))
+
+
+def test_missing_genes_are_counted_and_named():
+    cells = some_cells()
+    with pytest.raises(DataError, match=r"1 of the model's 3 genes.*'g1'"):
+        open_source(cells[:, ["g0", "g2"]], build_schema(cells))
+
+
+def test_genes_that_occur_twice_are_refused_in_fit_and_query():
+    cells, twice = some_cells(), some_cells()
+    twice.var_names = ["g0", "g1", "g1"]
+    with pytest.raises(DataError, match=r"more than once: 'g1'.*var_names_make_unique"):
+        build_schema(twice)
+    with pytest.raises(DataError, match="more than once"):
+        open_source(twice, build_schema(cells))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5, r"X is 0.5 in cell 'c1' \(row 1\), gene 'g0'; 1 of 6 stored values are not whole"),
+        (-2.0, r"X is -2 in cell 'c1' \(row 1\), gene 'g0'; 1 of 6 stored values are negative"),
+        (np.nan, r"X is nan in cell 'c1' \(row 1\), gene 'g0'; 1 of 6 stored values are not finite"),
+        (np.inf, r"X is inf in cell 'c1'"),
+    ],
+)
+@pytest.mark.parametrize("storage", ["csr", "csc", "dense"])
+def test_a_value_that_is_no_count_is_refused_with_its_place(value, message, storage):
+    x = np.array([[0, 2, 1], [value, 0, 0], [0, 0, 0], [1, 5, 4]])
+    cells = some_cells(STORAGES[storage](x))
+    with pytest.raises(DataError, match=message):
+        open_source(cells, build_schema(cells))
+
+
+def test_a_layer_with_counts_is_suggested():
+    cells = some_cells(COUNTS / 3)
+    cells.layers["counts"] = sp.csr_matrix(COUNTS)
+    with pytest.raises(DataError, match=r"layers\['counts'\] holds whole numbers: use layer='counts'"):
+        open_source(cells, build_schema(cells))
+
+
+def test_a_layer_is_read_by_name():
+    cells = some_cells(COUNTS / 3)
+    cells.layers["counts"] = sp.csc_matrix(COUNTS)
+    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells, layer="counts"))).x, COUNTS)
+    with pytest.raises(DataError, match="no layer 'raw'; they have 'counts'"):
+        build_schema(cells, layer="raw")
+
+
+def test_gaussian_values_are_log_normalised_counts():
+    cells = some_cells()
+    source = open_source(cells, build_schema(cells, values="real"))
+    library = np.maximum(COUNTS.sum(1, keepdims=True), 1)
+    np.testing.assert_allclose(dense(source).x, np.log1p(COUNTS / library * 1e4), rtol=1e-6)
+    np.testing.assert_array_equal(source.library, COUNTS.sum(1))
+
+
+def test_a_named_layer_of_reals_is_taken_as_it_is_and_x_is_not():
+    reals = np.array([[-1.5, 0, 2], [0.25, 1, 0], [0, 0, 0], [3, -2, 1]])
+    cells = some_cells(reals)
+    cells.layers["scaled"] = reals
+    np.testing.assert_allclose(dense(open_source(cells, build_schema(cells, values="real", layer="scaled"))).x, reals)
+    with pytest.raises(DataError, match=r"X is -1\.5"):
+        open_source(cells, build_schema(cells, values="real"))
+
+
+def test_detection_is_zero_or_one():
+    cells = some_cells()
+    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells, values="detected"))).x, COUNTS > 0)
+
+
+def test_size_factors_replace_the_sum_of_counts_on_the_scale_of_counts():
+    factors = np.array([1.0, 0.5, 0.5, 2.0])
+    cells = some_cells(size_factor=factors)
+    schema = build_schema(cells, size_factor="size_factor")
+    source = open_source(cells, schema)
+    np.testing.assert_allclose(source.library, factors * COUNTS.sum() / factors.sum())
+    query = some_cells(size_factor=np.full(4, 2.0))
+    np.testing.assert_allclose(open_source(query, schema).library, 2 * COUNTS.sum() / factors.sum())
+
+
+@pytest.mark.parametrize(("bad", "message"), [(0.0, "not above 0"), (np.nan, "no value in 1 of 4"), (np.inf, "finite")])
+def test_size_factors_that_are_no_factors_are_refused(bad, message):
+    cells = some_cells(size_factor=[1.0, bad, 1.0, 1.0])
+    with pytest.raises(DataError, match=message):
+        build_schema(cells, size_factor="size_factor")
+
+
+def test_conditions_are_one_hot_or_standardised_side_by_side():
+    cells = some_cells(dose=[0.0, 1.0, 2.0, 3.0], run=[7, 7, 9, 9])
+    schema = build_schema(cells, conditions=["batch", "dose", "run"])
+    assert [condition.levels for condition in schema.conditions] == [("a", "b"), None, ("7", "9")]
+    assert schema.context_dim == 5
+    context = schema.encode(cells.obs)
+    np.testing.assert_array_equal(context[:, :2], [[1, 0], [0, 1], [1, 0], [0, 1]])
+    np.testing.assert_allclose(context[:, 2], (np.arange(4) - 1.5) / np.arange(4).std(), rtol=1e-6)
+    np.testing.assert_array_equal(context[:, 3:], [[1, 0], [1, 0], [0, 1], [0, 1]])
+
+
+def test_categories_keep_their_order_and_unused_ones_are_dropped():
+    cells = some_cells(stim=pd.Categorical(["late", "early", "late", "early"], categories=["late", "never", "early"]))
+    assert build_schema(cells, conditions=["stim"]).conditions[0].levels == ("late", "early")
+
+
+def test_the_order_of_a_querys_categories_does_not_matter():
+    schema = build_schema(some_cells(), conditions=["batch"])
+    column = pd.Categorical(["b", "a", "b", "b"], categories=["z", "b", "a"])
+    np.testing.assert_array_equal(schema.encode(pd.DataFrame({"batch": column}))[:, 1], [1, 0, 1, 1])
+
+
+def test_given_conditions_overrule_obs():
+    schema = build_schema(some_cells(), conditions=["batch"])
+    np.testing.assert_array_equal(schema.encode(some_cells().obs, given={"batch": "b"}), [[0, 1]] * 4)
+    with pytest.raises(DataError, match="'treatment' is not a condition of this model; it has 'batch'"):
+        schema.encode(some_cells().obs, given={"treatment": "b"})
+
+
+def test_unseen_levels_are_all_named_and_counted():
+    schema = build_schema(some_cells(), conditions=["batch"])
+    with pytest.raises(DataError, match=r"not seen in fit: 'x', 'y' \(3 cells; known: 'a', 'b'\)"):
+        schema.encode(pd.DataFrame({"batch": ["x", "y", "x", "a"]}))
+
+
+def test_missing_values_and_columns_are_refused_in_words():
+    cells = some_cells(batch=["a", None, "b", "b"])
+    with pytest.raises(DataError, match=r"'batch' has no value in 1 of 4 cells, the first 'c1'"):
+        build_schema(cells, conditions=["batch"])
+    with pytest.raises(DataError, match="no column 'stim', 'dose'; it has 'batch'"):
+        build_schema(some_cells(), conditions=["stim", "dose"])
+    with pytest.raises(DataError, match="no column 'batch', a condition of this model"):
+        build_schema(some_cells(), conditions=["batch"]).encode(pd.DataFrame(index=range(4)))
+
+
+def test_a_condition_with_one_level_is_left_out_with_a_warning():
+    with pytest.warns(UserWarning, match="'batch' is 'a' in every cell"):
+        schema = build_schema(some_cells(batch="a"), conditions=["batch"])
+    assert schema.conditions == ()
+    assert schema.context_dim == 0
+
+
+def test_a_schema_survives_json():
+    cells = some_cells(dose=[0.0, 1.0, 2.0, 3.0])
+    schema = build_schema(cells, conditions=["batch", "dose"])
+    assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+
+
+@pytest.mark.parametrize("write", ["write_h5ad", "write_zarr"])
+def test_files_are_read_by_their_kind(tmp_path, write):
+    cells = some_cells(sp.csr_matrix(COUNTS))
+    path = tmp_path / ("cells.zarr" if write == "write_zarr" else "cells with spaces.h5ad")
+    getattr(cells, write)(path)
+    np.testing.assert_array_equal(read_adata(path).X.toarray(), COUNTS)
+
+
+def test_files_that_are_not_there_or_no_anndata_are_refused_in_words(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_adata(tmp_path / "none.h5ad")
+    (tmp_path / "text.h5ad").write_text("not counts")
+    with pytest.raises(DataError, match=r"text.h5ad cannot be read as an AnnData"):
+        read_adata(tmp_path / "text.h5ad")
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(DataError, match=r"empty.zarr"):
+        read_adata(tmp_path / "empty.zarr")
+
+
+def test_backed_files_are_read(tmp_path):
+    some_cells(sp.csr_matrix(COUNTS)).write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    np.testing.assert_array_equal(read_adata(backed).X.toarray(), COUNTS)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_nothing_to_fit_is_said(shape):
+    with pytest.raises(DataError, match="a model needs some of both"):
+        build_schema(anndata.AnnData(np.zeros(shape, np.float32)))
+
+
+def test_moments_are_sums_over_the_chosen_cells_whatever_the_chunk():
+    cells = some_cells(sp.csr_matrix(COUNTS))
+    rows = np.array([3, 0, 1])
+    moments = gene_moments(open_source(cells, build_schema(cells)), rows, chunk=2)
+    x, library = COUNTS[rows], COUNTS[rows].sum(1)
+    assert moments.n_cells == 3
+    np.testing.assert_allclose(moments.x, x.sum(0))
+    np.testing.assert_allclose(moments.x_squared, (x**2).sum(0))
+    np.testing.assert_allclose(moments.x_library, (x * library[:, None]).sum(0))
+    np.testing.assert_allclose(moments.detected, (x > 0).sum(0))
+    np.testing.assert_allclose([moments.library, moments.library_squared], [library.sum(), (library**2).sum()])

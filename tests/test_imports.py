@@ -1,0 +1,109 @@
+"""The rooms: who may import whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import celbo
+
+SOURCE = Path(celbo.__file__).parent
+
+# Each room may import from rooms to its right, and from its own.
+ORDER = [
+    ["cli"],
+    ["progress", "runs", "demo"],
+    ["report", "estimator", "simulate"],
+    ["train"],
+    ["inference", "checkpoint", "data"],
+    ["objective", "remedies"],
+    ["vae"],
+    ["likelihoods"],
+    ["distributions", "minibatch"],
+    ["kernels"],
+    ["errors", "__init__"],
+]
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(path):
+    """Every module a file imports, wherever in it, but for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    only_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in only_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ([f"celbo.{a.name}" for a in node.names] if node.module == "celbo" else [node.module])
+
+
+def room(path):
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    for name in imported(path):
+        if name.startswith("celbo."):
+            target = name.split(".")[1]
+            if target in RANK and room(path) != "__init__":
+                assert RANK[target] > RANK[room(path)] or target == room(path), f"{path} imports {name}"
+
+
+def test_every_room_has_its_place():
+    assert {room(path) for path in MODULES} == set(RANK)
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
+        ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
+        ("typer", {"cli"}),
+        ("triton", set()),
+        ("matplotlib", {"report"}),
+    ],
+)
+def test_a_library_stays_in_its_rooms(library, rooms):
+    users = {room(path) for path in MODULES for name in imported(path) if name.split(".")[0] == library}
+    assert users <= rooms
+
+
+def test_the_report_knows_no_torch():
+    used = {name.split(".")[0] for path in MODULES if room(path) == "report" for name in imported(path)}
+    assert not used & {"torch", "anndata"}
+
+
+def test_importing_celbo_costs_no_torch():
+    code = "import sys, celbo; celbo.__version__; print([m for m in ('torch', 'numpy', 'anndata') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_help_costs_no_torch():
+    code = (
+        "import sys, celbo.cli; sys.argv = ['celbo', '--help']\n"
+        "try: celbo.cli.main()\n"
+        "except SystemExit: print([m for m in ('torch', 'anndata', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("[]\n")
+
+
+def test_every_public_name_is_there():
+    assert set(celbo.__all__) == set(dir(celbo))
+    for name in celbo.__all__:
+        assert getattr(celbo, name) is not None
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(AttributeError, match="ExpressionVAE"):
+        celbo.Expression  # noqa: B018
