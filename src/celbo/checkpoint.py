@@ -266,10 +266,10 @@ def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        if start[:1] == b"\x80" or start[:2] == b"PK":
-            raise refuse("it looks like a Python pickle, which could run anything and is never loaded")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _LARGEST_HEADER):
+            if start[:1] == b"\x80" or start[:2] == b"PK":
+                raise refuse("it looks like a Python pickle, which could run anything and is never loaded")
             raise refuse(f"it announces a header of {length:,} bytes, in a file of {size:,}")
         try:
             header = json.loads(stream.read(length))
