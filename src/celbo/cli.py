@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from celbo.checkpoint import FolderDescription
     from celbo.demo import Recovery
     from celbo.estimator import ExpressionVAE
+    from celbo.minibatch import Rows
+    from celbo.train import Epoch, Plan, Track
 
 __all__ = ["app", "main"]
 
@@ -216,7 +218,7 @@ def _fit_and_write(
     prepare_folder(output)
     started = time.perf_counter()
     with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-        model.fit(adata, track=track)
+        model.fit(adata, track=_ending_when_told(track))
     seconds = time.perf_counter() - started
     summary = write_run(
         output,
@@ -288,10 +290,27 @@ def _shown_warnings() -> Iterator[list[str]]:
         yield notes
 
 
+_signals: list[int] = []
+"""Numbers of the signals received; like signals themselves, one list for the process."""
+
+
 def _stop(number: int, _: FrameType | None) -> NoReturn:
     """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated)."""
+    _signals.append(number)
     _say("interrupted" if number == signal.SIGINT else "terminated")
     sys.exit(128 + number)
+
+
+def _ending_when_told(track: "Track") -> "Track":
+    """End at the next minibatch if a signal came; Python drops what `_stop` raises while it runs a destructor."""
+
+    def ending(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
+        for rows in track(minibatches, plan, history):
+            if _signals:
+                sys.exit(128 + _signals[0])
+            yield rows
+
+    return ending
 
 
 def main() -> None:

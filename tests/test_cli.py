@@ -1,0 +1,301 @@
+"""The command line as a person or a pipeline meets it: real processes, streams, files and exit codes."""
+
+import inspect
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+import celbo
+from celbo import cli
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments):
+    return [sys.executable, "-c", "from celbo.cli import main; main()", *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, cells):
+    path = tmp_path_factory.mktemp("data") / "cells with ünicode.h5ad"
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted_run(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = run("fit", data, "-o", folder, "--condition", "batch", "--epochs", "4", "--latent-dim", "3")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_fit_writes_everything_under_one_folder(fitted_run):
+    folder, _ = fitted_run
+    assert {path.name for path in folder.iterdir()} == {
+        "model",
+        "embedding.h5ad",
+        "metrics.json",
+        "history.jsonl",
+        "run.json",
+        "latent.png",
+        "report.html",
+    }
+
+
+def test_fit_talks_to_stderr_alone_and_without_control_characters(fitted_run):
+    _, done = fitted_run
+    assert done.stdout == ""
+    assert "report.html" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_are_complete_and_agree_with_the_model(fitted_run, cells):
+    folder, _ = fitted_run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    promised = (
+        "n_cells n_genes likelihood latent_dim epochs steps seconds cells_per_second peak_memory_mb elbo_train "
+        "elbo_validation reconstruction_validation kl_validation kl_per_dim active_units kl_weight_final"
+    )
+    assert set(promised.split()) <= set(metrics)
+    assert (metrics["n_cells"], metrics["n_genes"], metrics["likelihood"], metrics["epochs"]) == (300, 60, "nb", 4)
+    assert metrics["kl_weight_final"] == 1
+    assert metrics["elbo_validation"] == pytest.approx(
+        metrics["reconstruction_validation"] - metrics["kl_validation"], rel=1e-5
+    )
+    assert sum(metrics["kl_per_dim"]) == pytest.approx(metrics["kl_validation"], rel=1e-4)
+    model = celbo.load(folder)
+    elbo = model.elbo(cells)["elbo"]
+    best = max(epoch.validation_elbo for epoch in model.history_ if epoch.kl_weight == 1)
+    assert metrics["elbo_validation"] == pytest.approx(best, rel=0.01)
+    assert elbo.mean() == pytest.approx(0.9 * metrics["elbo_train"] + 0.1 * metrics["elbo_validation"], rel=1e-5)
+
+
+def test_history_has_a_line_per_epoch_and_run_says_how_to_repeat_it(fitted_run):
+    folder, _ = fitted_run
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "run.json").read_text())
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4]
+    assert record["options"]["conditions"] == ["batch"]
+    assert record["options"]["train"]["max_epochs"] == 4
+    assert record["versions"]["celbo"] == celbo.__version__
+    assert record["seed"] == 0
+    assert len(record["data"]["sha256_values"]) == 64
+
+
+def test_the_embedding_has_names_obs_and_latent_but_no_counts(fitted_run, cells):
+    folder, _ = fitted_run
+    embedding = anndata.read_h5ad(folder / "embedding.h5ad")
+    assert list(embedding.obs_names) == list(cells.obs_names)
+    assert set(cells.obs) <= set(embedding.obs)
+    assert embedding.X is None
+    assert embedding.obsm["X_celbo"].shape == embedding.obsm["X_celbo_sd"].shape == (300, 3)
+
+
+def test_embed_gives_what_fit_gave_with_genes_in_any_order(fitted_run, cells, tmp_path):
+    folder, _ = fitted_run
+    cells[:, ::-1].write_h5ad(tmp_path / "query.h5ad")
+    done = run("embed", folder, tmp_path / "query.h5ad", "-o", tmp_path / "out" / "z.h5ad")
+    assert (done.returncode, done.stdout) == (0, "")
+    found = anndata.read_h5ad(tmp_path / "out" / "z.h5ad").obsm["X_celbo"]
+    np.testing.assert_array_equal(found, anndata.read_h5ad(folder / "embedding.h5ad").obsm["X_celbo"])
+
+
+def test_the_same_command_gives_the_same_bytes(fitted_run, data, tmp_path):
+    folder, _ = fitted_run
+    done = run("fit", data, "-o", tmp_path / "again", "--condition", "batch", "--epochs", "4", "--latent-dim", "3")
+    assert done.returncode == 0
+    for name in ("weights.safetensors", "reference.safetensors"):
+        assert (tmp_path / "again" / "model" / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_inspect_tells_people_and_programs_what_a_folder_holds(fitted_run):
+    folder, _ = fitted_run
+    for path in (folder, folder / "model"):
+        found = json.loads(run("inspect", path, "--json").stdout)
+        assert (found["likelihood"], found["latent_dim"], found["n_genes"], found["epochs"]) == ("nb", 3, 60, 4)
+        assert found["conditions"] == {"batch": ["batch_0", "batch_1"]}
+    assert "batch_0" in run("inspect", folder).stdout
+
+
+def test_inspect_needs_no_torch(fitted_run):
+    folder, _ = fitted_run
+    code = (
+        "import sys; from celbo.cli import main\n"
+        f"sys.argv = ['celbo', 'inspect', {str(folder)!r}]\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
+
+
+def test_the_command_lines_defaults_are_the_estimators():
+    names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs"}
+    model = celbo.ExpressionVAE().options()
+    defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None}
+    options = inspect.signature(cli.fit).parameters
+    for name in options.keys() - {"data", "output", "keep_reference"}:
+        assert options[name].default == defaults[names.get(name, name)], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--likelihood", "negbin"], "choose one of gaussian, bernoulli, poisson, nb, zinb"),
+        (["--norm", "group"], "choose one of none, layer, batch"),
+        (["--dispersion", "gene-cell", "--likelihood", "poisson"], "needs a likelihood with theta"),
+        (["--epochs", "0"], "max_epochs=0"),
+        (["--device", "warp9"], "use 'auto' or 'cpu'"),
+        (["--latent-dim", "ten"], "ten"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_wrong_options_end_in_words_and_exit_2(data, tmp_path, arguments, message):
+    done = run("fit", data, "-o", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("fault", ["not there", "no h5ad", "no column", "log values", "duplicate genes"])
+def test_bad_data_end_in_words_and_exit_3(data, cells, tmp_path, fault):
+    path, arguments = tmp_path / "bad.h5ad", []
+    bad = cells.copy()
+    if fault == "no h5ad":
+        path.write_text("counts, honestly")
+    elif fault == "no column":
+        path, arguments = data, ["--condition", "donor"]
+    elif fault == "log values":
+        bad.X = bad.X.log1p()
+        bad.write_h5ad(path)
+    elif fault == "duplicate genes":
+        bad.var_names = ["same"] * 60
+        bad.write_h5ad(path)
+    done = run("fit", path, "-o", tmp_path / "run", *arguments)
+    message = {
+        "not there": "does not exist",
+        "no h5ad": "cannot be read as an AnnData",
+        "no column": "no column 'donor'; it has 'cell_type'",
+        "log values": "are not whole numbers",
+        "duplicate genes": "more than once: 'same'",
+    }[fault]
+    assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (3, True, False), done.stderr
+
+
+@pytest.mark.parametrize("command_name", ["inspect", "embed"])
+def test_a_tampered_model_ends_in_words_and_exit_4(fitted_run, data, tmp_path, command_name):
+    folder, _ = fitted_run
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in (folder / "model").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "weights.safetensors").write_bytes(pickle.dumps(os.getcwd))
+    more = [data, "-o", tmp_path / "z.h5ad"] if command_name == "embed" else []
+    done = run(command_name, copy, *more)
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "z.h5ad").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_in_words(data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run("fit", data, "-o", tmp_path / "file", "--epochs", "1")
+    assert (done.returncode, (tmp_path / "file").read_text()) == (2, "mine")
+    done = run("fit", data, "-o", "/proc/celbo", "--epochs", "1")
+    assert done.returncode == 6
+    assert "Name another folder" in done.stderr
+
+
+def test_the_data_are_never_overwritten(fitted_run, data, tmp_path):
+    folder, _ = fitted_run
+    before = data.read_bytes()
+    done = run("embed", folder, data, "-o", data)
+    assert (done.returncode, data.read_bytes()) == (2, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 60
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number] in stderr
+    assert not (folder / "model").exists()
+
+
+def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):
+    monkeypatch.setattr(cli, "_signals", [signal.SIGTERM])
+    ending = cli._ending_when_told(lambda minibatches, plan, history: minibatches)
+    with pytest.raises(SystemExit) as ended:
+        next(iter(ending([np.arange(3)], None, [])))
+    assert ended.value.code == 143
+
+
+def test_a_cell_type_cannot_control_the_terminal(cells, tmp_path):
+    hostile = cells.copy()
+    hostile.obs["batch"] = "\x1b[31mred"
+    hostile.write_h5ad(tmp_path / "cells.h5ad")
+    done = run("fit", tmp_path / "cells.h5ad", "-o", tmp_path / "run", "--condition", "batch", "--epochs", "1")
+    assert done.returncode == 0
+    assert "[31mred" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [None, "fit", "embed", "inspect", "demo"])
+def test_help_teaches(name):
+    done = run(*([name] if name else []), "--help", cwd=Path(celbo.__file__).parent)
+    assert done.returncode == 0
+    assert ("celbo fit counts.h5ad -o run" if name in {None, "fit"} else "Usage") in done.stdout
+
+
+def test_the_version_is_said():
+    assert run("--version").stdout == f"celbo {celbo.__version__}\n"
+
+
+def test_a_fault_of_ours_asks_for_a_report(monkeypatch, capsys):
+    def broken():
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "This is a fault in celbo" in capsys.readouterr().err
+
+
+def test_the_demo_recovers_the_truth_and_names_a_picture(tmp_path):
+    done = run("demo", "-o", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    values = {name: float(value) for name, value in re.findall(r"^([a-z ]+): ([0-9.]+)", done.stdout, re.MULTILINE)}
+    assert values["cell types"] > 0.95
+    assert values["batch"] < 0.6
+    assert values["treatment effect"] > 0.75
+    assert str(tmp_path / "demo" / "report.html") in done.stderr
+    assert (tmp_path / "demo" / "latent.png").read_bytes()[:4] == b"\x89PNG"
