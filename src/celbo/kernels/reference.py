@@ -56,12 +56,15 @@ class _NegativeBinomial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-        ctx.save_for_backward(x, log_mu, log_theta)
-        x, log_ratio, theta = _at_full_shape(x, log_mu, log_theta)
-        log_prob = -theta * _softplus(log_ratio)
-        cells_genes = x.nonzero(as_tuple=True)
-        x, log_ratio, theta = x[cells_genes].double(), log_ratio[cells_genes], theta[cells_genes]
-        log_prob[cells_genes] += (
+        x, log_ratio, theta = torch.broadcast_tensors(x, log_mu.double() - log_theta.double(), log_theta.double().exp())
+        softplus = _softplus(log_ratio)
+        log_prob = (-theta * softplus).contiguous()
+        counted = x.reshape(-1).nonzero().squeeze(1)
+        ctx.save_for_backward(x, log_ratio, theta, softplus, counted)
+        ctx.of_mu, ctx.of_theta = (log_mu.shape, log_mu.dtype), (log_theta.shape, log_theta.dtype)
+
+        x, log_ratio, theta = _at(counted, x).double(), _at(counted, log_ratio), _at(counted, theta)
+        log_prob.view(-1)[counted] += (
             torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) - x * _softplus(-log_ratio)
         )
         return log_prob.to(log_mu.dtype)
@@ -69,24 +72,23 @@ class _NegativeBinomial(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        x, log_mu, log_theta = ctx.saved_tensors
-        shape_mu, shape_theta = log_mu.shape, log_theta.shape
-        x, log_ratio, theta = _at_full_shape(x, log_mu, log_theta)
+        x, log_ratio, theta, softplus, counted = ctx.saved_tensors
         success = torch.sigmoid(log_ratio)  # mu / (theta + mu)
         grad_mu = grad_theta = None
         if ctx.needs_input_grad[1]:
             d_log_mu = x * torch.sigmoid(-log_ratio) - theta * success
-            grad_mu = (grad * d_log_mu).sum_to_size(shape_mu).to(log_mu.dtype)
+            shape, dtype = ctx.of_mu
+            grad_mu = (grad * d_log_mu).sum_to_size(shape).to(dtype)
         if ctx.needs_input_grad[2]:
-            d_log_theta = theta * (success - _softplus(log_ratio))  # what the last line gives at x = 0
-            cells_genes = x.nonzero(as_tuple=True)
-            x, theta = x[cells_genes].double(), theta[cells_genes]
-            mu = theta * log_ratio[cells_genes].exp()
+            d_log_theta = (theta * (success - softplus)).contiguous()  # what the lines below give at x = 0
+            x, theta = _at(counted, x).double(), _at(counted, theta)
+            mu = theta * _at(counted, log_ratio).exp()
             u = (x - mu) / (theta + mu)
-            d_log_theta[cells_genes] = theta * (
+            d_log_theta.view(-1)[counted] = theta * (
                 torch.log1p(u) - u + _digamma_minus_log(x + theta) - _digamma_minus_log(theta)
             )
-            grad_theta = (grad * d_log_theta).sum_to_size(shape_theta).to(log_theta.dtype)
+            shape, dtype = ctx.of_theta
+            grad_theta = (grad * d_log_theta).sum_to_size(shape).to(dtype)
         return None, grad_mu, grad_theta
 
 
@@ -155,11 +157,9 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
     return result
 
 
-def _at_full_shape(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, log(mu / theta) and theta, broadcast against each other; the last two in float64."""
-    log_theta = log_theta.double()
-    x, log_ratio, theta = torch.broadcast_tensors(x, log_mu.double() - log_theta, log_theta.exp())
-    return x, log_ratio, theta
+def _at(positions: Tensor, values: Tensor) -> Tensor:
+    """Elements at these positions of the flattened array."""
+    return values.reshape(-1)[positions]
 
 
 def _softplus(x: Tensor) -> Tensor:
