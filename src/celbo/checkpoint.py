@@ -10,19 +10,26 @@
 Nothing here needs torch: a forged folder is refused before anything heavy is loaded or allocated.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import struct
+import time
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from celbo import __version__
 from celbo.errors import CelboError, ModelFileError, StorageError
@@ -36,11 +43,22 @@ Arrays = Mapping[str, NDArray[Any]]
 
 _MODEL, _WEIGHTS, _REFERENCE, _MANIFEST = "model.json", "weights.safetensors", "reference.safetensors", "manifest.json"
 _FILES = (_MODEL, _WEIGHTS, _REFERENCE)
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# A gene name takes some ten bytes and an epoch a few hundred: these are far beyond any real model.
-_LARGEST_JSON = 64 << 20
+_LITTER = {".DS_Store"}
+"""What a file browser leaves in folders, and may go with them."""
+_ITEM_SIZES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BOOL": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1},
+    **{"U64": 8, "U32": 4, "U16": 2, "U8": 1},
+}
+# A gene name takes some twenty bytes, an epoch a few hundred, a tensor a hundred: these are far beyond any real model.
+# Parsed JSON can take thirty times its size in memory, so its values are counted too.
+_LARGEST_JSON = 32 << 20
+_MOST_VALUES = 1_000_000
 _LARGEST_MANIFEST = 64 << 10
-_LARGEST_HEADER = 16 << 20
+_LARGEST_HEADER = 1 << 20
+_MOST_DIMENSIONS = 32
+_ABANDONED = 3600
+"""Seconds after which an unfinished folder belongs to a process that was killed; writing takes moments."""
 _AGAIN = "Save the model again, or copy it again from where it came."
 
 
@@ -81,16 +99,16 @@ def write_folder(
     document
         What ``model.json`` says beside the versions.
     weights
-        Tensors of the model by name.
+        Tensors of the model by name, all finite.
     reference
-        Tensors of the cells of fit by name, if they are kept.
+        Tensors of the cells of fit by name, if they are kept; finite too.
 
     Raises
     ------
     StorageError
         If it cannot be written; whatever model was there stays whole.
     CelboError
-        If weights are not finite.
+        If what was given is nothing that could be read again, such as weights that are not finite.
 
     Examples
     --------
@@ -100,48 +118,40 @@ def write_folder(
     >>> read_folder(folder).weights
     {'fc_mu.bias': array([0., 0.], dtype=float32)}
     """
-    path = Path(path)
-    if bad := [name for name, value in weights.items() if not np.isfinite(value).all()]:
-        raise CelboError(f"the weights {', '.join(bad)} are not finite; such a model is not saved.")
-    model = {"format_version": FORMAT_VERSION, "celbo_version": __version__, **document}
-    contents = {
-        _MODEL: json.dumps(model, indent=1, ensure_ascii=False, allow_nan=False).encode(),
-        _WEIGHTS: _tensors(weights),
-    }
-    if reference is not None:
-        contents[_REFERENCE] = _tensors(reference)
-    files = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
-    contents[_MANIFEST] = json.dumps({"files": files}, indent=1).encode()
-
-    if path.is_symlink() or path.exists():
-        _refuse_to_replace(path)
-    new, old = _sibling(path, f"new-{os.getpid()}"), _sibling(path, "previous")
+    path = Path(os.path.realpath(path))  # where a link leads, so that all renames stay on one file system
+    contents = _serialise(document, weights, reference)
     needed = sum(map(len, contents.values()))
+    new, old = _sibling(path, f"new-{uuid.uuid4().hex[:8]}"), _sibling(path, "previous")
     try:
+        _refuse_to_replace(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(new)
         if (free := shutil.disk_usage(path.parent).free) < needed:
             raise StorageError(f"{path} needs {needed:,} bytes, and its disk has {free:,} left. Free some space.")
-        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         for name, data in contents.items():
             _write_through(new / name, data)
         _flush_folder(new)
+        _check(new)  # a model that cannot be read again replaces nothing
         if path.exists():
-            # A kill between the next two lines leaves no folder of this name; reading then finds the previous one.
-            shutil.rmtree(old, ignore_errors=True)
+            # A kill between the next two renames leaves no folder of this name; reading then finds the previous one.
+            _discard(old)
             path.rename(old)
         new.rename(path)
         _flush_folder(path.parent)
+    except ModelFileError as error:
+        raise CelboError(f"{path} is not written, because it could not be read again: {error}") from error
     except OSError as error:
-        if not path.exists() and old.exists():
-            old.rename(path)
         raise StorageError(
             f"{path} cannot be written ({error.strerror or error}; {needed:,} bytes are needed). "
             "What was there before is whole. Free some space, or name another place."
         ) from error
     finally:
+        with suppress(OSError):  # reading finds the old one under its hidden name as well
+            if not path.exists() and old.exists():
+                old.rename(path)
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
 
 
 def read_folder(path: str | Path) -> ModelFolder:
@@ -163,16 +173,20 @@ def read_folder(path: str | Path) -> ModelFolder:
     StorageError
         If it may not be read.
     """
-    described = describe_folder(path)
+    described, sums = _check(Path(path))
     tensors = {}
-    for name in (_WEIGHTS, _REFERENCE) if described.has_reference else (_WEIGHTS,):
+    for name in [name for name in sums if name != _MODEL]:
+        file = described.path / name
         try:
-            tensors[name] = safetensors.numpy.load_file(described.path / name)
-        except Exception as error:
-            raise ModelFileError(f"{described.path / name} cannot be read: {error}. {_AGAIN}") from error
+            data = file.read_bytes()
+            # Once more, in memory: somebody may be replacing the folder just now, and half of each is no model.
+            _compare_sums(file, _sha256(data), sums[name])
+            tensors[name] = safetensors.numpy.load(data)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ModelFileError(f"{file} cannot be read: {error!s:.200}. {_AGAIN}") from error
         for tensor, value in tensors[name].items():
-            if n_bad := int((~np.isfinite(value)).sum()):
-                raise ModelFileError(f"{described.path / name}: {n_bad:,} numbers of {tensor} are not finite. {_AGAIN}")
+            if n_bad := value.size - int(np.isfinite(value).sum()):
+                raise ModelFileError(f"{file}: {n_bad:,} numbers of {tensor!r:.80} are not finite. {_AGAIN}")
     return ModelFolder(
         described.document,
         tensors[_WEIGHTS],
@@ -183,78 +197,165 @@ def read_folder(path: str | Path) -> ModelFolder:
 
 
 def describe_folder(path: str | Path) -> FolderDescription:
-    """Check a model folder as `read_folder` does, and say what it holds without loading its tensors."""
-    path = Path(path)
+    """Check a model folder as `read_folder` does, and say what it holds without loading its tensors.
+
+    Parameters
+    ----------
+    path
+        The folder, or a run's folder with ``model/`` in it.
+
+    Returns
+    -------
+    FolderDescription
+
+    Raises
+    ------
+    ModelFileError, StorageError
+        As `read_folder`, but for numbers that are not finite.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "model"
+    >>> write_folder(folder, {"options": {}}, {"fc_mu.bias": np.zeros(2, np.float32)})
+    >>> describe_folder(folder).shapes
+    {'fc_mu.bias': (2,)}
+    """
+    return _check(Path(path))[0]
+
+
+def _check(path: Path) -> tuple[FolderDescription, dict[str, str]]:
+    """Check all but the numbers, the cheap before the dear. Returns what is there, and the SHA-256 of each file."""
     try:
-        path = _find(path)
-        sizes = _check_files(path)
-        document = _read_json(path / _MODEL, _LARGEST_JSON)
-        found_format, found_version = document.pop("format_version", None), document.pop("celbo_version", None)
-        if not isinstance(found_format, int) or isinstance(found_format, bool) or not isinstance(found_version, str):
-            raise ModelFileError(f"{path / _MODEL} does not say which format it is in. {_AGAIN}")
-        if found_format > FORMAT_VERSION:
+        folder = _find(path)
+        entries = _read_manifest(folder / _MANIFEST)
+        # The version comes before names and contents, which a newer format is free to change.
+        sizes = {_MODEL: _check_size(folder / _MODEL, entries)}
+        _check_sum(folder / _MODEL, entries)
+        document = _parse_json(folder / _MODEL, _LARGEST_JSON)
+        found_format, found_version = _take_versions(folder / _MODEL, document)
+        if strange := sorted(entries.keys() - set(_FILES)):
             raise ModelFileError(
-                f"{path} is in format {found_format}, written by celbo {found_version[:40]}; this is celbo "
-                f"{__version__}, which reads up to format {FORMAT_VERSION}. Upgrade celbo."
+                f"{folder / _MANIFEST} lists {strange[0]!r:.80}, which no model has. Do not trust this folder."
             )
-        shapes = _check_header(path / _WEIGHTS)
-        if _REFERENCE in sizes:
-            _check_header(path / _REFERENCE)
+        tensor_files = [folder / name for name in _FILES if name in entries and name != _MODEL]
+        for file in tensor_files:
+            _refuse_pickle(file)
+            sizes[file.name] = _check_size(file, entries)
+        for file in tensor_files:
+            _check_sum(file, entries)
+        shapes = {file.name: _check_header(file) for file in tensor_files}
     except PermissionError as error:
         raise StorageError(f"{error.filename or path} may not be read. Ask its owner for permission.") from error
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}. {_AGAIN}") from error
-    return FolderDescription(
-        document, shapes, _REFERENCE in sizes, found_version, found_format, path, sum(sizes.values())
+    described = FolderDescription(
+        document, shapes[_WEIGHTS], _REFERENCE in shapes, found_version, found_format, folder, sum(sizes.values())
     )
+    return described, {name: entries[name]["sha256"] for name in sizes}
 
 
 def _find(path: Path) -> Path:
     """The folder itself, the model of a run's folder, or what an interrupted replacement left."""
     for candidate in (path, path / "model"):
-        for folder in (candidate, _sibling(candidate, "previous")):
+        for folder in (candidate, _sibling(Path(os.path.realpath(candidate)), "previous")):
             if (folder / _MANIFEST).is_file():
                 return folder
-    found = "does not exist" if not path.exists() else "is not a model folder: it has no manifest.json"
+    if not path.exists():
+        found = "does not exist"
+    elif not path.is_dir():
+        found = "is not a folder"
+    else:
+        found = "is not a model folder: it has no manifest.json"
     raise ModelFileError(f"{path} {found}; name what `celbo fit -o` or `save` wrote.")
 
 
-def _check_files(folder: Path) -> dict[str, int]:
-    """Compare the files with the manifest: names, sizes, checksums. Returns their sizes."""
-    files = _read_json(folder / _MANIFEST, _LARGEST_MANIFEST).get("files")
-    if not isinstance(files, dict) or not {_MODEL, _WEIGHTS} <= set(files):
-        raise ModelFileError(f"{folder / _MANIFEST} does not list {_MODEL} and {_WEIGHTS}. {_AGAIN}")
-    if strange := sorted(set(files) - set(_FILES)):
+def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file. This layout, and the versions in model.json, hold for every future format."""
+    entries = _parse_json(file, _LARGEST_MANIFEST).get("files")
+    if not isinstance(entries, dict) or not {_MODEL, _WEIGHTS} <= entries.keys():
+        raise ModelFileError(f"{file} does not list {_MODEL} and {_WEIGHTS}. {_AGAIN}")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
+            raise ModelFileError(f"{file} does not give the size and SHA-256 of {name!r:.80}. {_AGAIN}")
+    return entries
+
+
+def _take_versions(file: Path, document: dict[str, Any]) -> tuple[int, str]:
+    """Take the versions out of what model.json says, and refuse what this celbo does not know."""
+    number, version = document.pop("format_version", None), document.pop("celbo_version", None)
+    known = type(number) is int and number >= 1 and isinstance(version, str)
+    # The pattern keeps control characters, which a forger could send to the terminal, out of what is shown.
+    if not known or not re.fullmatch(r"[\w.+!-]{1,40}", version):
+        raise ModelFileError(f"{file} does not say which format it is in, and which celbo wrote it. {_AGAIN}")
+    if number > FORMAT_VERSION:
         raise ModelFileError(
-            f"{folder / _MANIFEST} lists {strange[0]!r:.80}, which no model has. Do not trust this folder."
+            f"{file.parent} is in format {number}, written by celbo {version}; this is celbo {__version__}, "
+            f"which reads up to format {FORMAT_VERSION}. Upgrade celbo."
         )
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
-            raise ModelFileError(f"{folder / _MANIFEST} does not give the size and SHA-256 of {name}. {_AGAIN}")
-        file = folder / name
-        if file.is_symlink() or not file.is_file():
-            raise ModelFileError(f"{file} is missing, or is not a plain file. {_AGAIN}")
-        if (size := file.stat().st_size) != entry["size"]:
-            raise ModelFileError(f"{file} has {size:,} bytes and should have {entry['size']:,}. {_AGAIN}")
-    for name, entry in files.items():
-        with (folder / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != entry.get("sha256"):
-                raise ModelFileError(
-                    f"sha256 mismatch: {folder / name} is damaged, or was changed after saving. {_AGAIN}"
-                )
-    return {name: entry["size"] for name, entry in files.items()}
+    return number, version
 
 
-def _read_json(file: Path, largest: int) -> dict[str, Any]:
-    if (size := file.stat().st_size) > largest:
-        raise ModelFileError(f"{file} has {size:,} bytes; no model needs more than {largest:,}. {_AGAIN}")
+def _check_size(file: Path, entries: Mapping[str, dict[str, Any]]) -> int:
+    size, expected = _size(file), entries[file.name]["size"]
+    if size != expected:
+        what = "is truncated" if size < expected else "was changed after saving"
+        raise ModelFileError(
+            f"size and sha256 mismatch: {file} {what}: it has {size:,} bytes and should have {expected:,}. {_AGAIN}"
+        )
+    return size
+
+
+def _check_sum(file: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    with file.open("rb") as stream:
+        _compare_sums(file, hashlib.file_digest(stream, "sha256").hexdigest(), entries[file.name]["sha256"])
+
+
+def _compare_sums(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise ModelFileError(f"sha256 mismatch: {file} is damaged, or was changed after saving. {_AGAIN}")
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file in the folder itself: what a link leads to is not the model's."""
     try:
-        value = json.loads(file.read_bytes())
+        status = file.lstat()
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{file} is missing. {_AGAIN}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFileError(f"{file} is not a plain file. {_AGAIN}")
+    return status.st_size
+
+
+def _parse_json(file: Path, largest: int) -> dict[str, Any]:
+    if (size := _size(file)) > largest:
+        raise ModelFileError(f"{file} has {size:,} bytes; no model needs more than {largest:,}. {_AGAIN}")
+    data = file.read_bytes()
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:
+        raise ModelFileError(f"{file} holds more than {_MOST_VALUES:,} values; no model needs as many. {_AGAIN}")
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{file} is not JSON ({type(error).__name__}). {_AGAIN}") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{file} is not a JSON object. {_AGAIN}")
     return value
+
+
+def _refuse_pickle(file: Path) -> None:
+    """Name the one forgery everybody knows. The header's length may begin like a pickle, so look at its brace too."""
+    size = _size(file)
+    with file.open("rb") as stream:
+        start = stream.read(9)
+        stream.seek(max(size - 1, 0))
+        end = stream.read(1)
+    if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8:
+        return
+    if start[:1] == b"\x80" or start[:4] == b"PK\3\4" or (start[:1] in b"(c]}" and end == b"."):
+        raise ModelFileError(
+            f"{file} is not a safetensors file of a model: it looks like a Python pickle, which could run anything; "
+            f"celbo never loads one. Do not trust this folder. {_AGAIN}"
+        )
 
 
 def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -263,13 +364,11 @@ def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
     def refuse(what: str) -> ModelFileError:
         return ModelFileError(f"{file} is not a safetensors file of a model: {what}. {_AGAIN}")
 
-    size = file.stat().st_size
+    size = _size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _LARGEST_HEADER):
-            if start[:1] == b"\x80" or start[:2] == b"PK":
-                raise refuse("it looks like a Python pickle, which could run anything and is never loaded")
             raise refuse(f"it announces a header of {length:,} bytes, in a file of {size:,}")
         try:
             header = json.loads(stream.read(length))
@@ -283,10 +382,12 @@ def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
             continue
         try:
             shape, (begin, end), item_size = entry["shape"], entry["data_offsets"], _ITEM_SIZES[entry["dtype"]]
-            whole = all(type(number) is int and number >= 0 for number in [*shape, begin, end])
+            numbers = [*shape, begin, end]
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"tensor {name!r:.80} has no readable type, shape and place") from error
-        if not whole or end - begin != math.prod(shape) * item_size:
+        # The bounds keep the product from growing to millions of digits.
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if not whole or len(shape) > _MOST_DIMENSIONS or end - begin != math.prod(shape) * item_size:
             raise refuse(f"tensor {name!r:.80} announces the shape {shape!s:.80}, which is not the room it takes")
         shapes[name] = tuple(shape)
         spans.append((begin, end))
@@ -296,14 +397,53 @@ def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _refuse_to_replace(path: Path) -> None:
-    inside = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else None
-    if inside is None or (inside and _MANIFEST not in inside) or inside - {*_FILES, _MANIFEST}:
-        raise StorageError(f"{path} exists, and is not just a model folder; name another place, or move it away.")
+def _serialise(document: Mapping[str, Any], weights: Arrays, reference: Arrays | None) -> dict[str, bytes]:
+    """The files of a model folder and what is in them, the manifest last."""
+    model = {"format_version": FORMAT_VERSION, "celbo_version": __version__, **document}
+    try:
+        contents = {
+            _MODEL: json.dumps(model, indent=1, ensure_ascii=False, allow_nan=False).encode(),
+            _WEIGHTS: _tensors(weights),
+            **({} if reference is None else {_REFERENCE: _tensors(reference)}),
+        }
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
+        raise CelboError(f"this model cannot be put into files ({error}); nothing is saved.") from error
+    files = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
+    return {**contents, _MANIFEST: json.dumps({"files": files}, indent=1).encode()}
 
 
 def _tensors(arrays: Arrays) -> bytes:
+    if bad := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
+        raise CelboError(f"the tensors {', '.join(bad)} are not finite; such a model is not saved.")
     return safetensors.numpy.save({name: np.array(value, order="C") for name, value in arrays.items()})
+
+
+def _refuse_to_replace(path: Path) -> None:
+    if not path.exists():
+        return
+    inside = {entry.name for entry in path.iterdir()} - _LITTER if path.is_dir() else {path.name}
+    if inside and (_MANIFEST not in inside or inside - {*_FILES, _MANIFEST}):
+        raise StorageError(
+            f"{path} exists, and is not just a model folder (there is {', '.join(sorted(inside)[:5])}); "
+            "name another place, or move it away."
+        )
+
+
+def _clear_abandoned(new: Path) -> None:
+    """Remove what writers of the same folder left unfinished when they were killed."""
+    start = new.name[:-8]
+    for entry in new.parent.iterdir():
+        if entry.name.startswith(start) and len(entry.name) == len(new.name):
+            with suppress(FileNotFoundError):  # another writer was quicker
+                if time.time() - entry.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, the manifest first: what is half deleted is no model."""
+    with suppress(OSError):
+        (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sibling(path: Path, suffix: str) -> Path:
@@ -327,5 +467,8 @@ def _flush_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+                raise
         finally:
             os.close(descriptor)
