@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from celbo import DataError
+from celbo import DataError, UsageError
 from celbo.data import Schema, build_schema, open_source, read_adata
 from celbo.minibatch import gene_moments
 
@@ -194,7 +194,7 @@ def test_the_order_of_a_querys_categories_does_not_matter():
 def test_given_conditions_overrule_obs():
     schema = build_schema(some_cells(), conditions=["batch"])
     np.testing.assert_array_equal(schema.encode(some_cells().obs, given={"batch": "b"}), [[0, 1]] * 4)
-    with pytest.raises(DataError, match="'treatment' is not a condition of this model; it has 'batch'"):
+    with pytest.raises(UsageError, match="'treatment' is not a condition of this model; it has 'batch'"):
         schema.encode(some_cells().obs, given={"treatment": "b"})
 
 

@@ -135,6 +135,15 @@ def test_expected_expression_under_a_given_batch_is_what_the_decoder_says(cells,
     assert np.abs(np.log(corrected[~in_batch_1] / own[~in_batch_1])).max() > 0.01
 
 
+def test_a_library_that_means_nothing_is_refused(cells, fitted):
+    for library in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="a library size is a finite number above 0"):
+            fitted.expected_expression(cells, library=library)
+    detection = ExpressionVAE(likelihood="bernoulli", train=QUICK).fit(cells)
+    with pytest.raises(UsageError, match="has no meaning for 'bernoulli'"):
+        detection.expected_expression(cells, library=1.0)
+
+
 def test_history_has_a_record_per_epoch(fitted):
     frame = fitted.history_.to_frame()
     assert len(fitted.history_) == len(frame) == 4
@@ -143,7 +152,7 @@ def test_history_has_a_record_per_epoch(fitted):
 
 
 def test_an_unfitted_model_says_so():
-    with pytest.raises(NotFittedError, match="fit it first"):
+    with pytest.raises(NotFittedError, match="it comes with fitting"):
         ExpressionVAE().embed("nowhere.h5ad")
     assert not hasattr(ExpressionVAE(), "vae_")
 

@@ -15,7 +15,7 @@ from celbo.kernels import nb_log_prob, poisson_log_prob, zinb_log_prob
 THETAS = [1e-3, 0.02, 0.3, 1.0, 7.0, 63.9, 64.1, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8]
 MUS = [1e-8, 1e-4, 0.1, 1.0, 2.5, 10.0, 300.0, 1e4, 1e6]
 COUNTS = [0, 1, 2, 3, 10, 300, 10_000, 1_000_000]
-GATES = [-30.0, -4.0, 0.0, 3.0, 25.0]
+GATES = [-30.0, -4.0, 0.0, 3.0, 8.0, 25.0]
 
 
 class Points(NamedTuple):

@@ -325,6 +325,8 @@ def test_theta_depends_on_the_condition_or_on_the_cell_as_told(name):
     assert torch.equal(by_level[1::2], by_level[1:2].expand(N_CELLS // 2, -1))
     assert not torch.equal(by_level[0], by_level[1])
     assert len(thetas["gene-cell"].unique(dim=0)) == N_CELLS
+    through_decoder = torch.autograd.grad(thetas["gene-cell"].sum(), vae.decoder[0].weight)[0]
+    assert through_decoder.abs().max() > 1e-3
 
 
 def test_a_gaussian_starts_at_gene_means_and_standard_deviations():

@@ -112,8 +112,8 @@ def fit(
 
     `celbo fit counts.h5ad -o run --condition batch`
 
-    The folder gets **report.html** (open it), **embedding.h5ad** (the latent space), **metrics.json**,
-    **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
+    The folder gets **report.html** (open it), **latent.png** and **embedding.h5ad** (the latent space),
+    **metrics.json**, **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
     """
     model = celbo.ExpressionVAE(
         latent_dim=latent_dim,
@@ -181,8 +181,10 @@ def inspect(
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
     for name, value in found.items():
+        if isinstance(value, dict):
+            value = [f"{key} ({part if isinstance(part, str) else ', '.join(part)})" for key, part in value.items()]
         shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        typer.echo(f"{name:<14}{'none' if shown in ('', None) else _plain(str(shown))}")
+        typer.echo(f"{name:<17}{'none' if shown in ('', None) else _plain(str(shown))}")
 
 
 @app.command()

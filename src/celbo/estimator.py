@@ -200,6 +200,7 @@ class ExpressionVAE:
             cell always comes from its own conditions.
         library
             Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares.
+            For count likelihoods only.
 
         Returns
         -------
@@ -209,7 +210,13 @@ class ExpressionVAE:
         """
         adata = read_adata(adata)
         context = self.schema_.encode(adata.obs, given) if given else None
-        libraries = None if library is None else torch.full((adata.n_obs, 1), float(library))
+        libraries = None
+        if library is not None:
+            if self._likelihood().values != "counts":
+                raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
+            if not 0 < library < math.inf:
+                raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
+            libraries = torch.full((adata.n_obs, 1), float(library))
         return expected_values(self.vae_, self._source(adata), context=context, library=libraries)
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
@@ -251,7 +258,9 @@ class ExpressionVAE:
     def __getattr__(self, name: str) -> Any:
         """Say what to do where something is asked for that only `fit` makes."""
         if name.endswith("_") and not name.startswith("_"):
-            raise NotFittedError(f"this model has no {name}: fit it first, or celbo.load a fitted one.")
+            raise NotFittedError(
+                f"this model has no {name}: it comes with fitting (all but split_ with celbo.load too)."
+            )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _likelihood(self) -> Likelihood:

@@ -64,7 +64,8 @@ def cell_terms(
     CellTerms
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    eps = torch.randn(len(rows), vae.latent_dim, generator=torch.Generator().manual_seed(seed))
+    # Drawn for all cells, so that a cell's noise does not depend on which others are asked for.
+    eps = torch.randn(source.n_cells, vae.latent_dim, generator=torch.Generator().manual_seed(seed))[rows]
     parts = []
     with _evaluating(vae):
         chunks = zip(_minibatches(vae, source, rows), eps.split(_CHUNK), strict=True)

@@ -46,7 +46,8 @@ def _lines(console: Console) -> Track:
                 said = now
                 done = (len(history) * plan.steps_per_epoch + step) / (plan.epochs * plan.steps_per_epoch)
                 left = (now - started) * (1 - done) / done
-                console.print(f"{_describe(plan, history)}, {done:.0%} of the plan, at most {left / 60:.1f} min left")
+                line = f"{_describe(plan, history)}, {done:.0%} of the plan, at most {left / 60:.1f} min left"
+                console.print(line, soft_wrap=True)
 
     return track
 

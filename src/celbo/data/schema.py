@@ -116,6 +116,8 @@ class Schema:
         ------
         DataError
             If a column is missing, or holds what fit did not see.
+        UsageError
+            If ``given`` names what is no condition of the model.
 
         Examples
         --------
@@ -130,7 +132,7 @@ class Schema:
         given = given or {}
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
-            raise DataError(f"{_listed(unknown)} is not a condition of this model; it has {_listed(known) or 'none'}")
+            raise UsageError(f"{_listed(unknown)} is not a condition of this model; it has {_listed(known) or 'none'}.")
         if missing := [name for name in known if name not in given and name not in obs.columns]:
             raise DataError(
                 f"obs has no column {_listed(missing)}, a condition of this model; it has {_listed(obs.columns)}. "
@@ -271,7 +273,10 @@ def layer_values(adata: AnnData, layer: str | None) -> Any:
             raise DataError(f"these data have no X; name one of their layers: {_listed(adata.layers) or 'none'}.")
         return adata.X
     if layer not in adata.layers:
-        raise DataError(f"these data have no layer {layer!r}; they have {_listed(adata.layers) or 'none'}.")
+        raise DataError(
+            f"these data have no layer {layer!r}; they have {_listed(adata.layers) or 'none'}. "
+            "A model reads new cells from the layer it was fitted to."
+        )
     return adata.layers[layer]
 
 
