@@ -279,6 +279,20 @@ def test_the_version_is_said():
     assert run("--version").stdout == f"celbo {celbo.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
+)
+def test_running_out_of_memory_has_its_own_exit_code(monkeypatch, capsys, error):
+    def hungry():
+        raise error
+
+    monkeypatch.setattr(cli, "app", hungry)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 137
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_asks_for_a_report(monkeypatch, capsys):
     def broken():
         raise ZeroDivisionError("by zero")

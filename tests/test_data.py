@@ -35,6 +35,7 @@ STORAGES = {
     "fortran": np.asfortranarray,
     "int64 csr": lambda x: sp.csr_matrix(x.astype(np.int64)),
     "uint16 dense": lambda x: x.astype(np.uint16),
+    "float16 dense": lambda x: x.astype(np.float16),
     "float64 csr": lambda x: sp.csr_matrix(x.astype(np.float64)),
 }
 
@@ -269,3 +270,21 @@ def test_moments_are_sums_over_the_chosen_cells_whatever_the_chunk():
     np.testing.assert_allclose(moments.x_library, (x * library[:, None]).sum(0))
     np.testing.assert_allclose(moments.detected, (x > 0).sum(0))
     np.testing.assert_allclose([moments.library, moments.library_squared], [library.sum(), (library**2).sum()])
+
+
+@pytest.mark.parametrize("n_cells", [3, 60, 200])
+@pytest.mark.parametrize("value", [0.1, 0.3, 37.2])
+def test_a_constant_number_is_no_condition_whatever_rounding_says(n_cells, value):
+    cells = anndata.AnnData(np.ones((n_cells, 2), np.float32), obs=pd.DataFrame({"dose": np.full(n_cells, value)}))
+    with pytest.warns(UserWarning, match="'dose' is"):
+        assert build_schema(cells, conditions=["dose"]).conditions == ()
+
+
+def test_levels_that_read_the_same_are_refused():
+    with pytest.raises(DataError, match="read the same as text"):
+        build_schema(some_cells(mixed=pd.Categorical([1, "1", 1, "1"])), conditions=["mixed"])
+
+
+def test_no_cells_are_refused_in_a_query_too():
+    with pytest.raises(DataError, match="no cells"):
+        open_source(some_cells()[:0], build_schema(some_cells()))

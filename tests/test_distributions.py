@@ -230,3 +230,9 @@ def test_theta_of_zero_and_a_gate_that_is_not_a_number_are_refused():
 def test_each_parameter_is_given_once_in_one_form(make, named):
     with pytest.raises(ValueError, match=f"either {named} or log_{named}"):
         make()
+
+
+def test_a_mean_of_zero_leaves_no_nan_in_the_gradient():
+    mu = torch.tensor([0.0, 2.0], requires_grad=True)
+    NegativeBinomial(mu, torch.ones(2)).log_prob(torch.zeros(2)).sum().backward()
+    assert torch.isfinite(mu.grad).all()

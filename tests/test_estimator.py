@@ -168,6 +168,14 @@ def test_options_that_do_not_exist_list_those_that_do(cells):
         ExpressionVAE(latent_dim=0).fit(cells)
     with pytest.raises(UsageError, match="hidden_dims"):
         ExpressionVAE(hidden_dims=(16, -1)).fit(cells)
+    with pytest.raises(UsageError, match="give a list of widths"):
+        ExpressionVAE(hidden_dims=16).fit(cells)
+    with pytest.raises(UsageError, match="hidden_dims at least two widths"):
+        ExpressionVAE(skip=True).fit(cells)
+    with pytest.raises(UsageError, match=r"not whole numbers: max_epochs=2\.5"):
+        TrainConfig(max_epochs=2.5)
+    with pytest.raises(UsageError, match="cpu and cuda"):
+        ExpressionVAE(train=TrainConfig(device="meta")).fit(cells)
     with pytest.raises(UsageError, match="conditions"):
         ExpressionVAE(conditions="batch").fit(cells)
 
@@ -282,3 +290,15 @@ def test_real_counts_are_fitted(real_data, name, conditions):
     records = model.history_
     assert records[-1].validation_elbo > records[0].validation_elbo
     assert np.isfinite(model.embed(cells)).all()
+
+
+def test_an_autoencoder_may_keep_any_epoch(cells):
+    config = TrainConfig(max_epochs=12, warmup_fraction=0.5, patience=2, learning_rate=0.03)
+    model = ExpressionVAE(objective="autoencoder", dropout=0.0, train=config).fit(cells)
+    assert all(epoch.kl_weight == 1 for epoch in model.history_)
+
+
+def test_threads_are_given_back(cells):
+    before = torch.get_num_threads()
+    ExpressionVAE(train=TrainConfig(max_epochs=1, threads=before + 1)).fit(cells)
+    assert torch.get_num_threads() == before

@@ -26,11 +26,12 @@ def small_vae(source, likelihood="nb", seed=0, **options):
 
 def test_the_plan_has_even_minibatches_and_none_of_a_single_cell():
     for n_cells in [1, 2, 3, 5, 9, 10, 127, 128, 129, 255, 256, 257, 1025]:
-        plan = plan_run(n_cells, TrainConfig(batch_size=128))
-        sizes = [len(rows) for rows in np.array_split(np.arange(n_cells), plan.steps_per_epoch)]
-        assert sum(sizes) == n_cells
-        assert max(sizes) - min(sizes) <= 1
-        assert min(sizes) > 1 or n_cells == 1
+        for batch_size in (1, 2, 128):
+            plan = plan_run(n_cells, TrainConfig(batch_size=batch_size))
+            sizes = [len(rows) for rows in np.array_split(np.arange(n_cells), plan.steps_per_epoch)]
+            assert sum(sizes) == n_cells
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) > 1 or n_cells == 1
 
 
 def test_the_kl_weight_is_one_by_half_of_the_plan_at_the_latest():
@@ -222,3 +223,28 @@ def test_inference_does_not_depend_on_the_chunk(cells, monkeypatch, function):
     monkeypatch.setattr("celbo.inference._CHUNK", 37)
     np.testing.assert_allclose(compute(), whole, rtol=1e-4, atol=1e-5)
     assert vae.training
+
+
+def test_a_held_out_elbo_that_is_not_finite_is_said_with_its_row(cells):
+    wild = cells.copy()
+    split = split_cells(300, 0.1, seed=0)
+    row = split.validation[3]
+    wild.layers["real"] = wild.X.toarray() / 2
+    wild.layers["real"][row, 0] = 1e21
+    source = open_source(wild, build_schema(wild, values="real", layer="real"))
+    with pytest.raises(DivergedError, match=f"held-out cells is not finite, the first in row {row}"):
+        list(epochs(small_vae(source, likelihood="gaussian"), source, split, TrainConfig(max_epochs=2)))
+
+
+def test_an_epoch_without_a_good_step_has_no_elbo(cells):
+    source = source_of(cells[:4])
+    falls = iter([True, True] + [False] * 10)
+
+    def objective(*arguments):
+        terms = elbo_terms(*arguments)
+        return ElboTerms(terms.reconstruction * float("nan"), terms.kl) if next(falls) else terms
+
+    split = split_cells(4, 0.0, 0)
+    records = list(epochs(small_vae(source), source, split, TrainConfig(max_epochs=2), objective=objective))
+    assert np.isnan(records[0].train_elbo)
+    assert np.isfinite(records[1].train_elbo)

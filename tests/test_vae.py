@@ -422,3 +422,16 @@ def test_a_context_of_another_width_is_refused_with_both_numbers(call, context_d
 def test_options_beyond_the_documents_are_given_by_name():
     with pytest.raises(TypeError, match="positional"):
         VAE(20, 3, [16], NB)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (1, 5), (5, 5)])
+def test_a_library_of_another_shape_is_refused_not_broadcast(shape):
+    vae = celbo.VAE(5, 2, [4], likelihood=celbo.LIKELIHOODS["nb"])
+    with pytest.raises(celbo.UsageError, match=r"one number per cell, \(cells, 1\)"):
+        vae.likelihood(torch.zeros(5, 2), library=torch.ones(shape))
+
+
+@pytest.mark.parametrize("context_dim", [-1, 1.5])
+def test_a_context_dim_that_is_no_width_is_refused(context_dim):
+    with pytest.raises(celbo.UsageError, match="0 for no conditions"):
+        celbo.VAE(5, 2, [4], context_dim=context_dim)

@@ -93,7 +93,9 @@ def fit(
         list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.  [default: 128]")
     ] = None,
     encode_context: Annotated[bool, typer.Option(help="Whether the encoder sees the conditions too.")] = True,
-    skip: Annotated[bool, typer.Option("--skip", help="Give z to every layer of the decoder.")] = False,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Give z to every hidden layer of the decoder; needs two.")
+    ] = False,
     norm: Annotated[str, typer.Option(help="Normalisation of hidden layers: none, layer or batch.")] = "none",
     dropout: Annotated[float, typer.Option(help="Share of hidden units zeroed in training.")] = 0.1,
     epochs: Annotated[int, typer.Option(help="Passes over the cells at most.")] = 100,
@@ -162,7 +164,7 @@ def embed(
     from celbo.data import read_adata
     from celbo.runs import embedding, write_embedding
 
-    if output.exists() and output.samefile(data):
+    if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
     model = celbo.load(run)
     cells = embedding(model, read_adata(data))
@@ -292,6 +294,8 @@ def _shown_warnings() -> Iterator[list[str]]:
         yield notes
 
 
+_OUT_OF_MEMORY = "out of memory: use fewer cells, genes or hidden units, or a machine with more of it."
+
 _signals: list[int] = []
 """Numbers of the signals received; like signals themselves, one list for the process."""
 
@@ -324,12 +328,14 @@ def main() -> None:
     except CelboError as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
-        _fail("out of memory: use fewer cells or genes, or a machine with more of it.", 137)
+        _fail(_OUT_OF_MEMORY, 137)
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             _bug(error)
         _fail(f"{error.filename or 'a file'}: {error.strerror}.", StorageError.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's own ways to say it
+            _fail(_OUT_OF_MEMORY, 137)
         _bug(error)
 
 

@@ -99,7 +99,7 @@ def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed
     >>> knn_accuracy(z, ["a"] * 50 + ["b"] * 50)
     1.0
     """
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed % 2**32)
     return float(cross_val_score(KNeighborsClassifier(k), z, np.asarray(labels).astype(str), cv=folds).mean())
 
 

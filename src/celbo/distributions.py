@@ -49,7 +49,7 @@ class Poisson(Distribution):
     @lazy_property
     def log_mu(self) -> Tensor:
         """Logarithm of the mean; in float64, so that nothing of ``mu`` is lost."""
-        return self.mu.double().log()
+        return _log(self.mu)
 
     @property
     def mean(self) -> Tensor:
@@ -128,7 +128,7 @@ class NegativeBinomial(Distribution):
     @lazy_property
     def log_mu(self) -> Tensor:
         """Logarithm of the mean; in float64, so that nothing of ``mu`` is lost."""
-        return self.mu.double().log()
+        return _log(self.mu)
 
     @lazy_property
     def log_theta(self) -> Tensor:
@@ -220,6 +220,12 @@ def _set_one(name: str, to: Distribution, value: Tensor | None, log_value: Tenso
     if (value is None) == (log_value is None):
         raise ValueError(f"{type(to).__name__} takes either {name} or log_{name}, and needs one of them")
     to.__dict__[name if log_value is None else f"log_{name}"] = value if log_value is None else log_value
+
+
+def _log(mu: Tensor) -> Tensor:
+    """Logarithm in float64; minus infinity at 0, where its gradient (infinite) is left out."""
+    mu = mu.double()
+    return torch.where(mu > 0, mu, 1.0).log().masked_fill(mu == 0, -torch.inf)
 
 
 def _float_dtype(value: Tensor) -> torch.dtype:

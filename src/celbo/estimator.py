@@ -1,8 +1,9 @@
 """ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +128,6 @@ class ExpressionVAE:
         """
         likelihood, objective = self._likelihood(), self._objective()
         device = settle_device(self.train.device)
-        if self.train.threads is not None:
-            torch.set_num_threads(self.train.threads)
         adata = read_adata(adata)
         schema = build_schema(
             adata,
@@ -145,8 +144,12 @@ class ExpressionVAE:
             vae = self._make_vae(schema)
         vae.head.initialise(vae.fc_out, gene_moments(source, split.train))
         vae.to(device)
-        run = epochs(vae, source, split, self.train, objective=objective, **({"track": track} if track else {}))
-        self.history_ = History(run)
+        config = self.train
+        if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
+            config = replace(config, warmup_fraction=0.0)
+        with _threads(config.threads):
+            run = epochs(vae, source, split, config, objective=objective, **({"track": track} if track else {}))
+            self.history_ = History(run)
         self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
         self.reference_ = self._refer(adata, source)
         return self
@@ -199,7 +202,8 @@ class ExpressionVAE:
             Conditions to decode under, the same for all cells: ``{"batch": "A"}`` corrects for batch. The latent of a
             cell always comes from its own conditions.
         library
-            Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares.
+            Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares
+            (of zinb less than that, by the zeros its gate adds).
             For count likelihoods only.
 
         Returns
@@ -353,6 +357,17 @@ def load(path: str | Path) -> ExpressionVAE:
     vae.load_state_dict(found, assign=True)
     model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
     return model
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """Let torch use this many threads meanwhile; its own choice if None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:

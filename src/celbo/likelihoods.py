@@ -78,7 +78,8 @@ class GaussianHead(nn.Module):
         mean = moments.x / moments.n_cells
         variance = moments.x_squared / moments.n_cells - mean.square()
         fc_out.bias.copy_(mean)
-        self.log_sigma.copy_(variance.clamp(min=_SMALLEST_SIGMA**2).log() / 2)
+        sd = variance.clamp(min=0).sqrt()
+        self.log_sigma.copy_((sd - _SMALLEST_SIGMA).clamp(min=_SMALLEST_SIGMA / 100).log())
 
 
 class BernoulliHead(nn.Module):

@@ -112,7 +112,7 @@ def autoencoder_terms(
 def _terms(
     vae: VAE, x: Tensor, context: Tensor | None, library: Tensor | None, noise: Noise | None, *, sample: bool
 ) -> ElboTerms:
-    x = x if x.layout == torch.strided else x.to_dense()
+    x = x.to_dense()
     library = x.sum(-1, keepdim=True) if library is None else library
     mu_z, logvar_z = vae.encode(x, context, masks=noise and noise.encoder)
     z = reparameterize(mu_z, logvar_z, noise and noise.eps) if sample else mu_z

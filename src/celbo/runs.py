@@ -58,7 +58,7 @@ def prepare_folder(path: Path) -> Path:
     return path
 
 
-def measure(model: ExpressionVAE, adata: AnnData, seconds: float) -> dict[str, Any]:
+def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], seconds: float) -> dict[str, Any]:
     """Figures of a fitted model for ``metrics.json``; ELBO terms are unweighted, nats per cell.
 
     Parameters
@@ -67,6 +67,8 @@ def measure(model: ExpressionVAE, adata: AnnData, seconds: float) -> dict[str, A
         Just fitted.
     adata
         To these cells.
+    mu_z
+        Their posterior means.
     seconds
         That fitting took.
     """
@@ -74,7 +76,7 @@ def measure(model: ExpressionVAE, adata: AnnData, seconds: float) -> dict[str, A
     train, validation = terms.iloc[model.split_.train], terms.iloc[model.split_.validation]
     held_out = validation if len(validation) else None
     kl_per_dim = (train if held_out is None else held_out).filter(regex=r"^kl_\d+$").mean()
-    active = model.embed(adata).var(axis=0) > _ACTIVE
+    active = mu_z.var(axis=0) > _ACTIVE
     history = model.history_
     return {
         "n_cells": adata.n_obs,
@@ -175,8 +177,9 @@ def write_run(
     dict
         The report's summary: everything it shows.
     """
-    metrics = measure(model, adata, seconds)
+    model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
     cells = embedding(model, adata)
+    metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
     run = {
         "options": model.options(),
         "versions": {
@@ -199,7 +202,6 @@ def write_run(
         "latent": summarise(cells, seed=model.train.seed, first=model.conditions),
         "recovery": None if recovery is None else list(recovery),
     }
-    model.save(folder / "model", keep_reference=keep_reference)
     write_embedding(cells, folder / "embedding.h5ad")
     _write(folder / "metrics.json", _json(metrics))
     _write(folder / "history.jsonl", "".join(_json(epoch, indent=None) for epoch in history))

@@ -38,7 +38,7 @@ class TrainConfig:
     max_epochs: int = 100
     """Passes over the training cells at most."""
     batch_size: int = 128
-    """Cells of a minibatch; fewer where the training cells would not fill eight."""
+    """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
     learning_rate: float = 1e-3
     """Of Adam."""
     warmup_fraction: float = 0.25
@@ -58,6 +58,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once."""
+        whole = ("max_epochs", "batch_size", "patience", "seed")
+        if wrong := [f"{name}={getattr(self, name)!r}" for name in whole if not isinstance(getattr(self, name), int)]:
+            raise UsageError(f"not whole numbers: {', '.join(wrong)}.")
         rules = {
             "max_epochs": self.max_epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -66,7 +69,7 @@ class TrainConfig:
             "patience": self.patience >= 1,
             "validation_fraction": 0 <= self.validation_fraction < 1,
             "gradient_clip": self.gradient_clip > 0,
-            "seed": self.seed >= 0,
+            "seed": 0 <= self.seed < 2**63,
             "threads": self.threads is None or self.threads >= 1,
         }
         if broken := [f"{name}={getattr(self, name)!r}" for name, kept in rules.items() if not kept]:
@@ -143,7 +146,7 @@ def plan_run(n_cells: int, config: TrainConfig) -> Plan:
     Plan(n_cells=1000, epochs=10, steps_per_epoch=10, warmup_steps=20)
     """
     # Minibatches are even and at least this large: there is never a last one of a single cell.
-    batch_size = min(config.batch_size, max(2, n_cells // _STEPS_PER_EPOCH))
+    batch_size = max(2, min(config.batch_size, n_cells // _STEPS_PER_EPOCH))
     steps_per_epoch = max(1, n_cells // batch_size)
     return Plan(
         n_cells, config.max_epochs, steps_per_epoch, int(config.warmup_fraction * config.max_epochs * steps_per_epoch)
@@ -156,6 +159,8 @@ def settle_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError("celbo computes on cpu and cuda")
         torch.zeros(1, dtype=torch.float64, device=device)  # the likelihoods compute in float64
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -234,7 +239,14 @@ def epochs(
         if split.validation.size:
             held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
         seconds = time.perf_counter() - started
-        record = _record(epoch, step, kl_weight, seconds, (totals / max(n_seen, 1)).tolist(), held_out)
+        if held_out is not None and not np.isfinite(held_out.elbo).all():
+            row = split.validation[~np.isfinite(held_out.elbo)][0]
+            raise DivergedError(
+                f"after step {step} the ELBO of held-out cells is not finite, the first in row {row}: "
+                "look at this cell for extreme values, or lower the learning rate."
+            )
+        train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
+        record = _record(epoch, step, kl_weight, seconds, train.tolist(), held_out)
         history.append(record)
         yield record
 

@@ -41,7 +41,7 @@ class VAE(nn.Module):
     encode_context
         Whether the encoder sees the conditions too; the decoder always does.
     skip
-        Give z and the context to every layer of the decoder (Dieng 2019), not only to its first.
+        Give z and the context to every hidden layer of the decoder (Dieng 2019), not only to its first; needs two.
     norm
         Normalisation of hidden layers: "none", "layer" or "batch".
     dropout
@@ -80,7 +80,7 @@ class VAE(nn.Module):
         super().__init__()
         likelihood = LIKELIHOODS["gaussian"] if likelihood is None else likelihood
         _check_widths(input_dim=[input_dim], latent_dim=[latent_dim], hidden_dims=hidden_dims)
-        _check_options(likelihood, dispersion, context_dim, norm, dropout)
+        _check_options(likelihood, dispersion, context_dim, norm, dropout, skip, len(hidden_dims))
         self.input_dim = input_dim
         self.latent_dim = latent_dim
         self.context_dim = context_dim
@@ -119,7 +119,7 @@ class VAE(nn.Module):
             ``mu_z`` and ``logvar_z``, each ``(cells, latent_dim)``.
         """
         self._check_context(context)
-        h = self.head.encoder_input(x if x.layout == torch.strided else x.to_dense())
+        h = self.head.encoder_input(x.to_dense())
         if context is not None and self.encode_context:
             h = torch.cat([h, context], dim=-1)
         h = _run(self.encoder, h, masks=masks)
@@ -147,7 +147,8 @@ class VAE(nn.Module):
             ``(cells, context_dim)``, where the model has one.
         library
             Library size on the linear scale, ``(cells, 1)``: the expected sum of counts over the modelled genes.
-            Without it, the mean of a count likelihood is the expression shares, which sum to 1.
+            Without it, the mean of a count likelihood is the expression shares, which sum to 1 (zero-inflated ones to
+            less, by the zeros the gate adds).
         masks
             Dropout masks to use instead of drawing new ones, one per hidden layer; see `draw_noise`.
 
@@ -157,6 +158,8 @@ class VAE(nn.Module):
             Over ``(cells, genes)``.
         """
         self._check_context(context)
+        if library is not None and library.shape != (*z.shape[:-1], 1):
+            raise UsageError(f"library has shape {tuple(library.shape)}; pass one number per cell, (cells, 1)")
         code = z if context is None else torch.cat([z, context], dim=-1)
         h = _run(self.decoder, code, extra=code if self.skip else None, masks=masks)
         return self.head(h, self.fc_out(h), context, library)
@@ -168,6 +171,7 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, sample and decode with x's own library size: ``x_recon, mu_z, logvar_z``."""
+        x = x.to_dense()
         mu_z, logvar_z = self.encode(x, context)
         z = self.reparameterize(mu_z, logvar_z)
         return self.decode(z, context, x.sum(-1, keepdim=True)), mu_z, logvar_z
@@ -305,11 +309,15 @@ def _run(
 
 def _check_widths(**widths: Sequence[int]) -> None:
     for name, values in widths.items():
+        if not isinstance(values, list | tuple | np.ndarray):
+            raise UsageError(f"{name} is {values!r}; give a list of widths")
         if bad := [width for width in values if not isinstance(width, int | np.integer) or width < 1]:
             raise UsageError(f"{name} has {bad[0]!r}; a width is a whole number of at least 1")
 
 
-def _check_options(likelihood: Likelihood, dispersion: str, context_dim: int, norm: str, dropout: float) -> None:
+def _check_options(
+    likelihood: Likelihood, dispersion: str, context_dim: int, norm: str, dropout: float, skip: bool, n_hidden: int
+) -> None:
     if not isinstance(likelihood, Likelihood):
         raise UsageError(
             f"likelihood is {likelihood!r}; pass a row of the table, e.g. celbo.LIKELIHOODS['nb'] "
@@ -321,6 +329,13 @@ def _check_options(likelihood: Likelihood, dispersion: str, context_dim: int, no
         with_theta = ", ".join(row.name for row in LIKELIHOODS.values() if row.has_theta)
         raise UsageError(
             f"dispersion={dispersion!r} needs a likelihood with theta ({with_theta}), not {likelihood.name!r}"
+        )
+    if not isinstance(context_dim, int | np.integer) or context_dim < 0:
+        raise UsageError(f"context_dim is {context_dim!r}; it is a whole number, 0 for no conditions")
+    if skip and n_hidden < 2:
+        raise UsageError(
+            f"skip=True joins z to the decoder's layers after its first, and there are {n_hidden} hidden layers; "
+            "give hidden_dims at least two widths, or leave skip out"
         )
     if dispersion == "gene-condition" and context_dim == 0:
         raise UsageError("dispersion='gene-condition' needs a condition to depend on; name one, or use 'gene'")

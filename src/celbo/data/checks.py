@@ -93,4 +93,7 @@ def _instead(adata: AnnData, place: str, guess: str) -> str:
     for other, (name, matrix) in layers.items():
         if other != place and holds_counts(matrix):
             return f"{guess}? {other} holds whole numbers: use layer={name!r} (--layer {name})."
-    return f"{guess}? celbo models raw counts: give it those, in X or in a layer."
+    return (
+        f"{guess}? celbo models raw counts: give it those, in X or in a layer. The gaussian "
+        "likelihood also takes real numbers, from a layer that is named."
+    )

@@ -192,6 +192,8 @@ class Schema:
             )
             for item in _typed(document["conditions"], list)
         )
+        if any(condition.sd <= 0 for condition in conditions):
+            raise ValueError("the standard deviation of a condition is not above 0")
         if document["values"] not in VALUES:
             raise ValueError(f"unknown kind of values {document['values']!r:.80}")
         return cls(
@@ -255,7 +257,9 @@ def build_schema(
     library_scale = 1.0
     if size_factor is not None:
         library_scale = float(matrix.sum() / size_factors(adata.obs, size_factor).sum())
-    found = [_condition(name, adata.obs[name]) for name in conditions]
+    found = []
+    for name in conditions:
+        found.append(_condition(name, adata.obs[name]))  # noqa: PERF401 (a comprehension would add a frame to warnings)
     return Schema(
         genes=tuple(adata.var_names.astype(str)),
         conditions=tuple(condition for condition in found if condition is not None),
@@ -298,13 +302,15 @@ def _condition(name: str, column: "pd.Series[Any]") -> Condition | None:
     _refuse_missing(name, column)
     if pd.api.types.is_float_dtype(column):
         values = _numbers(name, column)
-        if not (sd := float(values.std())) > 0:
+        if values.min() == values.max():
             return _warn_left_out(name, f"{values[0]:g}")
-        return Condition(name, levels=None, mean=float(values.mean()), sd=sd)
+        return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()))
     if isinstance(column.dtype, pd.CategoricalDtype):
         levels = tuple(column.cat.remove_unused_categories().cat.categories.astype(str))
     else:
         levels = tuple(sorted(column.astype(str).unique()))
+    if len(set(levels)) < len(levels):
+        raise DataError(f"obs column {name!r} has levels that read the same as text ({_listed(levels)}); rename some.")
     return Condition(name, levels) if len(levels) > 1 else _warn_left_out(name, levels[0])
 
 

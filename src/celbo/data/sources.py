@@ -86,7 +86,7 @@ class MemorySource:
         return Minibatch(x, self.context[rows], torch.from_numpy(self.library[rows, None]))
 
 
-def open_source(adata: AnnData, schema: Schema, given: dict[str, Any] | None = None) -> MemorySource:
+def open_source(adata: AnnData, schema: Schema) -> MemorySource:
     """Align cells to a schema by gene name, check every value, and make them a source.
 
     Parameters
@@ -95,8 +95,6 @@ def open_source(adata: AnnData, schema: Schema, given: dict[str, Any] | None = N
         The cells; left as they are. Genes that the schema does not name are ignored.
     schema
         Of the model.
-    given
-        Conditions set to one value for all cells.
 
     Returns
     -------
@@ -107,6 +105,8 @@ def open_source(adata: AnnData, schema: Schema, given: dict[str, Any] | None = N
     DataError
         If genes, values or conditions do not fit the schema.
     """
+    if adata.n_obs == 0:
+        raise DataError("these data have no cells.")
     columns = schema.columns(adata.var_names)
     x = _csr(layer_values(adata, schema.layer))
     place = "X" if schema.layer is None else f"layers[{schema.layer!r}]"
@@ -114,14 +114,13 @@ def open_source(adata: AnnData, schema: Schema, given: dict[str, Any] | None = N
     if not np.array_equal(columns, np.arange(adata.n_vars)):
         x = x[:, columns]
         x.sort_indices()
-    return MemorySource(x, _library(x, adata, schema), schema.encode(adata.obs, given), schema.values)
+    return MemorySource(x, _library(x, adata, schema), schema.encode(adata.obs), schema.values)
 
 
 def _csr(matrix: Any) -> sp.csr_matrix:
     """Make CSR of any array, without a copy where it already is; indices sorted, duplicates summed."""
-    x = sp.csr_matrix(matrix if sp.issparse(matrix) else np.asarray(matrix))
-    if x.dtype == bool:
-        x = x.astype(np.float32)
+    matrix = matrix if sp.issparse(matrix) else np.asarray(matrix)
+    x = sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype in (bool, np.float16) else matrix)
     if not x.has_canonical_format:
         x = x.copy()  # the caller's array stays as it is
         x.sum_duplicates()

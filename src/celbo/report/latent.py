@@ -75,7 +75,7 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
         init=(plane / spread * 1e-3).astype(np.float32),
         perplexity=min(30.0, (len(z) - 1) / 3),
         max_iter=MAX_ITER,
-        random_state=seed,
+        random_state=seed % 2**32,  # all that numpy takes
     )
     # One thread: sums keep their order, and a busy machine is not slower than an idle one.
     with threadpool_limits(1):
