@@ -96,7 +96,7 @@ def fit(
     skip: Annotated[
         bool, typer.Option("--skip", help="Give z to every hidden layer of the decoder; needs two.")
     ] = False,
-    norm: Annotated[str, typer.Option(help="Normalisation of hidden layers: none, layer or batch.")] = "none",
+    norm: Annotated[str, typer.Option(help="Normalisation of hidden layers: none, layer or batch.")] = "layer",
     dropout: Annotated[float, typer.Option(help="Share of hidden units zeroed in training.")] = 0.1,
     epochs: Annotated[int, typer.Option(help="Passes over the cells at most.")] = 100,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out ELBO before stopping.")] = 15,

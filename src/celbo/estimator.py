@@ -91,7 +91,7 @@ class ExpressionVAE:
     """Whether the encoder sees the conditions too."""
     skip: bool = False
     """Give z and the conditions to every layer of the decoder."""
-    norm: str = "none"
+    norm: str = "layer"
     """Normalisation of hidden layers: "none", "layer" or "batch"."""
     dropout: float = 0.1
     """Share of hidden units zeroed in training."""
