@@ -10,16 +10,20 @@ import scipy.sparse as sp
 import torch
 
 from celbo import DataError, UsageError
-from celbo.data import Schema, build_schema, open_source, read_adata
+from celbo.data import Schema, check_adata, open_source, read_adata
 from celbo.minibatch import gene_moments
 
-COUNTS = np.array([[0, 2, 1], [3, 0, 0], [0, 0, 0], [1, 5, 0]], dtype=np.float32)
+COUNTS = np.array([[0, 2, 1], [3, 0, 0], [0, 0, 7], [1, 5, 0]], dtype=np.float32)
 
 
 def some_cells(x=COUNTS, **obs):
     n_cells, n_genes = x.shape
     names = pd.DataFrame({"batch": ["a", "b", "a", "b"][:n_cells], **obs}, index=[f"c{i}" for i in range(n_cells)])
     return anndata.AnnData(x, obs=names, var=pd.DataFrame(index=[f"g{i}" for i in range(n_genes)]))
+
+
+def schema_of(cells, **options):
+    return check_adata(cells, **options).accept()
 
 
 def dense(source, rows=None):
@@ -43,8 +47,9 @@ STORAGES = {
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage_gives_the_same_counts(storage):
     cells = some_cells(STORAGES[storage](COUNTS))
-    x, context, library = dense(open_source(cells, build_schema(cells, conditions=["batch"])))
+    x, context, library, observed = dense(open_source(cells, schema_of(cells, conditions=["batch"])))
     assert x.dtype == context.dtype == library.dtype == torch.float32
+    assert observed is None
     np.testing.assert_array_equal(x, COUNTS)
     np.testing.assert_array_equal(library, COUNTS.sum(1, keepdims=True))
     np.testing.assert_array_equal(context, [[1, 0], [0, 1], [1, 0], [0, 1]])
@@ -55,7 +60,7 @@ def test_unsorted_and_duplicate_indices_are_summed_and_the_callers_array_stays()
     cells = some_cells(sp.csr_matrix((1, 3), dtype=np.float32))
     cells.X = x
     before = cells.X.indices.copy(), cells.X.data.copy()
-    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells))).x, [[2, 0, 5]])
+    np.testing.assert_array_equal(dense(open_source(cells, schema_of(cells))).x, [[2, 0, 5]])
     np.testing.assert_array_equal(cells.X.indices, before[0])
     np.testing.assert_array_equal(cells.X.data, before[1])
 
@@ -63,22 +68,22 @@ def test_unsorted_and_duplicate_indices_are_summed_and_the_callers_array_stays()
 def test_a_view_is_read_in_its_own_order():
     cells = some_cells(sp.csr_matrix(COUNTS))
     view = cells[[3, 0], ["g1", "g0"]]
-    np.testing.assert_array_equal(dense(open_source(view, build_schema(view))).x, [[5, 1], [2, 0]])
+    np.testing.assert_array_equal(dense(open_source(view, schema_of(view))).x, [[5, 1], [2, 0]])
 
 
 def test_rows_come_in_the_order_asked_for():
     cells = some_cells()
-    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells)), [3, 1, 3]).x, COUNTS[[3, 1, 3]])
+    np.testing.assert_array_equal(dense(open_source(cells, schema_of(cells)), [3, 1, 3]).x, COUNTS[[3, 1, 3]])
 
 
 def test_minibatches_stay_sparse_until_they_are_moved():
     cells = some_cells()
-    assert open_source(cells, build_schema(cells)).take(np.array([0, 1])).x.layout == torch.sparse_csr
+    assert open_source(cells, schema_of(cells)).take(np.array([0, 1])).x.layout == torch.sparse_csr
 
 
 def test_genes_are_aligned_by_name_and_others_ignored():
     cells = some_cells()
-    schema = build_schema(cells[:, ["g2", "g0"]])
+    schema = schema_of(cells[:, ["g2", "g0"]])
     source = open_source(cells, schema)
     np.testing.assert_array_equal(dense(source).x, COUNTS[:, [2, 0]])
     np.testing.assert_array_equal(dense(source).library[:, 0], COUNTS[:, [2, 0]].sum(1))
@@ -87,16 +92,16 @@ def test_genes_are_aligned_by_name_and_others_ignored():
 def test_missing_genes_are_counted_and_named():
     cells = some_cells()
     with pytest.raises(DataError, match=r"1 of the model's 3 genes.*'g1'"):
-        open_source(cells[:, ["g0", "g2"]], build_schema(cells))
+        open_source(cells[:, ["g0", "g2"]], schema_of(cells))
 
 
 def test_genes_that_occur_twice_are_refused_in_fit_and_query():
     cells, twice = some_cells(), some_cells()
     twice.var_names = ["g0", "g1", "g1"]
     with pytest.raises(DataError, match=r"more than once: 'g1'.*var_names_make_unique"):
-        build_schema(twice)
+        schema_of(twice)
     with pytest.raises(DataError, match="more than once"):
-        open_source(twice, build_schema(cells))
+        open_source(twice, schema_of(cells))
 
 
 @pytest.mark.parametrize(
@@ -113,27 +118,27 @@ def test_a_value_that_is_no_count_is_refused_with_its_place(value, message, stor
     x = np.array([[0, 2, 1], [value, 0, 0], [0, 0, 0], [1, 5, 4]])
     cells = some_cells(STORAGES[storage](x))
     with pytest.raises(DataError, match=message):
-        open_source(cells, build_schema(cells))
+        open_source(cells, schema_of(cells))
 
 
 def test_a_layer_with_counts_is_suggested():
     cells = some_cells(COUNTS / 3)
     cells.layers["counts"] = sp.csr_matrix(COUNTS)
     with pytest.raises(DataError, match=r"layers\['counts'\] holds whole numbers: use layer='counts'"):
-        open_source(cells, build_schema(cells))
+        open_source(cells, schema_of(cells))
 
 
 def test_a_layer_is_read_by_name():
     cells = some_cells(COUNTS / 3)
     cells.layers["counts"] = sp.csc_matrix(COUNTS)
-    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells, layer="counts"))).x, COUNTS)
+    np.testing.assert_array_equal(dense(open_source(cells, schema_of(cells, layer="counts"))).x, COUNTS)
     with pytest.raises(DataError, match="no layer 'raw'; they have 'counts'"):
-        build_schema(cells, layer="raw")
+        schema_of(cells, layer="raw")
 
 
 def test_gaussian_values_are_log_normalised_counts():
     cells = some_cells()
-    source = open_source(cells, build_schema(cells, values="real"))
+    source = open_source(cells, schema_of(cells, values="real"))
     library = np.maximum(COUNTS.sum(1, keepdims=True), 1)
     np.testing.assert_allclose(dense(source).x, np.log1p(COUNTS / library * 1e4), rtol=1e-6)
     np.testing.assert_array_equal(source.library, COUNTS.sum(1))
@@ -143,20 +148,20 @@ def test_a_named_layer_of_reals_is_taken_as_it_is_and_x_is_not():
     reals = np.array([[-1.5, 0, 2], [0.25, 1, 0], [0, 0, 0], [3, -2, 1]])
     cells = some_cells(reals)
     cells.layers["scaled"] = reals
-    np.testing.assert_allclose(dense(open_source(cells, build_schema(cells, values="real", layer="scaled"))).x, reals)
+    np.testing.assert_allclose(dense(open_source(cells, schema_of(cells, values="real", layer="scaled"))).x, reals)
     with pytest.raises(DataError, match=r"X is -1\.5"):
-        open_source(cells, build_schema(cells, values="real"))
+        open_source(cells, schema_of(cells, values="real"))
 
 
 def test_detection_is_zero_or_one():
     cells = some_cells()
-    np.testing.assert_array_equal(dense(open_source(cells, build_schema(cells, values="detected"))).x, COUNTS > 0)
+    np.testing.assert_array_equal(dense(open_source(cells, schema_of(cells, values="detected"))).x, COUNTS > 0)
 
 
 def test_size_factors_replace_the_sum_of_counts_on_the_scale_of_counts():
     factors = np.array([1.0, 0.5, 0.5, 2.0])
     cells = some_cells(size_factor=factors)
-    schema = build_schema(cells, size_factor="size_factor")
+    schema = schema_of(cells, size_factor="size_factor")
     source = open_source(cells, schema)
     np.testing.assert_allclose(source.library, factors * COUNTS.sum() / factors.sum())
     query = some_cells(size_factor=np.full(4, 2.0))
@@ -167,12 +172,12 @@ def test_size_factors_replace_the_sum_of_counts_on_the_scale_of_counts():
 def test_size_factors_that_are_no_factors_are_refused(bad, message):
     cells = some_cells(size_factor=[1.0, bad, 1.0, 1.0])
     with pytest.raises(DataError, match=message):
-        build_schema(cells, size_factor="size_factor")
+        schema_of(cells, size_factor="size_factor")
 
 
 def test_conditions_are_one_hot_or_standardised_side_by_side():
     cells = some_cells(dose=[0.0, 1.0, 2.0, 3.0], run=[7, 7, 9, 9])
-    schema = build_schema(cells, conditions=["batch", "dose", "run"])
+    schema = schema_of(cells, conditions=["batch", "dose", "run"])
     assert [condition.levels for condition in schema.conditions] == [("a", "b"), None, ("7", "9")]
     assert schema.context_dim == 5
     context = schema.encode(cells.obs)
@@ -183,24 +188,24 @@ def test_conditions_are_one_hot_or_standardised_side_by_side():
 
 def test_categories_keep_their_order_and_unused_ones_are_dropped():
     cells = some_cells(stim=pd.Categorical(["late", "early", "late", "early"], categories=["late", "never", "early"]))
-    assert build_schema(cells, conditions=["stim"]).conditions[0].levels == ("late", "early")
+    assert schema_of(cells, conditions=["stim"]).conditions[0].levels == ("late", "early")
 
 
 def test_the_order_of_a_querys_categories_does_not_matter():
-    schema = build_schema(some_cells(), conditions=["batch"])
+    schema = schema_of(some_cells(), conditions=["batch"])
     column = pd.Categorical(["b", "a", "b", "b"], categories=["z", "b", "a"])
     np.testing.assert_array_equal(schema.encode(pd.DataFrame({"batch": column}))[:, 1], [1, 0, 1, 1])
 
 
 def test_given_conditions_overrule_obs():
-    schema = build_schema(some_cells(), conditions=["batch"])
+    schema = schema_of(some_cells(), conditions=["batch"])
     np.testing.assert_array_equal(schema.encode(some_cells().obs, given={"batch": "b"}), [[0, 1]] * 4)
     with pytest.raises(UsageError, match="'treatment' is not a condition of this model; it has 'batch'"):
         schema.encode(some_cells().obs, given={"treatment": "b"})
 
 
 def test_unseen_levels_are_all_named_and_counted():
-    schema = build_schema(some_cells(), conditions=["batch"])
+    schema = schema_of(some_cells(), conditions=["batch"])
     with pytest.raises(DataError, match=r"not seen in fit: 'x', 'y' \(3 cells; known: 'a', 'b'\)"):
         schema.encode(pd.DataFrame({"batch": ["x", "y", "x", "a"]}))
 
@@ -208,23 +213,23 @@ def test_unseen_levels_are_all_named_and_counted():
 def test_missing_values_and_columns_are_refused_in_words():
     cells = some_cells(batch=["a", None, "b", "b"])
     with pytest.raises(DataError, match=r"'batch' has no value in 1 of 4 cells, the first 'c1'"):
-        build_schema(cells, conditions=["batch"])
+        schema_of(cells, conditions=["batch"])
     with pytest.raises(DataError, match="no column 'stim', 'dose'; it has 'batch'"):
-        build_schema(some_cells(), conditions=["stim", "dose"])
+        schema_of(some_cells(), conditions=["stim", "dose"])
     with pytest.raises(DataError, match="no column 'batch', a condition of this model"):
-        build_schema(some_cells(), conditions=["batch"]).encode(pd.DataFrame(index=range(4)))
+        schema_of(some_cells(), conditions=["batch"]).encode(pd.DataFrame(index=range(4)))
 
 
 def test_a_condition_with_one_level_is_left_out_with_a_warning():
     with pytest.warns(UserWarning, match="'batch' is 'a' in every cell"):
-        schema = build_schema(some_cells(batch="a"), conditions=["batch"])
+        schema = schema_of(some_cells(batch="a"), conditions=["batch"])
     assert schema.conditions == ()
     assert schema.context_dim == 0
 
 
 def test_a_schema_survives_json():
     cells = some_cells(dose=[0.0, 1.0, 2.0, 3.0])
-    schema = build_schema(cells, conditions=["batch", "dose"])
+    schema = schema_of(cells, conditions=["batch", "dose"])
     assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
 
 
@@ -256,13 +261,13 @@ def test_backed_files_are_read(tmp_path):
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_nothing_to_fit_is_said(shape):
     with pytest.raises(DataError, match="a model needs some of both"):
-        build_schema(anndata.AnnData(np.zeros(shape, np.float32)))
+        schema_of(anndata.AnnData(np.zeros(shape, np.float32)))
 
 
 def test_moments_are_sums_over_the_chosen_cells_whatever_the_chunk():
     cells = some_cells(sp.csr_matrix(COUNTS))
     rows = np.array([3, 0, 1])
-    moments = gene_moments(open_source(cells, build_schema(cells)), rows, chunk=2)
+    moments = gene_moments(open_source(cells, schema_of(cells)), rows, chunk=2)
     x, library = COUNTS[rows], COUNTS[rows].sum(1)
     assert moments.n_cells == 3
     np.testing.assert_allclose(moments.x, x.sum(0))
@@ -277,14 +282,14 @@ def test_moments_are_sums_over_the_chosen_cells_whatever_the_chunk():
 def test_a_constant_number_is_no_condition_whatever_rounding_says(n_cells, value):
     cells = anndata.AnnData(np.ones((n_cells, 2), np.float32), obs=pd.DataFrame({"dose": np.full(n_cells, value)}))
     with pytest.warns(UserWarning, match="'dose' is"):
-        assert build_schema(cells, conditions=["dose"]).conditions == ()
+        assert schema_of(cells, conditions=["dose"]).conditions == ()
 
 
 def test_levels_that_read_the_same_are_refused():
     with pytest.raises(DataError, match="read the same as text"):
-        build_schema(some_cells(mixed=pd.Categorical([1, "1", 1, "1"])), conditions=["mixed"])
+        schema_of(some_cells(mixed=pd.Categorical([1, "1", 1, "1"])), conditions=["mixed"])
 
 
 def test_no_cells_are_refused_in_a_query_too():
     with pytest.raises(DataError, match="no cells"):
-        open_source(some_cells()[:0], build_schema(some_cells()))
+        open_source(some_cells()[:0], schema_of(some_cells()))

@@ -14,7 +14,7 @@ SOURCE = Path(celbo.__file__).parent
 # Each room may import from rooms to its right, and from its own.
 ORDER = [
     ["cli"],
-    ["progress", "runs", "demo"],
+    ["config", "progress", "runs", "demo"],
     ["report", "estimator", "simulate"],
     ["train"],
     ["inference", "checkpoint", "data"],
@@ -72,6 +72,8 @@ def test_every_room_has_its_place():
         ("typer", {"cli"}),
         ("triton", set()),
         ("matplotlib", {"report"}),
+        ("h5py", {"data"}),
+        ("zarr", {"data"}),
     ],
 )
 def test_a_library_stays_in_its_rooms(library, rooms):

@@ -6,14 +6,14 @@ import torch
 
 import celbo
 from celbo import DivergedError, TrainConfig, UsageError
-from celbo.data import build_schema, open_source
+from celbo.data import check_adata, open_source
 from celbo.inference import cell_terms, expected_values, posterior
 from celbo.objective import ElboTerms, autoencoder_terms, elbo_terms
 from celbo.train import Plan, epochs, plan_run, settle_device, split_cells
 
 
 def source_of(cells, conditions=()):
-    return open_source(cells, build_schema(cells, conditions=conditions))
+    return open_source(cells, check_adata(cells, conditions=conditions).accept())
 
 
 def small_vae(source, likelihood="nb", seed=0, **options):
@@ -231,7 +231,7 @@ def test_a_held_out_elbo_that_is_not_finite_is_said_with_its_row(cells):
     row = split.validation[3]
     wild.layers["real"] = wild.X.toarray() / 2
     wild.layers["real"][row, 0] = 1e21
-    source = open_source(wild, build_schema(wild, values="real", layer="real"))
+    source = open_source(wild, check_adata(wild, values="real", layer="real").accept())
     with pytest.raises(DivergedError, match=f"held-out cells is not finite, the first in row {row}"):
         list(epochs(small_vae(source, likelihood="gaussian"), source, split, TrainConfig(max_epochs=2)))
 

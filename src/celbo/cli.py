@@ -4,6 +4,7 @@ Commands import what they need when they run, so that ``celbo --help`` costs no 
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -12,18 +13,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
 
 import celbo
 from celbo import checkpoint
-from celbo.errors import CelboError, StorageError, UsageError
+from celbo.errors import CelboError, DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -49,6 +50,9 @@ RunPath = Annotated[Path, typer.Argument(help="What `celbo fit` wrote, or the mo
 OutFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to; made if it is not there.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
+N_TOP_GENES = 4000
+"""Genes that `celbo fit` models at most unless told otherwise."""
+
 # Disk full, quota, read-only, permission: what the person, not celbo, can mend.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
@@ -71,21 +75,113 @@ def _root(
     """
 
 
+# Options that fit and check share.
+Config = Annotated[
+    Path | None,
+    typer.Option(help="Options from a .toml file, or from the run.json of a run to repeat; the command line wins."),
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
+]
+LikelihoodName = Annotated[
+    str, typer.Option(help="nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")]
+SizeFactor = Annotated[str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")]
+AllowNoninteger = Annotated[
+    bool, typer.Option("--allow-noninteger", help="Let estimated counts through, which need not be whole.")
+]
+GeneColumn = Annotated[str | None, typer.Option(help="Column of var to name genes by, in place of its index.")]
+MakeUnique = Annotated[bool, typer.Option("--make-unique", help="Number gene names that occur more than once.")]
+NaAsLevel = Annotated[
+    bool, typer.Option("--na-as-level", help="Let cells without a condition be a level of their own.")
+]
+OnDisk = Annotated[bool, typer.Option("--on-disk", help="Leave the counts on disk: less memory, slower.")]
+Unseen = Annotated[
+    str,
+    typer.Option(help="Levels that fit did not see: refuse, read as the nearest known one, or marginal: as all alike."),
+]
+GenesPresent = Annotated[
+    float, typer.Option(help="Share of the model's genes that must be there; it fills in the rest.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    data: DataPath,
+    model: Annotated[Path | None, typer.Option(help="A run, or its model folder, that is to read these cells.")] = None,
+    condition: Conditions = None,
+    likelihood: LikelihoodName = "nb",
+    layer: Layer = None,
+    size_factor: SizeFactor = None,
+    allow_noninteger: AllowNoninteger = False,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+    unseen: Unseen = "refuse",
+    genes_present: GenesPresent = 0.8,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every value, name and condition, and say what is wrong, where, and what to do; nothing is trained.
+
+    `celbo check counts.h5ad --condition batch` before `celbo fit` with the same options
+
+    `celbo check new.h5ad --model run` before `celbo embed`
+
+    The exit code is 3 if something must be mended. `celbo fit` and `celbo embed` look at the same things first.
+    """
+    from celbo.data import Check, check_query
+
+    try:
+        if model is not None:
+            fitted = celbo.load(model)
+            reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+            adata = _read(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
+            seen = "marginal" if unseen == "nearest" else unseen
+            found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
+        else:
+            chosen, reading = _chosen_options(ctx, config)
+            unfitted = _make_model(chosen)
+            found = unfitted.check(_read(data, reading, unfitted.layer, unfitted.conditions))
+    except DataError as error:  # nothing could be looked at
+        found = Check(0, 0)
+        found.add("unreadable", "error", str(error))
+    document = {"path": str(data), "celbo_version": celbo.__version__, **found.to_json()}
+    if as_json:
+        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        size = f"{found.n_cells:,} cells x {found.n_genes:,} genes, {found.n_values:,} stored values"
+        typer.echo(_plain(f"{data}: {size}"))
+        for problem in found.problems:
+            typer.echo(_plain(f"{problem.severity} ({problem.name}): {problem.message}"))
+        if not found.errors:
+            typer.echo("ready to embed" if model else "ready to fit")
+    if found.errors:
+        raise typer.Exit(DataError.exit_code)
+
+
 @app.command()
 def fit(
+    ctx: typer.Context,
     data: DataPath,
     output: OutFolder,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
+    condition: Conditions = None,
+    likelihood: LikelihoodName = "nb",
+    n_top_genes: Annotated[
+        int | None,
+        typer.Option(
+            help="Most variable genes to model, chosen within the first condition's levels; 0 for all.  "
+            f"[default: {N_TOP_GENES} if there are more]"
+        ),
     ] = None,
-    likelihood: Annotated[
-        str, typer.Option(help="nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian.")
-    ] = "nb",
-    layer: Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")] = None,
-    size_factor: Annotated[
-        str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")
-    ] = None,
+    layer: Layer = None,
+    size_factor: SizeFactor = None,
+    allow_noninteger: AllowNoninteger = False,
     dispersion: Annotated[str, typer.Option(help="Theta by gene, gene-condition or gene-cell (nb, zinb).")] = "gene",
     objective: Annotated[str, typer.Option(help="vae, or autoencoder: no KL, no sampling.")] = "vae",
     latent_dim: Annotated[int, typer.Option(help="Width of the latent space.")] = 10,
@@ -103,12 +199,17 @@ def fit(
     batch_size: Annotated[int, typer.Option(help="Cells of a minibatch.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     validation_fraction: Annotated[float, typer.Option(help="Share of the cells held out.")] = 0.1,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
     keep_reference: Annotated[
         bool, typer.Option(help="Keep the cells' latent positions in the model folder (no counts, no names).")
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
     seed: Seed = 0,
+    config: Config = None,
 ) -> None:
     """Check the counts, train a model, and write everything under one folder.
 
@@ -116,35 +217,23 @@ def fit(
 
     The folder gets **report.html** (open it), **latent.png** and **embedding.h5ad** (the latent space),
     **metrics.json**, **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
+    `--config run/run.json` does the same run again.
     """
-    model = celbo.ExpressionVAE(
-        latent_dim=latent_dim,
-        hidden_dims=hidden_dim or (128,),
-        likelihood=likelihood,
-        conditions=condition or (),
-        layer=layer,
-        size_factor=size_factor,
-        dispersion=dispersion,
-        objective=objective,
-        encode_context=encode_context,
-        skip=skip,
-        norm=norm,
-        dropout=dropout,
-        train=celbo.TrainConfig(
-            max_epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            patience=patience,
-            validation_fraction=validation_fraction,
-            seed=seed,
-            device=device,
-            threads=threads,
-        ),
+    chosen, reading = _chosen_options(ctx, config)
+    model = _make_model(chosen)
+    adata = _read(data, reading, model.layer, model.conditions)
+    if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
+        model.n_top_genes = N_TOP_GENES
+        _say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
+    _fit_and_write(
+        model,
+        adata,
+        output,
+        source=data.name,
+        path=data,
+        reading={"path": str(data.absolute()), **reading._asdict()},
+        keep_reference=keep_reference,
     )
-    from celbo.data import read_adata
-
-    adata = read_adata(data)
-    _fit_and_write(model, adata, output, source=data.name, keep_reference=keep_reference)
     _say(f"open {output / 'report.html'}")
 
 
@@ -153,6 +242,12 @@ def embed(
     run: RunPath,
     data: DataPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The .h5ad file to write.")],
+    unseen: Unseen = "refuse",
+    genes_present: GenesPresent = 0.8,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
 ) -> None:
     """Place cells in the latent space of a fitted model; genes are matched by name.
 
@@ -161,22 +256,21 @@ def embed(
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
     standard deviations); no counts.
     """
-    from celbo.data import read_adata
     from celbo.runs import embedding, write_embedding
 
     if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
     model = celbo.load(run)
-    cells = embedding(model, read_adata(data))
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with _shown_warnings():
+        cells = embedding(model, adata, unseen=unseen, genes_present=genes_present)
     write_embedding(cells, output)
     _say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
 
 
 @app.command()
-def inspect(
-    run: RunPath,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
+def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Say what a model folder holds, after checking that it is whole; nothing in it is executed."""
     found = _describe(checkpoint.describe_folder(run))
     if as_json:
@@ -206,34 +300,87 @@ def demo(
     _say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
 
 
+class _Reading(NamedTuple):
+    """How data are read; names are those of `celbo.config.READING`."""
+
+    gene_column: str | None = None
+    make_unique: bool = False
+    na_as_level: bool = False
+    on_disk: bool = False
+
+
+# Options of the command line that have another name in Python, or stand for one of several.
+_NAMES = {"condition": "conditions", "hidden_dim": "hidden_dims", "epochs": "max_epochs"}
+
+
+def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], _Reading]:
+    """What the command line and the config file say of model, training and reading; the command line wins."""
+    from celbo.config import READING, read_config
+
+    defaults = celbo.ExpressionVAE().options()
+    train = defaults.pop("train")
+    chosen: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "reading": {}}
+    if config is not None:
+        chosen = read_config(config, defaults, train)
+    for parameter, value in ctx.params.items():
+        name = _NAMES.get(parameter, parameter)
+        source = ctx.get_parameter_source(parameter)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for table, known in (("model", defaults), ("train", train), ("reading", READING)):
+            if name in known:
+                chosen[table][name] = value
+    return chosen, _Reading(**chosen["reading"])
+
+
+def _make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
+    model = dict(chosen["model"])
+    model["n_top_genes"] = model.get("n_top_genes") or None
+    return celbo.ExpressionVAE(**model, train=celbo.TrainConfig(**chosen["train"]))
+
+
+def _read(data: Path, reading: _Reading, layer: str | None, conditions: "Sequence[str]") -> "AnnData":
+    from celbo.data import fill_missing_levels, name_genes, read_adata
+
+    adata = name_genes(
+        read_adata(data, layer=layer, on_disk=reading.on_disk), reading.gene_column, make_unique=reading.make_unique
+    )
+    return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
+
+
 def _fit_and_write(
     model: "ExpressionVAE",
     adata: "AnnData",
     output: Path,
     *,
     source: str,
+    path: Path | None = None,
+    reading: dict[str, Any] | None = None,
     keep_reference: bool = True,
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
     from celbo.progress import shown_progress
-    from celbo.runs import prepare_folder, write_run
+    from celbo.runs import claimed_folder, write_run
 
-    prepare_folder(output)
-    started = time.perf_counter()
-    with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-        model.fit(adata, track=_ending_when_told(track))
-    seconds = time.perf_counter() - started
-    summary = write_run(
-        output,
-        model,
-        adata,
-        seconds=seconds,
-        source=source,
-        notes=notes,
-        recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
-        keep_reference=keep_reference,
-    )
+    with claimed_folder(output, path):
+        started = time.perf_counter()
+        with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+            model.fit(adata, track=_ending_when_told(track))
+        seconds = time.perf_counter() - started
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the data are was said before they were fitted
+            summary = write_run(
+                output,
+                model,
+                adata,
+                seconds=seconds,
+                source=source,
+                notes=notes,
+                reading=reading,
+                recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
+                keep_reference=keep_reference,
+            )
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     of = "training" if elbo == "elbo_train" else "held-out"
@@ -321,6 +468,9 @@ def _ending_when_told(track: "Track") -> "Track":
 
 def main() -> None:
     """Run the command line; every failure ends in a message and its exit code, never in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

@@ -11,7 +11,18 @@ A message says what was found (where, how many), what was expected, and what to 
     └── StorageError      6   disk full, no permission, somebody else is writing
 """
 
-__all__ = ["CelboError", "DataError", "DivergedError", "ModelFileError", "NotFittedError", "StorageError", "UsageError"]
+from collections.abc import Iterable
+
+__all__ = [
+    "CelboError",
+    "DataError",
+    "DivergedError",
+    "ModelFileError",
+    "NotFittedError",
+    "StorageError",
+    "UsageError",
+    "listed",
+]
 
 
 class CelboError(Exception):
@@ -52,3 +63,15 @@ class StorageError(CelboError):
     """A disk that is full, a folder without permission, or one in use by another process."""
 
     exit_code = 6
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """Names in quotes for a message, no more than some of them.
+
+    Examples
+    --------
+    >>> listed(["a", "b", "c"], most=2)
+    "'a', 'b' and 1 more"
+    """
+    quoted = [repr(str(name)) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most:,} more" if len(quoted) > most else "")

@@ -1,6 +1,7 @@
 """ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,7 +15,9 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import checkpoint
-from celbo.data import MemorySource, Schema, build_schema, open_source, read_adata
+from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
+from celbo.data.conditions import Condition
+from celbo.data.genes import select_genes
 from celbo.errors import ModelFileError, NotFittedError, UsageError
 from celbo.inference import cell_terms, expected_values, posterior
 from celbo.likelihoods import LIKELIHOODS, Likelihood
@@ -27,6 +30,8 @@ __all__ = ["ExpressionVAE", "History", "Reference", "load"]
 
 _REFERENCE_CELLS = 50_000
 """Training cells whose posterior is kept with a model."""
+_CELLS_TO_COMPARE = 200
+"""Cells of a level that decide which known level is nearest to it."""
 
 
 class History(list[Epoch]):
@@ -79,8 +84,12 @@ class ExpressionVAE:
     """A name in `celbo.LIKELIHOODS`."""
     conditions: Sequence[str] = ()
     """Columns of obs given to the model: floating-point ones are continuous, others categorical."""
+    n_top_genes: int | None = None
+    """Genes to model: the most variable, chosen within levels of the first categorical condition; None for all."""
     layer: str | None = None
     """Layer that holds the values; None for X."""
+    allow_noninteger: bool = False
+    """Let estimated counts through, which need not be whole."""
     size_factor: str | None = None
     """Column of obs used in place of the sum of counts."""
     dispersion: str = "gene"
@@ -126,18 +135,14 @@ class ExpressionVAE:
         DivergedError
             If training left the numbers and could not come back.
         """
-        likelihood, objective = self._likelihood(), self._objective()
+        objective = self._objective()
         device = settle_device(self.train.device)
-        adata = read_adata(adata)
-        schema = build_schema(
-            adata,
-            values=likelihood.values,
-            conditions=self.conditions,
-            layer=self.layer,
-            size_factor=self.size_factor,
-        )
-        source = open_source(adata, schema)
-        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed)
+        adata = read_adata(adata, layer=self.layer)
+        check = self.check(adata)
+        schema = self._choose_genes(check, adata, check.accept())
+        source = make_source(check, adata, schema)
+        levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
+        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
@@ -154,19 +159,70 @@ class ExpressionVAE:
         self.reference_ = self._refer(adata, source)
         return self
 
-    def embed(self, adata: AnnData | str | Path) -> NDArray[np.float32]:
-        """Posterior means of z, ``(cells, latent_dim)``: the latent space."""
-        return self.posterior(adata)[0]
+    def check(self, adata: AnnData | str | Path) -> Check:
+        """Look at cells that this model is to be fitted to, as `fit` does first; nothing is trained.
 
-    def posterior(self, adata: AnnData | str | Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        Returns
+        -------
+        celbo.data.Check
+            What was found: ``problems``, each with a name, a severity and a message.
+
+        Examples
+        --------
+        >>> import celbo, numpy, anndata
+        >>> check = celbo.ExpressionVAE().check(anndata.AnnData(numpy.array([[0.5, 1.0]])))
+        >>> check.errors[0].name
+        'not-whole'
+        """
+        likelihood = self._likelihood()
+        check = check_adata(
+            read_adata(adata, layer=self.layer),
+            values=likelihood.values,
+            conditions=self.conditions,
+            layer=self.layer,
+            size_factor=self.size_factor,
+            allow_noninteger=self.allow_noninteger,
+        )
+        if self.n_top_genes is not None and check.schema is not None and check.schema.values == "real":
+            raise UsageError(f"n_top_genes={self.n_top_genes} needs counts; choose genes of real numbers beforehand.")
+        return check
+
+    def embed(
+        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+    ) -> NDArray[np.float32]:
+        """Posterior means of z, ``(cells, latent_dim)``: the latent space. Options are those of `posterior`."""
+        return self.posterior(adata, unseen=unseen, genes_present=genes_present)[0]
+
+    def posterior(
+        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Where each cell lies in the latent space, and how surely: mean and standard deviation of q(z | x, c).
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        unseen
+            What to do with levels of conditions that fit did not see: "refuse" them, read them as the "nearest" known
+            level (under which their cells have the highest ELBO), or as all known levels in equal parts ("marginal").
+        genes_present
+            Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
 
         Returns
         -------
         tuple
             ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``.
         """
-        mu_z, logvar_z = posterior(self.vae_, self._source(adata))
+        if unseen not in ("refuse", "nearest", "marginal"):
+            raise UsageError(f"unseen is {unseen!r}; choose one of refuse, nearest, marginal.")
+        if not 0 < genes_present <= 1:
+            raise UsageError(f"genes_present={genes_present}; it is a share, above 0 and at most 1.")
+        schema = self.schema_
+        adata = read_adata(adata, layer=schema.layer)
+        if unseen == "nearest":
+            adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
+        source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
+        mu_z, logvar_z = posterior(self.vae_, source)
         return mu_z, np.exp(0.5 * logvar_z)
 
     def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
@@ -177,7 +233,7 @@ class ExpressionVAE:
         pandas.DataFrame
             By cell: ``elbo = reconstruction - kl``, and ``kl_0``, ``kl_1``, ... which sum to ``kl``.
         """
-        adata = read_adata(adata)
+        adata = read_adata(adata, layer=self.schema_.layer)
         terms = cell_terms(self.vae_, self._source(adata), seed=seed, objective=self._objective())
         kl = pd.DataFrame(terms.kl, index=adata.obs_names).add_prefix("kl_")
         kl.insert(0, "elbo", terms.elbo)
@@ -212,7 +268,7 @@ class ExpressionVAE:
             ``(cells, genes)``, columns in the order of ``schema_.genes``: counts, detection probabilities or
             log-normalised values, as the likelihood has it.
         """
-        adata = read_adata(adata)
+        adata = read_adata(adata, layer=self.schema_.layer)
         context = self.schema_.encode(adata.obs, given) if given else None
         libraries = None
         if library is not None:
@@ -291,11 +347,54 @@ class ExpressionVAE:
             dropout=self.dropout,
         )
 
-    def _source(self, adata: AnnData | str | Path) -> MemorySource:
+    def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read
-        return open_source(read_adata(adata), schema)
+        return open_source(read_adata(adata, layer=schema.layer), schema)
 
-    def _refer(self, adata: AnnData, source: MemorySource) -> Reference:
+    def _choose_genes(self, check: Check, adata: AnnData, schema: Schema) -> Schema:
+        if self.n_top_genes is None or self.n_top_genes >= len(schema.genes):
+            return schema
+        assert check.stored is not None
+        categorical = [condition for condition in schema.conditions if condition.levels is not None]
+        levels = categorical[0].codes(adata.obs[categorical[0].name]).astype(int) if categorical else None
+        positions = select_genes(check.stored.blocks, self.n_top_genes, levels)
+        within = f" within levels of {categorical[0].name!r}" if categorical else ""
+        return schema.with_genes(
+            positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
+        )
+
+    def _at_nearest_levels(self, adata: AnnData, genes_present: float) -> AnnData:
+        """The cells, where levels that fit did not see are replaced by the known ones that suit their cells best."""
+        obs = adata.obs.copy()
+        for condition in self.schema_.conditions:
+            if condition.name not in obs.columns:
+                continue
+            column = obs[condition.name].astype(object)
+            for level in column[~condition.is_known(column)].unique():
+                there = np.flatnonzero(column == level)
+                some = there[np.linspace(0, len(there) - 1, min(len(there), _CELLS_TO_COMPARE)).astype(int)]
+                nearest = self._nearest_level(condition, adata[some], genes_present)
+                warnings.warn(
+                    f"condition {condition.name!r}: level {str(level)!r} ({len(there):,} cells), not seen in fit, is "
+                    f"read as {nearest!r}, the known level that suits its cells best.",
+                    stacklevel=4,
+                )
+                column.iloc[there] = nearest
+            obs[condition.name] = column
+        return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
+
+    def _nearest_level(self, condition: Condition, some: AnnData, genes_present: float) -> str:
+        """The level under which these cells have the highest mean ELBO."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all cells are checked, and warned of, afterwards
+            source = open_source(some, self.schema_, unseen="marginal", genes_present=genes_present)
+        elbo = {}
+        for level in condition.levels or ():
+            source.context = self.schema_.encode(some.obs, {condition.name: level}, unseen="marginal")
+            elbo[level] = cell_terms(self.vae_, source, objective=self._objective()).elbo.mean()
+        return max(elbo, key=lambda level: elbo[level])
+
+    def _refer(self, adata: AnnData, source: CellSource) -> Reference:
         """Positions of all held-out cells and of as many training cells as are kept."""
         chosen = np.random.default_rng([self.train.seed, 3]).permutation(self.split_.train)[:_REFERENCE_CELLS]
         rows = np.sort(np.concatenate([chosen, self.split_.validation]))

@@ -23,10 +23,13 @@ class Minibatch(NamedTuple):
     """Encoded conditions, ``(cells, context_dim)`` float32."""
     library: Tensor
     """Library size on the linear scale, ``(cells, 1)`` float32."""
+    observed: Tensor | None = None
+    """Which genes were measured, ``(genes,)`` bool; None if all were."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
         """Move to the device that computes, and only there become dense."""
-        return Minibatch(self.x.to(device).to_dense(), self.context.to(device), self.library.to(device))
+        observed = None if self.observed is None else self.observed.to(device)
+        return Minibatch(self.x.to(device).to_dense(), self.context.to(device), self.library.to(device), observed)
 
 
 class Source(Protocol):
@@ -34,6 +37,8 @@ class Source(Protocol):
 
     n_cells: int
     n_genes: int
+    library_is_sum: bool
+    """Whether the library is the sum of x, and not a size factor."""
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""

@@ -56,6 +56,7 @@ def elbo_terms(
     context: Tensor | None = None,
     library: Tensor | None = None,
     noise: Noise | None = None,
+    observed: Tensor | None = None,
 ) -> ElboTerms:
     r"""Terms of ``ELBO = E_q log p(x | z, c) - KL(q(z | x, c) || p(z))``, with one sample of z per cell.
 
@@ -71,6 +72,8 @@ def elbo_terms(
         ``(cells, 1)``; x's own sums if None.
     noise
         The sampling noise and dropout masks; drawn from torch's global generator if None.
+    observed
+        Which genes were measured, ``(genes,)`` bool; the others add nothing to the reconstruction. All if None.
 
     Returns
     -------
@@ -92,7 +95,7 @@ def elbo_terms(
     ...         loss.backward()
     ...         optimizer.step()
     """
-    return _terms(vae, x, context, library, noise, sample=True)
+    return _terms(vae, x, context, library, noise, observed, sample=True)
 
 
 def autoencoder_terms(
@@ -101,16 +104,24 @@ def autoencoder_terms(
     context: Tensor | None = None,
     library: Tensor | None = None,
     noise: Noise | None = None,
+    observed: Tensor | None = None,
 ) -> ElboTerms:
     """Terms of a plain autoencoder on the same class: z is mu_z, and nothing pulls it to a prior.
 
     Parameters and result are those of `elbo_terms`; ``kl`` is zero, ``elbo`` the reconstruction alone.
     """
-    return _terms(vae, x, context, library, noise, sample=False)
+    return _terms(vae, x, context, library, noise, observed, sample=False)
 
 
 def _terms(
-    vae: VAE, x: Tensor, context: Tensor | None, library: Tensor | None, noise: Noise | None, *, sample: bool
+    vae: VAE,
+    x: Tensor,
+    context: Tensor | None,
+    library: Tensor | None,
+    noise: Noise | None,
+    observed: Tensor | None,
+    *,
+    sample: bool,
 ) -> ElboTerms:
     x = x.to_dense()
     library = x.sum(-1, keepdim=True) if library is None else library
@@ -118,10 +129,13 @@ def _terms(
     z = reparameterize(mu_z, logvar_z, noise and noise.eps) if sample else mu_z
     likelihood = vae.likelihood(z, context=context, library=library, masks=noise and noise.decoder)
     kl = kl_divergence(mu_z, logvar_z)
-    return ElboTerms(likelihood.log_prob(x).sum(-1), kl if sample else torch.zeros_like(kl))
+    log_prob = likelihood.log_prob(x)
+    if observed is not None:
+        log_prob = torch.where(observed, log_prob, 0)
+    return ElboTerms(log_prob.sum(-1), kl if sample else torch.zeros_like(kl))
 
 
-Objective = Callable[[VAE, Tensor, Tensor | None, Tensor | None, Noise | None], ElboTerms]
+Objective = Callable[..., ElboTerms]
 """A function with the signature of `elbo_terms`."""
 
 OBJECTIVES: dict[str, Objective] = {"vae": elbo_terms, "autoencoder": autoencoder_terms}

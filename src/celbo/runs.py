@@ -5,8 +5,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,20 +14,32 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import __version__, report
-from celbo.data.schema import layer_values
+from celbo.data.sources import sum_of_genes
+from celbo.data.stored import stored_values
 from celbo.errors import DataError, StorageError, UsageError
 from celbo.estimator import ExpressionVAE
 
 if sys.platform != "win32":
     import resource
 
-__all__ = ["embedding", "fingerprint", "measure", "prepare_folder", "summarise", "write_embedding", "write_run"]
+__all__ = [
+    "WRITTEN",
+    "claimed_folder",
+    "embedding",
+    "fingerprint",
+    "measure",
+    "summarise",
+    "write_embedding",
+    "write_run",
+]
 
+WRITTEN = ("model", "embedding.h5ad", "metrics.json", "history.jsonl", "run.json", "latent.png", "report.html")
+"""What a run writes into its folder."""
+_LOCK = ".celbo-lock"
 _ACTIVE = 0.01
 """Variance of a posterior mean over cells below which a latent dimension is called inactive (Burda 2016)."""
 _MOST_LEVELS = 60
@@ -36,26 +48,76 @@ _MOST_COLOURS = 6
 _LIBRARIES = ("anndata", "numpy", "pandas", "safetensors", "scipy", "torch")
 
 
-def prepare_folder(path: Path) -> Path:
-    """Make a run's folder, and find out before training that it can be written to.
+@contextmanager
+def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
+    """Make a run's folder, find out before training that it can be written to, and keep others from writing there.
+
+    A lock file names the process that writes. One left on this host by a process that is gone is taken over.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    data
+        What is read meanwhile, which nothing may overwrite.
 
     Raises
     ------
     UsageError
-        If the path is a file.
+        If the path is a file, or the data are what the run would write.
     StorageError
-        If the folder cannot be made or written to.
+        If the folder cannot be made or written to, or another process writes there.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder to write to.")
+    if data is not None and data.resolve() in {(path / name).resolve() for name in (".", *WRITTEN)}:
+        raise UsageError(f"{data} would be overwritten by this run; name another folder with -o.")
+    lock = path / _LOCK
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".celbo-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        _take_lock(lock)
     except OSError as error:
         raise StorageError(f"{path} cannot be written to: {error.strerror}. Name another folder with -o.") from error
-    return path
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+
+
+def _take_lock(lock: Path) -> None:
+    """Make the lock file, or a `StorageError` that says whose it is."""
+    for _ in range(2):  # once more, if the lock's owner is gone
+        with suppress(FileExistsError), lock.open("x") as file:
+            json.dump({"pid": os.getpid(), "host": platform.node()}, file)
+            return
+        try:
+            owner = json.loads(lock.read_text())
+            pid, host = int(owner["pid"]), str(owner["host"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pid, host = None, None
+        if pid is not None and host == platform.node() and not _runs(pid):
+            lock.unlink(missing_ok=True)
+            continue
+        whose = "another process" if pid is None else f"process {pid} on {host}"
+        raise StorageError(
+            f"{lock.parent} is being written by {whose}. Wait for it, or name another folder with -o. If nobody "
+            f"writes there for certain, delete {lock}."
+        )
+    raise StorageError(f"{lock.parent} is being written by another process. Name another folder with -o.")
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is a process of this number on this host."""
+    if sys.platform == "win32":  # no way to ask without harm
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], seconds: float) -> dict[str, Any]:
@@ -101,11 +163,13 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
 
 def fingerprint(adata: AnnData, layer: str | None) -> dict[str, Any]:
     """Shape and SHA-256 of the values and of the names, to tell later whether data are the same."""
-    matrix = layer_values(adata, layer)
-    x = sp.csr_matrix(matrix if sp.issparse(matrix) else np.asarray(matrix))
-    values = hashlib.sha256()
-    for part in (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data.astype(np.float64)):
-        values.update(part.tobytes())
+    parts = [hashlib.sha256() for _ in range(3)]
+    for block in stored_values(adata, layer).blocks():
+        block = block.copy()  # it may be a view of the caller's values
+        block.eliminate_zeros()
+        for part, array in zip(parts, (np.diff(block.indptr), block.indices, block.data), strict=True):
+            part.update(array.astype(np.float64).tobytes())
+    values = hashlib.sha256(b"".join(part.digest() for part in parts))
     names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode())
     return {
         "n_cells": adata.n_obs,
@@ -116,10 +180,19 @@ def fingerprint(adata: AnnData, layer: str | None) -> dict[str, Any]:
     }
 
 
-def embedding(model: ExpressionVAE, adata: AnnData) -> AnnData:
-    """Cells with their obs and ``obsm["X_celbo"]``, ``obsm["X_celbo_sd"]``; no counts."""
-    mu_z, sd_z = model.posterior(adata)
-    return AnnData(obs=adata.obs.copy(), obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
+def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", genes_present: float = 0.8) -> AnnData:
+    """Cells with their obs and ``obsm["X_celbo"]``, ``obsm["X_celbo_sd"]``; no counts.
+
+    Where there are cells without a count of the model's genes, ``obs["celbo_empty"]`` says which. Options are those of
+    `celbo.ExpressionVAE.posterior`.
+    """
+    mu_z, sd_z = model.posterior(adata, unseen=unseen, genes_present=genes_present)
+    obs, schema = adata.obs.copy(), model.schema_
+    if schema.values != "real":
+        empty = sum_of_genes(stored_values(adata, schema.layer), schema.columns(adata.var_names)) == 0
+        if empty.any():
+            obs["celbo_empty"] = empty
+    return AnnData(obs=obs, obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
@@ -148,6 +221,7 @@ def write_run(
     seconds: float,
     source: str,
     notes: Sequence[str] = (),
+    reading: Mapping[str, Any] | None = None,
     recovery: Sequence[Mapping[str, Any]] | None = None,
     keep_reference: bool = True,
 ) -> dict[str, Any]:
@@ -167,6 +241,8 @@ def write_run(
         Name of the data, for people.
     notes
         Warnings to repeat in the report.
+    reading
+        How the data were read, to repeat the run: path and options.
     recovery
         How well a simulated truth was recovered, where there is one.
     keep_reference
@@ -188,7 +264,9 @@ def write_run(
             **{name: version(name) for name in _LIBRARIES},
         },
         "seed": model.train.seed,
+        "reading": dict(reading or {}),
         "data": {"name": source, **fingerprint(adata, model.layer)},
+        "weights_sha256": hashlib.sha256((folder / "model" / "weights.safetensors").read_bytes()).hexdigest(),
     }
     history = [asdict(epoch) for epoch in model.history_]
     summary = {

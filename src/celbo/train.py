@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from celbo.errors import DivergedError, UsageError
@@ -124,8 +125,21 @@ Track = Callable[[Iterable[Rows], Plan, list[Epoch]], Iterable[Rows]]
 """Watches the minibatches of an epoch go by, given the plan and the epochs so far; a progress bar, for example."""
 
 
-def split_cells(n_cells: int, validation_fraction: float, seed: int) -> Split:
-    """Choose the held-out cells at random; at least one cell is left to learn from.
+def split_cells(
+    n_cells: int, validation_fraction: float, seed: int, levels: NDArray[np.float32] | None = None
+) -> Split:
+    """Choose the held-out cells at random; at least one cell, and one of every level, is left to learn from.
+
+    Parameters
+    ----------
+    n_cells
+        How many cells there are.
+    validation_fraction
+        Share of them to hold out, at most.
+    seed
+        Of the choice.
+    levels
+        Number of the level of each cell in each categorical condition, ``(cells, conditions)``.
 
     Examples
     --------
@@ -134,6 +148,11 @@ def split_cells(n_cells: int, validation_fraction: float, seed: int) -> Split:
     """
     order = np.random.default_rng([seed, 0]).permutation(n_cells)
     n_validation = min(round(n_cells * validation_fraction), n_cells - 1)
+    if levels is not None:  # of every level one cell at least is trained on
+        firsts = [np.unique(codes[order], return_index=True)[1] for codes in levels.T]
+        kept = np.unique(np.concatenate([np.empty(0, np.intp), *firsts]))
+        order = np.concatenate([np.delete(order, kept), order[kept]])
+        n_validation = min(n_validation, n_cells - len(kept))
     return Split(np.sort(order[n_validation:]), np.sort(order[:n_validation]))
 
 

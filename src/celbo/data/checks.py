@@ -1,99 +1,321 @@
-"""What values may be: every stored one is looked at before anything is computed from it."""
+"""Everything that is looked at before a model is fitted to cells, or computes with them: all of it, and all at once."""
 
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
+import pandas as pd
 from anndata import AnnData
-from numpy.typing import NDArray
 
-from celbo.errors import DataError
+from celbo.data.conditions import Condition, make_condition, size_factors
+from celbo.data.names import explain_mismatch
+from celbo.data.schema import Schema
+from celbo.data.stored import Stored, stored_values
+from celbo.data.values import Scan, diagnose, find_counts, holds_counts, scan_values, value_faults
+from celbo.errors import DataError, UsageError, listed
 
-__all__ = ["check_counts", "check_reals", "holds_counts"]
+__all__ = ["Check", "Problem", "check_adata", "check_query"]
 
-Fault = Callable[[NDArray[Any]], NDArray[np.bool_]]
+_GENES_PRESENT = 0.8
+"""Share of the model's genes that a query must have, unless said otherwise."""
 
-_CHUNK = 1 << 22
-"""Stored values looked at together."""
+_NOT_COUNTS = ("not-finite", "negative", "not-whole", "too-large")
+"""Kinds of values, of `celbo.data.values.KINDS`, that counts may not have."""
+
+_ADVICE = {
+    "not-finite": "Find out where they came from; counts are never missing. Drop or mend these cells or genes.",
+    "too-large": "No experiment counts that much: look for a mistake in how the values were exported.",
+    "negative": "celbo models raw counts: give it those, in X or in a layer.",
+    "not-whole": (
+        "celbo models raw counts: give it those, in X or in a layer. Estimated counts can be let through "
+        "(--allow-noninteger); the gaussian likelihood also takes real numbers, from a layer that is named."
+    ),
+}
 
 
-def check_counts(x: sp.csr_matrix, adata: AnnData, place: str) -> None:
-    """Refuse values that are not counts: not finite, negative, or not whole.
+class Problem(NamedTuple):
+    """Something found in the data."""
+
+    name: str
+    """What kind of thing, for programs."""
+    severity: str
+    """ "error": nothing can be computed; "warning": something to know."""
+    message: str
+    """What was found, what was expected, what to do."""
+
+
+@dataclass
+class Check:
+    """What was found in an AnnData, for a model to be fitted or for one that is there."""
+
+    n_cells: int
+    n_genes: int
+    n_values: int = 0
+    """Stored values, all of them looked at."""
+    problems: list[Problem] = field(default_factory=list)
+    schema: Schema | None = None
+    """How a model would read these cells; None if it cannot."""
+    stored: Stored | None = field(default=None, repr=False)
+    """The values, once they were found."""
+
+    @property
+    def errors(self) -> list[Problem]:
+        """Problems that must be mended."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def accept(self) -> Schema:
+        """Warn of what is to be known, and give the schema.
+
+        Raises
+        ------
+        DataError
+            If there are errors; it lists them all.
+        """
+        if self.errors or self.schema is None:
+            raise DataError("\n".join(problem.message for problem in self.errors))
+        for problem in self.problems:
+            warnings.warn(problem.message, stacklevel=3)
+        return self.schema
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for programs; the schema is left out."""
+        return {
+            "ok": not self.errors,
+            "n_cells": self.n_cells,
+            "n_genes": self.n_genes,
+            "n_values": self.n_values,
+            "problems": [problem._asdict() for problem in self.problems],
+        }
+
+    def add(self, name: str, severity: str, message: str) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(name, severity, message))
+
+    @contextmanager
+    def noting(self, name: str) -> Iterator[None]:
+        """Note a `DataError` as an error of this name, and go on."""
+        try:
+            yield
+        except DataError as error:
+            self.add(name, "error", str(error))
+
+
+def check_adata(
+    adata: AnnData,
+    *,
+    values: str = "counts",
+    conditions: Sequence[str] = (),
+    layer: str | None = None,
+    size_factor: str | None = None,
+    allow_noninteger: bool = False,
+) -> Check:
+    """Look at cells that a model is to be fitted to: names, every stored value, conditions, size factors.
 
     Parameters
     ----------
-    x
-        Values, ``(cells, genes)``, in the order of ``adata``.
     adata
-        For the names of cells and genes, and for other layers to suggest.
-    place
-        How to name the values: "X", or "layers['counts']".
+        The cells; left as they are.
+    values
+        What the likelihood takes: "counts", "detected" or "real". For "real", whole numbers (in X or in a layer) are
+        taken for counts and log-normalised; a named layer of other numbers is used as it is.
+    conditions
+        Columns of obs given to the model: floating-point ones are continuous, others categorical. One that has the same
+        value in all cells says nothing, and is left out with a warning.
+    layer
+        Layer the values come from; None for X.
+    size_factor
+        Column of obs used in place of the sum of counts; scaled so that both have the same mean.
+    allow_noninteger
+        Whether counts may be fractions, as estimated ones are.
 
-    Raises
-    ------
-    DataError
-        With the first bad value's place, the number of such values, and what to do.
-    """
-    _refuse(x, adata, place, _not_finite, "not finite", "Find out where it came from; counts are never missing.")
-    _refuse(x, adata, place, _negative, "negative", _instead(adata, place, "Scaled or batch-corrected values"))
-    _refuse(x, adata, place, _not_whole, "not whole numbers", _instead(adata, place, "Normalised or logged values"))
-
-
-def check_reals(x: sp.csr_matrix, adata: AnnData, place: str) -> None:
-    """Refuse values that are not finite; parameters as in `check_counts`."""
-    _refuse(x, adata, place, _not_finite, "not finite", "Fill in missing values, or drop these cells or genes.")
-
-
-def holds_counts(matrix: Any) -> bool:
-    """Whether all values of a sparse or dense array are finite whole numbers of at least 0.
+    Returns
+    -------
+    Check
+        With the schema, if there are no errors.
 
     Examples
     --------
-    >>> holds_counts(np.array([0.0, 3.0])), holds_counts(np.array([0.5])), holds_counts(np.array([-1]))
-    (True, False, False)
+    >>> check = check_adata(AnnData(np.array([[1.5, 2.0], [0.0, 3.0]])))
+    >>> [problem.name for problem in check.problems]
+    ['not-whole']
     """
-    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix).ravel()
-    return not any(
-        fault(values[start : start + _CHUNK]).any()
-        for start in range(0, len(values), _CHUNK)
-        for fault in (_not_finite, _negative, _not_whole)
-    )
+    if isinstance(conditions, str):
+        raise UsageError(f"conditions is the text {conditions!r}; give a list of columns: [{conditions!r}].")
+    check = Check(adata.n_obs, adata.n_vars)
+    if not (adata.n_obs and adata.n_vars):
+        size = f"{adata.n_obs} cells and {adata.n_vars} genes"
+        check.add("empty", "error", f"these data have {size}; a model needs some of both.")
+        return check
+    _check_names(check, adata)
+    scan = None
+    with check.noting("values"):
+        check.stored = stored = stored_values(adata, layer)
+        if values == "real" and (layer is None or holds_counts(stored)):
+            values = "log_normalised"
+        if values == "counts" and allow_noninteger:
+            values = "pseudo_counts"
+        scan = _check_values(check, adata, layer, stored, values)
+        _check_emptiness(check, adata, scan, values)
+    library_scale = 1.0
+    if size_factor is not None:
+        with check.noting("size-factor"):
+            factors = size_factors(adata.obs, size_factor)
+            library_scale = float(scan.library.sum() / factors.sum()) if scan else 1.0
+    made = _check_conditions(check, adata.obs, conditions)
+    if not check.errors:
+        check.schema = Schema(
+            genes=tuple(adata.var_names.astype(str)),
+            conditions=made,
+            layer=layer,
+            size_factor=size_factor,
+            library_scale=library_scale,
+            values=values,
+        )
+    return check
 
 
-def _not_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
-    return ~np.isfinite(values)
+def check_query(
+    adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float = _GENES_PRESENT
+) -> Check:
+    """Look at cells that a fitted model is to compute with: its genes, every stored value, its conditions.
+
+    Parameters
+    ----------
+    adata
+        The cells; left as they are.
+    schema
+        Of the model.
+    unseen
+        What to do with levels not seen in fit, one of `celbo.data.conditions.UNSEEN`.
+    genes_present
+        Share of the model's genes that must be there. The model fills in the rest by what it expects of them.
+
+    Returns
+    -------
+    Check
+    """
+    check = Check(adata.n_obs, adata.n_vars, schema=schema)
+    if not adata.n_obs:
+        check.add("empty", "error", "these data have no cells.")
+        return check
+    _check_names(check, adata)
+    there = int((schema.columns(adata.var_names) >= 0).sum()) if adata.var_names.is_unique else len(schema.genes)
+    if there < len(schema.genes):
+        enough = there >= genes_present * len(schema.genes) and there > 0
+        rest = (
+            "The model fills them in by what it expects of them."
+            if enough
+            else f"At least {genes_present:.0%} are needed."
+        )
+        message = f"{explain_mismatch(schema.genes, adata.var)} {rest}"
+        check.add("genes", "warning" if enough else "error", message)
+    with check.noting("values"):
+        check.stored = stored_values(adata, schema.layer)
+        scan = _check_values(check, adata, schema.layer, check.stored, schema.values)
+        _check_emptiness(check, adata, scan, schema.values, genes=False)
+    if schema.size_factor is not None:
+        with check.noting("size-factor"):
+            size_factors(adata.obs, schema.size_factor)
+    with check.noting("conditions"):
+        schema.encode(adata.obs, unseen=unseen)
+    return check
 
 
-def _negative(values: NDArray[Any]) -> NDArray[np.bool_]:
-    return values < 0 if values.dtype.kind in "if" else np.zeros(len(values), bool)
+def _check_names(check: Check, adata: AnnData) -> None:
+    if (twice := adata.var_names[adata.var_names.duplicated()]).size:
+        check.add(
+            "duplicate-genes",
+            "error",
+            f"{twice.nunique():,} gene names occur more than once: {listed(twice.unique())}. Genes are matched by "
+            "name: sum them, or number them (--make-unique, adata.var_names_make_unique()).",
+        )
+    if (twice := adata.obs_names[adata.obs_names.duplicated()]).size:
+        check.add(
+            "duplicate-cells",
+            "warning",
+            f"{twice.nunique():,} cell names occur more than once: {listed(twice.unique())}. Results keep the order of "
+            "the cells; to join them by name, number the names (adata.obs_names_make_unique()).",
+        )
 
 
-def _not_whole(values: NDArray[Any]) -> NDArray[np.bool_]:
-    return values != np.rint(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
+def _check_values(check: Check, adata: AnnData, layer: str | None, stored: Stored, values: str) -> Scan:
+    scan = scan_values(stored)
+    check.n_values = scan.n_values
+    kinds = {"real": _NOT_COUNTS[:1], "pseudo_counts": tuple(kind for kind in _NOT_COUNTS if kind != "not-whole")}
+    faults = value_faults(scan, adata, layer, kinds.get(values, _NOT_COUNTS))
+    advice = {kind: _ADVICE[kind] for kind in faults}
+    if wrong_kind := {"negative", "not-whole"} & faults.keys():
+        # What the values are, and where counts lie, belongs to the last of these sentences.
+        last = max(wrong_kind)
+        named = diagnose(stored, scan)
+        hints = [f"The values {named}." if named else "", find_counts(adata, layer) or _ADVICE[last]]
+        advice |= dict.fromkeys(wrong_kind, "") | {last: " ".join(filter(None, hints))}
+    for kind, sentence in faults.items():
+        check.add(kind, "error", f"{sentence} {advice[kind]}".strip())
+    if "inexact" in scan.faults and "too-large" not in scan.faults and values != "real":
+        sentence = value_faults(scan, adata, layer, ("inexact",))["inexact"]
+        check.add(
+            "inexact",
+            "warning",
+            f"{sentence} In 32 bits such numbers are rounded to a few units; look whether they are counts at all.",
+        )
+    return scan
 
 
-def _refuse(x: sp.csr_matrix, adata: AnnData, place: str, fault: Fault, found: str, advice: str) -> None:
-    bad = [start + np.flatnonzero(fault(x.data[start : start + _CHUNK])) for start in range(0, len(x.data), _CHUNK)]
-    positions = np.concatenate([np.empty(0, np.intp), *bad])
-    if not positions.size:
+def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, genes: bool = True) -> None:
+    if values == "real":
         return
-    first = positions[0]
-    row = np.searchsorted(x.indptr, first, side="right") - 1
-    raise DataError(
-        f"{place} is {x.data[first]:g} in cell {adata.obs_names[row]!r} (row {row:,}), "
-        f"gene {adata.var_names[x.indices[first]]!r}; {positions.size:,} of {len(x.data):,} stored values are {found}. "
-        f"{advice}"
-    )
+    if (empty := scan.library == 0).any():
+        check.add(
+            "empty-cells",
+            "warning",
+            f"no counts in {empty.sum():,} of {len(empty):,} cells, the first {adata.obs_names[empty][0]!r}. They are "
+            "kept, and marked in obs['celbo_empty'] of an embedding: nothing tells where they belong.",
+        )
+    if genes and (silent := scan.detected == 0).any():
+        check.add(
+            "empty-genes",
+            "warning",
+            f"no counts of {silent.sum():,} of {len(silent):,} genes: {listed(adata.var_names[silent], 3)}. They are "
+            "kept; nothing can be learned about them.",
+        )
 
 
-def _instead(adata: AnnData, place: str, guess: str) -> str:
-    """Name a layer that holds counts, if there is one."""
-    layers = {f"layers[{name!r}]": (name, adata.layers[name]) for name in adata.layers}
-    for other, (name, matrix) in layers.items():
-        if other != place and holds_counts(matrix):
-            return f"{guess}? {other} holds whole numbers: use layer={name!r} (--layer {name})."
-    return (
-        f"{guess}? celbo models raw counts: give it those, in X or in a layer. The gaussian "
-        "likelihood also takes real numbers, from a layer that is named."
-    )
+def _check_conditions(check: Check, obs: pd.DataFrame, names: Sequence[str]) -> tuple[Condition, ...]:
+    names = list(names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        check.add("conditions", "error", f"condition {listed(twice)} is named more than once; name it once.")
+    if missing := [name for name in names if name not in obs.columns]:
+        known = listed(obs.columns) or "no column"
+        check.add("conditions", "error", f"obs has no column {listed(missing)}; it has {known}.")
+    made = []
+    for name in dict.fromkeys(name for name in names if name in obs.columns):
+        with check.noting("conditions"):
+            condition = make_condition(name, obs[name])
+            if condition is None:
+                check.add(
+                    "one-level",
+                    "warning",
+                    f"condition {name!r} is {str(obs[name].iloc[0])!r} in every cell: it cannot be told from the rest, "
+                    "and is left out.",
+                )
+                continue
+            made.append(condition)
+            _warn_of_rare_levels(check, condition, obs[name])
+    return tuple(made)
+
+
+def _warn_of_rare_levels(check: Check, condition: Condition, column: "pd.Series[Any]") -> None:
+    if condition.levels is None:
+        return
+    n_cells = np.bincount(condition.codes(column).astype(int), minlength=condition.dim)
+    if rare := [level for level, n in zip(condition.levels, n_cells, strict=True) if n == 1]:
+        check.add(
+            "rare-levels",
+            "warning",
+            f"condition {condition.name!r} has levels of one cell: {listed(rare)}. Nothing can be learned from one "
+            "cell: join such levels to others, or drop them.",
+        )

@@ -1,78 +1,70 @@
 """Where minibatches come from: counts stay sparse (CSR) until the device that computes."""
 
 import warnings
-from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celbo.data.checks import check_counts, check_reals
-from celbo.data.schema import Schema, layer_values, size_factors
-from celbo.errors import DataError, StorageError
+from celbo.data.checks import Check, check_query
+from celbo.data.conditions import size_factors
+from celbo.data.schema import Schema
+from celbo.data.stored import Stored
 from celbo.minibatch import Minibatch, Rows
 
-__all__ = ["MemorySource", "open_source", "read_adata"]
+__all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
 
 _COUNTS_PER_CELL = 1e4
 """Library size to which counts are scaled before the logarithm, as is customary for single cells."""
 
 
-def read_adata(data: AnnData | str | Path) -> AnnData:
-    """Return an AnnData as it is, or read one from a ``.h5ad`` file or ``.zarr`` folder.
-
-    Raises
-    ------
-    DataError
-        If the path does not exist or cannot be read as an AnnData.
-    StorageError
-        If it may not be read.
-    """
-    if isinstance(data, AnnData):
-        return data.to_memory() if data.isbacked else data
-    path = Path(data)
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
-    try:
-        return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
-    except PermissionError as error:
-        raise StorageError(f"{path} may not be read: {error.strerror}. Ask its owner for permission.") from error
-    except Exception as error:
-        raise DataError(
-            f"{path} cannot be read as an AnnData: {error}. Is it complete, and an .h5ad or .zarr?"
-        ) from error
-
-
-class MemorySource:
-    """Cells kept in memory as CSR, genes in the model's order.
+class CellSource:
+    """Cells of an AnnData, genes in the model's order; in memory, or read from disk as they are asked for.
 
     Parameters
     ----------
-    x
-        Values as stored, ``(cells, genes)``.
+    stored
+        Values of the data.
+    columns
+        Position of each of the model's genes in them; -1 for a gene that is not there.
     library
         Library sizes, ``(cells,)``.
     context
         Encoded conditions, ``(cells, context_dim)``.
     values
         One of `celbo.data.schema.VALUES`: what a minibatch's x is made to be.
+    library_is_sum
+        Whether the library is the sum of the values.
     """
 
-    def __init__(self, x: sp.csr_matrix, library: NDArray[np.float32], context: Tensor, values: str):
-        self.n_cells, self.n_genes = x.shape
+    def __init__(
+        self,
+        stored: Stored,
+        columns: NDArray[np.intp],
+        library: NDArray[np.float32],
+        context: Tensor,
+        *,
+        values: str,
+        library_is_sum: bool,
+    ):
+        self.n_cells, self.n_genes = stored.shape[0], len(columns)
         self.context = context
         self.library = library
-        self._x = x
+        self.library_is_sum = library_is_sum
+        self._observed = torch.from_numpy(columns >= 0) if (columns < 0).any() else None
         self._values = values
+        self._columns = columns
+        self._stored = stored
+        self._x = None if stored.on_disk else align(stored.read(slice(None)), columns)
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""
-        block = self._x[rows]
+        block = self._x[rows] if self._x is not None else align(self._stored.read(rows), self._columns)
         data = _as_seen(block, self.library[rows], self._values)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -83,11 +75,13 @@ class MemorySource:
                 block.shape,
                 check_invariants=False,
             )
-        return Minibatch(x, self.context[rows], torch.from_numpy(self.library[rows, None]))
+        return Minibatch(x, self.context[rows], torch.from_numpy(self.library[rows, None]), self._observed)
 
 
-def open_source(adata: AnnData, schema: Schema) -> MemorySource:
-    """Align cells to a schema by gene name, check every value, and make them a source.
+def open_source(
+    adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float | None = None
+) -> CellSource:
+    """Check cells against a model's schema, align them by gene name, and make them a source.
 
     Parameters
     ----------
@@ -95,48 +89,77 @@ def open_source(adata: AnnData, schema: Schema) -> MemorySource:
         The cells; left as they are. Genes that the schema does not name are ignored.
     schema
         Of the model.
+    unseen, genes_present
+        As `celbo.data.checks.check_query` takes them.
 
     Returns
     -------
-    MemorySource
+    CellSource
 
     Raises
     ------
     DataError
-        If genes, values or conditions do not fit the schema.
+        If genes, values or conditions do not fit the schema; it lists everything that does not.
     """
-    if adata.n_obs == 0:
-        raise DataError("these data have no cells.")
+    limits = {} if genes_present is None else {"genes_present": genes_present}
+    check = check_query(adata, schema, unseen=unseen, **limits)
+    check.accept()
+    return make_source(check, adata, schema, unseen=unseen)
+
+
+def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "refuse") -> CellSource:
+    """Make a source of cells that passed a check; parameters as in `open_source`."""
+    assert check.stored is not None
     columns = schema.columns(adata.var_names)
-    x = _csr(layer_values(adata, schema.layer))
-    place = "X" if schema.layer is None else f"layers[{schema.layer!r}]"
-    (check_reals if schema.values == "real" else check_counts)(x, adata, place)
-    if not np.array_equal(columns, np.arange(adata.n_vars)):
-        x = x[:, columns]
-        x.sort_indices()
-    return MemorySource(x, _library(x, adata, schema), schema.encode(adata.obs), schema.values)
+    library = _library(check.stored, columns, adata.obs, schema)
+    return CellSource(
+        check.stored,
+        columns,
+        library,
+        schema.encode(adata.obs, unseen=unseen),
+        values=schema.values,
+        library_is_sum=schema.size_factor is None and schema.values != "real",
+    )
 
 
-def _csr(matrix: Any) -> sp.csr_matrix:
-    """Make CSR of any array, without a copy where it already is; indices sorted, duplicates summed."""
-    matrix = matrix if sp.issparse(matrix) else np.asarray(matrix)
-    x = sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype in (bool, np.float16) else matrix)
-    if not x.has_canonical_format:
-        x = x.copy()  # the caller's array stays as it is
-        x.sum_duplicates()
-    return x
+def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
+    """Put columns into the model's order, leaving out those it does not know; missing ones are empty.
+
+    Examples
+    --------
+    >>> align(sp.csr_matrix([[1, 2, 3]]), np.array([2, -1, 0])).toarray()
+    array([[3, 0, 1]])
+    """
+    if np.array_equal(columns, np.arange(x.shape[1])):
+        return x
+    position = np.full(x.shape[1], -1, np.int32)
+    there = columns >= 0
+    position[columns[there]] = np.flatnonzero(there)
+    indices = position[x.indices]
+    kept = indices >= 0
+    n_before = np.concatenate([[0], np.cumsum(kept)])
+    aligned = sp.csr_matrix((x.data[kept], indices[kept], n_before[x.indptr]), shape=(x.shape[0], len(columns)))
+    aligned.sort_indices()
+    return aligned
 
 
-def _library(x: sp.csr_matrix, adata: AnnData, schema: Schema) -> NDArray[np.float32]:
+def _library(stored: Stored, columns: NDArray[np.intp], obs: pd.DataFrame, schema: Schema) -> NDArray[np.float32]:
     """Library size of each cell: the sum over the model's genes, or the scaled size factor; 1 for reals."""
     if schema.size_factor is not None:
-        return (size_factors(adata.obs, schema.size_factor) * schema.library_scale).astype(np.float32)
+        return (size_factors(obs, schema.size_factor) * schema.library_scale).astype(np.float32)
     if schema.values == "real":
-        return np.ones(x.shape[0], np.float32)
-    return np.asarray(x.sum(axis=1, dtype=np.float64), dtype=np.float32).ravel()
+        return np.ones(stored.shape[0], np.float32)
+    return sum_of_genes(stored, columns).astype(np.float32)
 
 
-def _as_seen(block: sp.csr_matrix, library: NDArray[np.float32], values: str) -> NDArray[np.float32]:
+def sum_of_genes(stored: Stored, columns: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Sum of each cell's values at these positions, ``(cells,)``; -1 is no position."""
+    wanted = np.zeros(stored.shape[1])
+    wanted[columns[columns >= 0]] = 1
+    return np.concatenate([block @ wanted for block in stored.blocks()])
+
+
+def _as_seen(block: sp.csr_matrix, library: NDArray[np.float32], values: str) -> NDArray[Any]:
     """Stored values as the model sees them; all of `VALUES` leave a zero a zero."""
     if values == "detected":
         return (block.data > 0).astype(np.float32)

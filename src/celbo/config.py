@@ -1,0 +1,83 @@
+"""Options from a file: a TOML written by a person, or the ``run.json`` of a run that is to be repeated."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from celbo.errors import UsageError, listed
+
+__all__ = ["READING", "read_config"]
+
+READING = {"gene_column": None, "make_unique": False, "na_as_level": False, "on_disk": False}
+"""Options of how data are read, and their defaults; the others belong to the model, or to its training."""
+
+
+def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read options from a file; every one that is not known is refused.
+
+    Parameters
+    ----------
+    path
+        A ``.toml`` file with options of `celbo.ExpressionVAE`, and tables ``[train]`` (of `celbo.TrainConfig`) and
+        ``[reading]`` (of `READING`); or a ``run.json``.
+    model, train
+        The known options and their defaults.
+
+    Returns
+    -------
+    dict
+        Tables "model", "train" and "reading", with what the file says.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or holds unknown options or values of another type; it lists them all.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}.") from error
+    if path.suffix == ".json":
+        if not isinstance(document, dict) or not isinstance(document.get("options"), dict):
+            raise UsageError(f"{path} has no options: give the run.json of a run, or a .toml file.")
+        reading = document.get("reading", {})
+        reading = {name: reading[name] for name in READING if name in reading} if isinstance(reading, dict) else {}
+        document = {**document["options"], "reading": reading}
+    tables = {"train": document.pop("train", {}), "reading": document.pop("reading", {})}
+    if odd := [name for name, table in tables.items() if not isinstance(table, dict)]:
+        raise UsageError(f"{path}: {listed(odd)} is to be a table of options.")
+    tables["model"] = document
+    known = {"model": model, "train": train, "reading": READING}
+    faults = [
+        fault
+        for name, table in tables.items()
+        for option, value in table.items()
+        if (fault := _fault(option if name == "model" else f"{name}.{option}", option, value, known[name]))
+    ]
+    if faults:
+        raise UsageError(f"{path}: {'; '.join(faults)}.")
+    return tables
+
+
+def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with an option and its value, if anything is."""
+    if option not in known:
+        close = difflib.get_close_matches(option, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
+        return f"unknown option {shown!r} ({hint})"
+    default = known[option]
+    if isinstance(default, bool) and not isinstance(value, bool):
+        return f"{shown} is to be true or false, and is {value!r}"
+    if isinstance(default, str) and not isinstance(value, str):
+        return f"{shown} is to be text, and is {value!r}"
+    if isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return f"{shown} is to be a number, and is {value!r}"
+    if isinstance(default, list | tuple) and not isinstance(value, list):
+        return f"{shown} is to be a list, and is {value!r}"
+    return None

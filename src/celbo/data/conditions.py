@@ -1,0 +1,153 @@
+"""Conditions: columns of obs given to the model, encoded as numbers; and size factors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from celbo.errors import DataError, listed
+
+__all__ = ["UNSEEN", "Condition", "make_condition", "size_factors"]
+
+UNSEEN = ("refuse", "marginal")
+"""What to do with a level that fit did not see: refuse it, or read it as all known levels in equal parts."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A known covariate given to the model: categorical (one-hot by level) or continuous (standardised).
+
+    Examples
+    --------
+    >>> Condition("batch", levels=("a", "b")).encode(pd.Series(["b", "a"]))
+    array([[0., 1.],
+           [1., 0.]], dtype=float32)
+    >>> Condition("dose", levels=None, mean=2.0, sd=2.0).encode(pd.Series([0.0, 4.0]))
+    array([[-1.],
+           [ 1.]], dtype=float32)
+    """
+
+    name: str
+    levels: tuple[str, ...] | None
+    """Levels in order; None for a continuous condition."""
+    mean: float = 0.0
+    sd: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        """Width of the encoded condition."""
+        return 1 if self.levels is None else len(self.levels)
+
+    def codes(self, column: "pd.Series[Any]") -> NDArray[np.float32]:
+        """Number of the level, or the standardised value, ``(cells,)`` float32.
+
+        Raises
+        ------
+        DataError
+            If there are missing values, values that are not numbers, or levels not seen in fit.
+        """
+        _refuse_missing(self.name, column)
+        if self.levels is None:
+            return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
+        codes = pd.Index(self.levels).get_indexer(column.astype(str))
+        if (codes < 0).any():
+            unseen = column.astype(str)[codes < 0]
+            raise DataError(
+                f"condition {self.name!r} has levels not seen in fit: {listed(sorted(unseen.unique()))} "
+                f"({len(unseen):,} cells; known: {listed(self.levels)}). Refit with them, correct their spelling, drop "
+                "these cells, or say how to read them: unseen='nearest' or 'marginal' (--unseen) of embed."
+            )
+        return codes.astype(np.float32)
+
+    def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
+        """Encode a column of obs, ``(cells, dim)`` float32; raises as `codes` does.
+
+        Parameters
+        ----------
+        column
+            A value for each cell.
+        unseen
+            One of `UNSEEN`.
+        """
+        if self.levels is None:
+            return self.codes(column)[:, None]
+        known = self.is_known(column)
+        if unseen == "refuse" or known.all():
+            known = np.ones(len(column), bool)
+        encoded = np.full((len(column), self.dim), 1 / self.dim, np.float32)
+        encoded[known] = np.eye(self.dim, dtype=np.float32)[self.codes(column[known]).astype(int)]
+        return encoded
+
+    def is_known(self, column: "pd.Series[Any]") -> NDArray[np.bool_]:
+        """Whether fit saw the level of each cell, ``(cells,)``; every number of a continuous condition is known."""
+        if self.levels is None:
+            return np.ones(len(column), bool)
+        return np.asarray(column.isna() | column.astype(str).isin(self.levels))
+
+
+def size_factors(obs: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """Read size factors from obs, ``(cells,)``: finite and above 0, or a `DataError`."""
+    if name not in obs.columns:
+        raise DataError(f"obs has no column {name!r} for size factors; it has {listed(obs.columns) or 'no column'}.")
+    _refuse_missing(name, obs[name])
+    factors = _numbers(name, obs[name])
+    if (bad := factors <= 0).any():
+        raise DataError(
+            f"size factor {name!r} is {factors[bad][0]:g} in cell {obs.index[bad][0]!r} "
+            f"({bad.sum():,} cells are not above 0); size factors are positive numbers."
+        )
+    return factors
+
+
+def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
+    """Make the condition of a model that is to be fitted to these cells; None if all have the same value.
+
+    Floating-point numbers make a continuous condition; anything else (text, categories, integers, booleans) a
+    categorical one.
+
+    Raises
+    ------
+    DataError
+        If values are missing, not finite, or different and the same as text.
+
+    Examples
+    --------
+    >>> make_condition("batch", pd.Series(["b", "a", "b"])).levels
+    ('a', 'b')
+    """
+    _refuse_missing(name, column)
+    if pd.api.types.is_float_dtype(column):
+        values = _numbers(name, column)
+        if values.min() == values.max():
+            return None
+        return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()))
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        levels = tuple(column.cat.remove_unused_categories().cat.categories.astype(str))
+    else:
+        levels = tuple(sorted(column.astype(str).unique()))
+    if len(set(levels)) < len(levels):
+        raise DataError(f"obs column {name!r} has levels that read the same as text ({listed(levels)}); rename some.")
+    return Condition(name, levels) if len(levels) > 1 else None
+
+
+def _refuse_missing(name: str, column: "pd.Series[Any]") -> None:
+    if (missing := column.isna()).any():
+        raise DataError(
+            f"obs column {name!r} has no value in {missing.sum():,} of {len(column):,} cells, "
+            f"the first {column.index[missing][0]!r}. Fill it in, drop these cells, "
+            "or let them be a level of their own (--na-as-level)."
+        )
+
+
+def _numbers(name: str, column: "pd.Series[Any]") -> NDArray[np.float64]:
+    try:
+        values = column.to_numpy(dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"obs column {name!r} is to be numbers, and is not: {error}") from error
+    if not (finite := np.isfinite(values)).all():
+        raise DataError(
+            f"obs column {name!r} is not finite in {(~finite).sum():,} cells, the first {column.index[~finite][0]!r}."
+        )
+    return values

@@ -1,0 +1,151 @@
+"""Which genes to model: the most variable ones, given how much a gene of their mean varies anyway."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from celbo.errors import UsageError
+
+__all__ = ["select_genes"]
+
+_SPANS = (0.3, 0.5, 0.8)
+"""Share of the genes that each local fit of the variance looks at; the next where a fit is singular."""
+_LEAST_POINTS = 10
+"""Different means that a local fit must see; with very few the compiled loess crashes."""
+_LEAST_CELLS = 3
+"""A batch of fewer cells says nothing about variance, and is left out."""
+
+Blocks = Callable[[], Iterable[sp.csr_matrix]]
+
+
+def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
+    r"""Choose the most variable genes, within batches (Stuart 2019, Cell 177:1888; "seurat_v3" in scanpy).
+
+    In each batch a curve of log variance on log mean is fitted (loess, degree 2). Counts are standardised by the mean
+    :math:`m_g` and the fitted standard deviation :math:`s_g`, clipped at :math:`\sqrt n`, and genes are ranked by the
+    variance of :math:`\min(x_{ig}, m_g + s_g \sqrt n)` over :math:`s_g^2`. Of several batches, genes are ordered by
+    their median rank where they are among the chosen, then by the number of batches in which they are.
+
+    Parameters
+    ----------
+    blocks
+        Gives the counts, ``(cells, genes)``, in consecutive blocks of rows; called twice.
+    n_top_genes
+        How many to choose.
+    levels
+        Number of each cell's batch, ``(cells,)``; all cells together if None.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions of the chosen genes, increasing.
+
+    Raises
+    ------
+    UsageError
+        If ``n_top_genes`` is below 1.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).poisson(5.0, (200, 100))
+    >>> x[:, 7] *= np.random.default_rng(1).integers(0, 5, 200)
+    >>> select_genes(lambda: [sp.csr_matrix(x)], 1)
+    array([7])
+    """
+    if n_top_genes < 1:
+        raise UsageError(f"n_top_genes={n_top_genes}; choose one gene at least.")
+    n_cells, mean, variance = _moments(blocks, levels)
+    used = np.flatnonzero(n_cells >= min(_LEAST_CELLS, n_cells.max()))
+    sd = np.stack([_fitted_sd(mean[batch], variance[batch]) for batch in range(len(n_cells))])
+    clip = sd * np.sqrt(n_cells)[:, None] + mean
+    total, squares = _clipped_sums(blocks, clip, levels)
+    n = n_cells[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = (n * mean**2 + squares - 2 * total * mean) / ((n - 1) * sd**2)
+    return np.sort(_top(np.nan_to_num(scores[used]), n_top_genes))
+
+
+def _moments(
+    blocks: Blocks, levels: NDArray[np.intp] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Cells by batch; mean and variance by batch and gene. Sums of whole numbers are exact in float64."""
+    n, total, squares = np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1))
+    for batch_of_row, block in _with_batches(blocks, levels):
+        x = block.astype(np.float64)
+        of_batch = _indicator(batch_of_row, levels)
+        n = n + np.asarray(of_batch.sum(1)).ravel()
+        total = total + (of_batch @ x).toarray()
+        squares = squares + (of_batch @ x.multiply(x)).toarray()
+    mean = total / np.maximum(n, 1)[:, None]
+    return n.astype(np.int64), mean, np.maximum(squares - mean * total, 0) / np.maximum(n - 1, 1)[:, None]
+
+
+def _clipped_sums(
+    blocks: Blocks, clip: NDArray[np.float64], levels: NDArray[np.intp] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of clipped counts and of their squares, by batch and gene."""
+    total, squares = np.zeros_like(clip), np.zeros_like(clip)
+    for batch_of_row, block in _with_batches(blocks, levels):
+        x = block.astype(np.float64)
+        x.data = np.minimum(x.data, clip[np.repeat(batch_of_row, np.diff(x.indptr)), x.indices])
+        of_batch = _indicator(batch_of_row, levels)
+        total += (of_batch @ x).toarray()
+        squares += (of_batch @ x.multiply(x)).toarray()
+    return total, squares
+
+
+def _with_batches(blocks: Blocks, levels: NDArray[np.intp] | None) -> Iterable[tuple[NDArray[np.intp], sp.csr_matrix]]:
+    start = 0
+    for block in blocks():
+        stop = start + block.shape[0]
+        yield (np.zeros(stop - start, np.intp) if levels is None else levels[start:stop]), block
+        start = stop
+
+
+def _indicator(batch_of_row: NDArray[np.intp], levels: NDArray[np.intp] | None) -> sp.csr_matrix:
+    """``(batches, rows)``: 1 where a row belongs to a batch; products with it are sums by batch."""
+    n_rows, n_batches = len(batch_of_row), 1 if levels is None else int(levels.max()) + 1
+    return sp.csr_matrix((np.ones(n_rows), (batch_of_row, np.arange(n_rows))), shape=(n_batches, n_rows))
+
+
+def _fitted_sd(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviation that genes of such a mean have, by gene; 1 for genes that do not vary."""
+    sd, varies = np.ones_like(mean), variance > 0
+    if not varies.any():
+        return sd
+    sd[varies] = np.sqrt(10 ** _smoothed(np.log10(mean[varies]), np.log10(variance[varies])))
+    return sd
+
+
+def _smoothed(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Y by local quadratic fits on x; by a straight line where x has too few different values for those."""
+    from skmisc.loess import loess  # compiled; only choosing genes needs it
+
+    for span in _SPANS:
+        if span * len(np.unique(x)) < _LEAST_POINTS:
+            continue
+        curve = loess(x, y, span=span, degree=2)
+        with suppress(ValueError):  # near singularities
+            curve.fit()
+            if np.isfinite(curve.outputs.fitted_values).all():
+                return curve.outputs.fitted_values
+    if np.ptp(x) == 0:
+        return np.full_like(y, y.mean())
+    line: NDArray[np.float64] = np.polyval(np.polyfit(x, y, 1), x)
+    return line
+
+
+def _top(scores: NDArray[np.float64], n_top_genes: int) -> NDArray[np.intp]:
+    """Genes by median rank over the batches in which they are among the first, then by the number of such batches."""
+    # The default sort, and ranks in float32, as scanpy has them, so that ties fall the same way.
+    order = np.argsort(np.argsort(-scores, axis=1), axis=1).astype(np.float32)
+    n_batches_chosen = (order < n_top_genes).sum(0)
+    order[order >= n_top_genes] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # genes that are nowhere among the first
+        rank = np.nanmedian(order, axis=0)
+    return np.lexsort((-n_batches_chosen, np.where(np.isnan(rank), np.inf, rank)))[:n_top_genes]

@@ -1,0 +1,97 @@
+"""Gene names: what kind of identifier they are, and why two sets of them do not match."""
+
+import re
+from collections.abc import Collection, Sequence
+
+import pandas as pd
+
+from celbo.errors import listed
+
+__all__ = ["explain_mismatch", "kind_of_names"]
+
+_SAMPLE = 1000
+_KINDS = {
+    "Ensembl ids with version numbers": re.compile(r"ENS[A-Z]*[GT]\d{6,}\.\d+(_.*)?"),
+    "Ensembl ids": re.compile(r"ENS[A-Z]*[GT]\d{6,}"),
+    "RefSeq accessions": re.compile(r"[NX][MR]_\d+(\.\d+)?"),
+    "numbers (Entrez ids, or no names at all)": re.compile(r"\d+"),
+}
+
+
+def kind_of_names(names: Sequence[str]) -> str:
+    """What most of these names are: one of a few kinds of identifier, or "symbols".
+
+    Examples
+    --------
+    >>> kind_of_names(["ENSG00000141510.12", "ENSG00000012048.4"]), kind_of_names(["TP53", "BRCA1"])
+    ('Ensembl ids with version numbers', 'symbols')
+    """
+    sample = [str(name) for name in names[:: max(1, len(names) // _SAMPLE)]]
+    for kind, pattern in _KINDS.items():
+        if sum(bool(pattern.fullmatch(name)) for name in sample) > len(sample) / 2:
+            return kind
+    return "symbols"
+
+
+def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
+    """Say how many of a model's genes these data lack, and what would match more of them.
+
+    Parameters
+    ----------
+    genes
+        Of the model.
+    var
+        Table of the data's genes, indexed by name: its columns are looked through as well.
+
+    Examples
+    --------
+    >>> var = pd.DataFrame({"symbol": ["TP53", "BRCA1"]}, index=["ENSG00000141510", "ENSG00000012048"])
+    >>> print(explain_mismatch(["TP53", "BRCA1"], var))
+    2 of the model's 2 genes are not in these data (0 % match): 'TP53', 'BRCA1'. Yours look like Ensembl ids
+    ('ENSG00000141510', 'ENSG00000012048'), the model's are symbols. var['symbol'] matches 2 of 2 (100 %): use
+    --gene-column symbol, or adata.var_names = adata.var['symbol'].
+    """
+    wanted, n = set(genes), len(genes)
+    names = [str(name) for name in var.index]
+    here = set(names)
+    missing = [gene for gene in genes if gene not in here]
+    found = n - len(missing)
+    ours, theirs = kind_of_names(genes), kind_of_names(names)
+    lines = [
+        f"{len(missing):,} of the model's {n:,} genes are not in these data ({_percent(found, n)} match): "
+        f"{listed(missing)}."
+    ]
+    if ours != theirs:
+        lines.append(f"Yours look like {theirs} ({listed(names[:3])}), the model's are {ours}.")
+    hints = _columns_that_match(wanted, var, found)
+    if (matched := len(set(map(_unversioned, wanted)) & set(map(_unversioned, here)))) > found:
+        strip = r"adata.var_names.str.replace(r'\.\d+$', '', regex=True)"
+        hints.append(f"Without version numbers {_percent(matched, n)} match: {strip}.")
+    if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in here})) > found:
+        hints.append(f"If capitals are ignored {_percent(matched, n)} match: symbols of another species, perhaps.")
+    lines += hints or ["Give var_names the model's kind of identifier, and keep the model's genes."]
+    return " ".join(lines)
+
+
+def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, found: int) -> list[str]:
+    """Name the column of var that matches most of the wanted genes, if it matches more than the names do."""
+    matches = {
+        column: len(set(var[column].dropna().astype(str)) & set(wanted))
+        for column in var.columns
+        if not pd.api.types.is_float_dtype(var[column]) and not pd.api.types.is_bool_dtype(var[column])
+    }
+    best = max(matches, key=lambda column: matches[column], default=None)
+    if best is None or matches[best] <= found:
+        return []
+    return [
+        f"var[{best!r}] matches {matches[best]:,} of {len(wanted):,} ({_percent(matches[best], len(wanted))}): use "
+        f"--gene-column {best}, or adata.var_names = adata.var[{best!r}]."
+    ]
+
+
+def _unversioned(name: str) -> str:
+    return re.sub(r"\.\d+$", "", name)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part // max(whole, 1)} %"

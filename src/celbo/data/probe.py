@@ -1,0 +1,36 @@
+"""Open an HDF5 file and walk through it, in a process of its own: a damaged file can crash or hang the HDF5 library.
+
+Run as a script: ``python probe.py counts.h5ad``. It imports nothing of celbo, prints nothing, and ends with 0 where the
+file could be walked, or with the reason on stderr.
+"""
+
+import sys
+
+import h5py
+
+__all__ = ["walk"]
+
+_SMALL = 1 << 20
+
+
+def walk(path: str) -> None:
+    """Read every attribute, all small datasets, and the first and last row of large ones."""
+
+    def touch(_: str, item: h5py.Group | h5py.Dataset) -> None:
+        dict(item.attrs)
+        if isinstance(item, h5py.Dataset) and item.size:
+            if item.nbytes <= _SMALL or not item.shape:
+                item[()]
+            else:
+                item[:1], item[-1:]
+
+    with h5py.File(path, "r") as file:
+        dict(file.attrs)
+        file.visititems(touch)
+
+
+if __name__ == "__main__":
+    try:
+        walk(sys.argv[1])
+    except Exception as error:  # noqa: BLE001 - whatever HDF5 has to say
+        sys.exit(f"{error}")

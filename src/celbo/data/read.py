@@ -1,0 +1,200 @@
+"""From a path to an AnnData: only what a model needs of it, in memory or left on disk, and damage put into words."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata import AnnData
+from anndata.io import read_elem, sparse_dataset
+
+from celbo.data import probe
+from celbo.errors import DataError, StorageError
+
+__all__ = ["MISSING_LEVEL", "fill_missing_levels", "name_genes", "read_adata"]
+
+MISSING_LEVEL = "(missing)"
+"""The level that cells without a value get, where a missing value is to be a level."""
+
+_PROBE_SECONDS = 60
+_AGAIN = "Copy the file again from where it came."
+
+
+def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk: bool = False) -> AnnData:
+    """Return an AnnData as it is, or read one from a ``.h5ad`` file or ``.zarr`` folder.
+
+    Of a file, obs, var and the wanted values are read; other layers stay on disk until somebody looks at them, and
+    the rest (obsm, obsp, uns) is not read at all. The file is opened for reading only.
+
+    Parameters
+    ----------
+    data
+        The AnnData, or its path.
+    layer
+        Layer whose values are wanted; None for X.
+    on_disk
+        Leave the wanted values on disk as well: less memory, and slower.
+
+    Raises
+    ------
+    DataError
+        If the path does not exist, is damaged, or holds no AnnData.
+    StorageError
+        If it may not be read.
+    """
+    if isinstance(data, AnnData):
+        return data
+    path = Path(data)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
+    try:
+        return _assemble(_open(path), layer, on_disk)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise StorageError(f"{path} may not be read: {error.strerror}. Ask its owner for permission.") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as an AnnData: {_first_line(error)}. Is it complete, and an .h5ad or .zarr?"
+        ) from error
+
+
+def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool = False) -> AnnData:
+    """Name genes by a column of var, and number names that occur more than once, in place.
+
+    Genes without a name there keep the one they have.
+
+    Examples
+    --------
+    >>> adata = AnnData(np.zeros((1, 3)), var=pd.DataFrame({"name": ["a", "a", None]}, index=["e1", "e2", "e3"]))
+    >>> list(name_genes(adata, "name", make_unique=True).var_names)
+    ['a', 'a-1', 'e3']
+    """
+    if column is not None:
+        if column not in adata.var.columns:
+            known = ", ".join(map(repr, adata.var.columns)) or "no column"
+            raise DataError(f"var has no column {column!r} to name genes by; it has {known}.")
+        names = adata.var[column].astype(object)
+        adata.var_names = np.where(names.isna(), adata.var_names, names.astype(str))
+    if make_unique:
+        adata.var_names_make_unique()
+    return adata
+
+
+def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
+    """Give cells without a value in these columns of obs the level `MISSING_LEVEL`, in place.
+
+    Examples
+    --------
+    >>> adata = AnnData(np.zeros((2, 1)), obs=pd.DataFrame({"batch": ["a", None]}, index=["c1", "c2"]))
+    >>> list(fill_missing_levels(adata, ["batch"]).obs["batch"])
+    ['a', '(missing)']
+    """
+    for column in columns:
+        if column in adata.obs.columns and adata.obs[column].isna().any():
+            values = adata.obs[column].astype(object)
+            adata.obs[column] = values.where(values.notna(), MISSING_LEVEL).astype(str)
+    return adata
+
+
+def _open(path: Path) -> h5py.File | zarr.Group:
+    if path.is_dir():
+        return zarr.open_group(path, mode="r")
+    size = path.stat().st_size
+    if not size:
+        raise DataError(f"{path} is empty: 0 bytes. {_AGAIN}")
+    try:
+        is_hdf5 = h5py.is_hdf5(path)
+        if is_hdf5:
+            h5py.File(path, "r").close()
+    except OSError as error:
+        if found := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
+            raise DataError(
+                f"{path} is truncated: it has {int(found[1]):,} of {int(found[2]):,} bytes. {_AGAIN}"
+            ) from error
+        raise
+    if not is_hdf5:
+        path.open("rb").close()  # a file that may not be read is not a file of another kind
+        raise DataError(f"{path} cannot be read as an AnnData: it is no HDF5 file; give an .h5ad or a .zarr.")
+    _walk_in_a_process_of_its_own(path)
+    return h5py.File(path, "r")
+
+
+def _walk_in_a_process_of_its_own(path: Path) -> None:
+    """Find out whether HDF5 survives this file; what it says of damage is raised here."""
+    command = [sys.executable, "-I", probe.__file__, str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{path} is damaged: HDF5 was still reading it after {_PROBE_SECONDS} s. {_AGAIN}") from error
+    if done.returncode < 0:
+        raise DataError(f"{path} is damaged: the HDF5 library crashed reading it (signal {-done.returncode}). {_AGAIN}")
+    if done.returncode:
+        raise DataError(f"{path} is damaged: {done.stderr.strip()[:300]}. {_AGAIN}")
+
+
+def _assemble(store: Any, layer: str | None, on_disk: bool) -> AnnData:
+    if store.attrs.get("encoding-type") != "anndata":
+        if isinstance(store, h5py.File) and "obs" in store:  # as anndata wrote them before 0.8
+            return anndata.read_h5ad(store.filename)
+        raise DataError(f"{_name(store)} holds no AnnData (it has {', '.join(map(repr, store)) or 'nothing'}).")
+    values: dict[str | None, Any] = {None: store["X"]} if "X" in store else {}
+    values |= {name: store["layers"][name] for name in store.get("layers", ())}
+    lazy = {name: _lazy(item) for name, item in values.items()}
+    kept = {name: item if on_disk or name != layer else read_elem(values[name]) for name, item in lazy.items()}
+    return AnnData(
+        X=kept.pop(None, None),
+        obs=_frame(store, "obs"),
+        var=_frame(store, "var"),
+        layers=kept,
+        raw=_raw(store),
+    )
+
+
+def _frame(store: Any, name: str) -> pd.DataFrame:
+    if name not in store:
+        raise DataError(f"{_name(store)} is no complete AnnData: it has no {name}.")
+    return read_elem(store[name])
+
+
+def _raw(store: Any) -> dict[str, Any] | None:
+    """The cells as they were kept in ``raw``, left on disk: only a hint looks at them."""
+    if "raw" not in store or "X" not in store["raw"] or "var" not in store["raw"]:
+        return None
+    return {"X": _lazy(store["raw"]["X"]), "var": read_elem(store["raw"]["var"])}
+
+
+def _lazy(item: Any) -> Any:
+    """Values left on disk."""
+    if isinstance(item, h5py.Dataset | zarr.Array):
+        return item
+    if isinstance(item, zarr.Group):
+        _refuse_missing_chunks(item)
+    return sparse_dataset(item)
+
+
+def _refuse_missing_chunks(group: zarr.Group) -> None:
+    """A chunk that is not there reads as zeros; of a sparse matrix's parts none may be missing."""
+    for name in ("data", "indices", "indptr"):
+        part: Any = group[name]
+        if (there := part.nchunks_initialized) < part.nchunks:
+            raise DataError(
+                f"{group.store_path}/{name} is not complete: it has {there:,} of {part.nchunks:,} chunks. {_AGAIN}"
+            )
+
+
+def _name(store: h5py.File | zarr.Group) -> str:
+    return str(store.filename if isinstance(store, h5py.File) else store.store_path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

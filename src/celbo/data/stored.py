@@ -1,0 +1,204 @@
+"""Values of an AnnData by rows, wherever they lie: in memory or on disk, sparse or dense, a view or not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from anndata import AnnData
+from anndata.abc import CSCDataset, CSRDataset
+from numpy.typing import NDArray
+
+from celbo.errors import DataError
+
+__all__ = ["Stored", "layer_values", "place_of", "stored_values"]
+
+_BLOCK = 1 << 22
+"""Values of a block of rows, about: what is held of data on disk at a time."""
+
+_LEAST_ROWS = 256
+"""Rows of a block at least, so that many genes do not make for many tiny reads."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix of values, ``(cells, genes)``, read by rows."""
+
+    shape: tuple[int, int]
+    on_disk: bool
+    """Whether reading costs a disk, so that values are not to be kept."""
+    read: Callable[[Any], sp.csr_matrix]
+    """Rows by a slice or by positions, in that order, as CSR; values in the type they are stored in."""
+
+    def blocks(self) -> Iterator[sp.csr_matrix]:
+        """All rows, in consecutive blocks of bounded size.
+
+        Examples
+        --------
+        >>> stored = stored_values(AnnData(np.eye(3, dtype=np.float32)), None)
+        >>> [block.shape for block in stored.blocks()]
+        [(3, 3)]
+        """
+        n_cells, n_genes = self.shape
+        step = max(_LEAST_ROWS, _BLOCK // max(n_genes, 1))
+        for start in range(0, n_cells, step):
+            yield self.read(slice(start, start + step))
+
+
+def stored_values(adata: AnnData, layer: str | None) -> Stored:
+    """X, or a layer, as something that is read by rows.
+
+    Sparse matrices and arrays, dense ones, AnnData's on-disk datasets and dask arrays all become CSR blocks with sorted
+    indices, duplicates summed. What is stored by gene (CSC) and what dask computes is brought into memory once.
+
+    Raises
+    ------
+    DataError
+        If there is no such layer, or a sparse matrix contradicts itself.
+    """
+    if adata.isbacked and adata.is_view:  # its X would be read whole; through the view, rows are read alone
+        return Stored((adata.n_obs, adata.n_vars), True, partial(_through_view, adata, layer))
+    matrix: Any = layer_values(adata, layer)
+    place = place_of(layer)
+    if isinstance(matrix, CSCDataset):
+        matrix = matrix.to_memory()
+    elif hasattr(matrix, "compute"):
+        matrix = matrix.compute()
+    if matrix.dtype.kind not in "biuf":
+        raise DataError(f"{place} holds values of type {matrix.dtype}; celbo takes numbers: integers or floats.")
+    if isinstance(matrix, CSRDataset):
+        _check_structure(np.asarray(matrix.group["indptr"][:]), matrix.group["data"].shape[0], matrix.shape, place)
+        return Stored(matrix.shape, True, partial(_from_disk, matrix, place))
+    if isinstance(matrix, h5py.Dataset | zarr.Array):
+        return Stored((adata.n_obs, adata.n_vars), True, partial(_from_disk, matrix, place))
+    if sp.issparse(matrix):
+        return _in_memory_sparse(matrix, place)
+    dense = np.asarray(matrix)
+    return Stored((adata.n_obs, adata.n_vars), False, lambda rows: _csr(dense[rows]))
+
+
+def layer_values(adata: AnnData, layer: str | None) -> Any:
+    """X, or a layer, as it is stored; a `DataError` if there is none."""
+    if layer is None:
+        if adata.X is None:
+            raise DataError(f"these data have no X; name one of their layers: {_layers(adata)}.")
+        return adata.X
+    if layer not in adata.layers:
+        raise DataError(
+            f"these data have no layer {layer!r}; they have {_layers(adata)}. "
+            "A model reads new cells from the layer it was fitted to."
+        )
+    return adata.layers[layer]
+
+
+def place_of(layer: str | None) -> str:
+    """How messages name the values: "X", or "layers['counts']"."""
+    return "X" if layer is None else f"layers[{layer!r}]"
+
+
+def _layers(adata: AnnData) -> str:
+    return ", ".join(map(repr, adata.layers)) or "none"
+
+
+def _in_memory_sparse(matrix: Any, place: str) -> Stored:
+    compressed = matrix if matrix.format in ("csr", "csc") else matrix.tocsr()
+    _check_structure(
+        compressed.indptr,
+        len(compressed.data),
+        compressed.shape if compressed.format == "csr" else compressed.shape[::-1],
+        place,
+        compressed.indices,
+    )
+    x = compressed.tocsr()
+    if not (x.has_sorted_indices and x.has_canonical_format):
+        x = x.copy() if x is matrix else x  # the caller's array stays as it is
+        x.sum_duplicates()
+
+    def read(rows: Any) -> sp.csr_matrix:
+        if not isinstance(rows, slice):
+            return _csr(x[rows])
+        start, stop, _ = rows.indices(x.shape[0])
+        here = slice(x.indptr[start], x.indptr[stop])  # views: a block of consecutive rows costs no copy
+        parts = (x.data[here], x.indices[here], x.indptr[start : stop + 1] - x.indptr[start])
+        return _csr(sp.csr_matrix(parts, shape=(stop - start, x.shape[1])))
+
+    return Stored(x.shape, False, read)
+
+
+def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
+    try:
+        if isinstance(rows, slice) or not isinstance(matrix, h5py.Dataset | zarr.Array):
+            block = matrix[rows]
+        else:  # HDF5 wants increasing rows, each once
+            unique, inverse = np.unique(rows, return_inverse=True)
+            found: Any = matrix[unique] if isinstance(matrix, h5py.Dataset) else matrix.oindex[unique]
+            block = found[inverse]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{place} cannot be read from disk: {error}. Copy it again from where it came.") from error
+    if sp.issparse(block):
+        _check_structure(block.indptr, len(block.data), block.shape, place, block.indices)
+    return _csr(block)
+
+
+def _through_view(adata: AnnData, layer: str | None, rows: Any) -> sp.csr_matrix:
+    return _csr(layer_values(adata[rows].to_memory(), layer))
+
+
+def _csr(block: Any) -> sp.csr_matrix:
+    """CSR of a block, without a copy where it is one; indices sorted, duplicates summed."""
+    block = block if sp.issparse(block) else np.asarray(block)
+    if block.dtype in (bool, np.float16):  # scipy does not compute with these
+        block = block.astype(np.float32)
+    if not sp.issparse(block):
+        return _csr_of_dense(block)
+    block = sp.csr_matrix(block)
+    if not block.has_canonical_format:
+        block.sum_duplicates()
+    return block
+
+
+def _csr_of_dense(block: NDArray[Any]) -> sp.csr_matrix:
+    """As scipy does it, in a third of the time and memory: it goes by coordinates of 64 bits."""
+    n_rows, n_columns = block.shape
+    there = block != 0
+    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(there, axis=1))])
+    columns = np.broadcast_to(np.arange(n_columns, dtype=np.int32), block.shape)
+    x = sp.csr_matrix((block[there], columns[there], indptr), shape=(n_rows, n_columns))
+    x.has_canonical_format = True
+    return x
+
+
+def _check_structure(
+    indptr: NDArray[Any],
+    n_values: int,
+    shape: tuple[int, int],
+    place: str,
+    indices: NDArray[Any] | None = None,
+) -> None:
+    """Refuse a compressed matrix that contradicts itself, before anything follows its pointers out of memory."""
+    n_rows, n_columns = shape
+    again = "The file is damaged: write or copy it again from where it came."
+    if len(indptr) != n_rows + 1 or indptr[0] != 0 or indptr[-1] > n_values:
+        raise DataError(
+            f"{place} is no sparse matrix: indptr has {len(indptr):,} entries from {indptr[:1]} to {indptr[-1:]} "
+            f"for {n_rows:,} rows and {n_values:,} values. {again}"
+        )
+    if (falling := np.flatnonzero(np.diff(indptr) < 0)).size:
+        raise DataError(
+            f"{place} is no sparse matrix: indptr falls from {indptr[falling[0]]:,} to {indptr[falling[0] + 1]:,} at "
+            f"position {falling[0]:,}, where it must never fall. {again}"
+        )
+    if indices is None or not len(indices):
+        return
+    smallest, largest = indices.min(), indices.max()
+    if smallest < 0 or largest >= n_columns:
+        bad = (indices < 0) | (indices >= n_columns)
+        first = np.flatnonzero(bad)[0]
+        raise DataError(
+            f"{place} is no sparse matrix: index {indices[first]:,} at position {first:,} is not between 0 and "
+            f"{n_columns - 1:,} ({bad.sum():,} of {len(indices):,} are not). {again}"
+        )

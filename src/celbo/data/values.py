@@ -1,0 +1,263 @@
+"""What values may be: every stored one is looked at, in one pass, and what is found is put into words."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo.data.stored import Stored, place_of, stored_values
+
+__all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
+
+LARGEST_COUNT = 1e9
+"""No sequencer has counted more than this of one gene in one sample."""
+
+_EXACT = 2**24
+"""From here on float32 cannot tell neighbouring whole numbers apart."""
+
+_SAMPLE = 1000
+"""Cells looked at, evenly spaced, to name what values are that are no counts."""
+
+
+class Fault(NamedTuple):
+    """A kind of bad value: how many there are, and the first."""
+
+    n: int
+    row: int
+    column: int
+    value: float
+
+
+class Scan(NamedTuple):
+    """What one pass over all stored values saw."""
+
+    n_values: int
+    """Stored values."""
+    library: NDArray[np.float64]
+    """Sum of each cell's values over the wanted genes, ``(cells,)``."""
+    detected: NDArray[np.int64]
+    """Number of cells with a value other than 0, by gene of the data, ``(genes,)``."""
+    faults: dict[str, Fault]
+    """By kind, of `KINDS`; only those found."""
+
+
+class Kind(NamedTuple):
+    """A kind of value that is looked for."""
+
+    bad: Callable[[NDArray[Any]], NDArray[np.bool_]]
+    found: str
+    """In words."""
+
+
+def _not_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
+    return ~np.isfinite(values)
+
+
+def _negative(values: NDArray[Any]) -> NDArray[np.bool_]:
+    return values < 0
+
+
+def _not_whole(values: NDArray[Any]) -> NDArray[np.bool_]:
+    unequal = values != np.rint(values)
+    return unequal & np.isfinite(values) if unequal.any() else unequal
+
+
+def _too_large(values: NDArray[Any]) -> NDArray[np.bool_]:
+    return (values > LARGEST_COUNT) & np.isfinite(values)
+
+
+def _inexact(values: NDArray[Any]) -> NDArray[np.bool_]:
+    return (values > _EXACT) & np.isfinite(values)
+
+
+KINDS = {
+    "not-finite": Kind(_not_finite, "not finite"),
+    "negative": Kind(_negative, "negative"),
+    "not-whole": Kind(_not_whole, "not whole numbers"),
+    "too-large": Kind(_too_large, f"above {LARGEST_COUNT:,.0f}"),
+    "inexact": Kind(_inexact, f"above {_EXACT:,}"),
+}
+
+
+def scan_values(stored: Stored, wanted: NDArray[np.intp] | None = None) -> Scan:
+    """Look at every stored value once, in blocks of bounded memory.
+
+    Parameters
+    ----------
+    stored
+        The values.
+    wanted
+        Columns whose sum is a cell's library; all if None.
+
+    Returns
+    -------
+    Scan
+
+    Examples
+    --------
+    >>> scan = scan_values(stored_values(AnnData(np.array([[0.0, 3.0], [-1.0, 0.5]])), None))
+    >>> scan.faults["negative"]
+    Fault(n=1, row=1, column=0, value=-1.0)
+    """
+    n_cells, n_genes = stored.shape
+    weights = np.ones(n_genes)
+    if wanted is not None:
+        weights = np.zeros(n_genes)
+        weights[wanted] = 1
+    library, detected = np.empty(n_cells), np.zeros(n_genes, np.int64)
+    faults: dict[str, Fault] = {}
+    n_values = start = 0
+    for block in stored.blocks():
+        stop = start + block.shape[0]
+        _look(block, start, faults)
+        with np.errstate(all="ignore"):  # what is not finite is reported, not warned about
+            library[start:stop] = block @ weights
+        detected += np.bincount(block.indices[block.data != 0], minlength=n_genes)
+        n_values += len(block.data)
+        start = stop
+    return Scan(n_values, library, detected, faults)
+
+
+def holds_counts(stored: Stored) -> bool:
+    """Whether all values are finite whole numbers of at least 0; looks no further than the first that is not.
+
+    Examples
+    --------
+    >>> [holds_counts(stored_values(AnnData(np.array([[x]])), None)) for x in (3.0, 0.5, -1.0)]
+    [True, False, False]
+    """
+    return not any(_first_look(block) & {"not-finite", "negative", "not-whole"} for block in stored.blocks())
+
+
+def value_faults(scan: Scan, adata: AnnData, layer: str | None, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Say in a sentence what is wrong with the values, by kind: the first place, and how many there are."""
+    place = place_of(layer)
+    return {
+        kind: (
+            f"{place} is {fault.value:g} in cell {adata.obs_names[fault.row]!r} (row {fault.row:,}), "
+            f"gene {adata.var_names[fault.column]!r}; "
+            f"{fault.n:,} of {scan.n_values:,} stored values are {KINDS[kind].found}."
+        )
+        for kind in kinds
+        if (fault := scan.faults.get(kind))
+    }
+
+
+def diagnose(stored: Stored, scan: Scan) -> str:
+    """Name what values are that are no counts, from a thousand cells; an empty text if nothing fits.
+
+    Scaled values have mean 0 and variance 1 in every gene. Normalised counts are, within a cell, whole multiples of
+    what one count became; logged ones are that after ``exp(x) - 1`` or ``2**x - 1``.
+    """
+    n_cells = stored.shape[0]
+    rows = np.unique(np.linspace(0, n_cells - 1, min(n_cells, _SAMPLE)).astype(np.intp))
+    x = stored.read(rows)
+    with np.errstate(all="ignore"):
+        x.data = x.data.astype(np.float64)
+    x.data[~np.isfinite(x.data)] = 0
+    if not x.nnz:
+        return ""
+    if (x.data < 0).any():
+        return _diagnose_negative(x)
+    largest = f"largest value {x.data.max():.3g}"
+    if x.data.max() < 40:  # exp(40) counts are not met
+        for undo, name in ((np.expm1, "log1p"), (lambda y: np.exp2(y) - 1, "log2(1 + x)")):
+            undone = x.copy()
+            undone.data = undo(x.data)
+            if total := _same_total(undone):
+                return f"look like {name} of counts per {total:,.0f} ({largest})"
+            if _multiples(undone):
+                return f"look like {name} of counts scaled by a factor for each cell ({largest})"
+    if total := _same_total(x):
+        unit = {1_000_000: " (TPM or CPM)"}.get(total, "")
+        return f"look normalised and not logged: every cell sums to {total:,.0f}{unit}"
+    if np.mean(x.data == np.rint(x.data)) > 0.5:
+        return "are mostly whole: estimated counts, perhaps (RSEM, salmon, or corrected for ambient RNA)"
+    if _multiples(x):
+        return "look like counts scaled by a factor for each cell"
+    if x.data.max() < 20:
+        return f"look normalised and logged ({largest})"
+    return ""
+
+
+def find_counts(adata: AnnData, layer: str | None) -> str:
+    """Name another layer that holds counts, or ``raw``, and how to use it; an empty text if there is none."""
+    for name in adata.layers:
+        if name != layer and holds_counts(stored_values(adata, name)):
+            return f"layers[{name!r}] holds whole numbers: use layer={name!r} (--layer {name})."
+    if layer is not None and adata.X is not None and holds_counts(stored_values(adata, None)):
+        return "X holds whole numbers: leave out layer (--layer)."
+    if adata.raw is not None and holds_counts(stored_values(adata.raw.to_adata(), None)):
+        return "raw.X holds whole numbers: use adata.raw.to_adata()."
+    return ""
+
+
+def _look(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
+    """Add the faults of a block whose first row is row ``start``."""
+    for kind in _first_look(block):
+        bad = np.flatnonzero(KINDS[kind].bad(block.data))
+        first = int(bad[0])
+        row = start + int(np.searchsorted(block.indptr, first, side="right")) - 1
+        found = Fault(len(bad), row, int(block.indices[first]), float(block.data[first]))
+        faults[kind] = faults[kind]._replace(n=faults[kind].n + found.n) if kind in faults else found
+
+
+def _first_look(block: sp.csr_matrix) -> set[str]:
+    """Kinds of bad values in a block: quicker than looking for each, and as exact."""
+    values = block.data
+    if not len(values):
+        return set()
+    kinds = set()
+    with np.errstate(invalid="ignore"):
+        smallest, largest = values.min(), values.max()  # NaN if there is one
+        if not (np.isfinite(smallest) and np.isfinite(largest)):
+            kinds.add("not-finite")
+            finite = values[np.isfinite(values)]
+            smallest, largest = finite.min(initial=0), finite.max(initial=0)
+        if smallest < 0:
+            kinds.add("negative")
+        if largest > _EXACT:
+            kinds.add("inexact")
+        if largest > LARGEST_COUNT:
+            kinds.add("too-large")
+        if values.dtype.kind == "f" and _not_whole(values).any():
+            kinds.add("not-whole")
+    return kinds
+
+
+def _same_total(x: sp.csr_matrix) -> int:
+    """The total that all cells that have any values share, as a round number; 0 if they differ."""
+    totals = np.asarray(x.sum(axis=1)).ravel()
+    totals = totals[totals > 0]
+    if len(totals) < 2 or np.ptp(totals) > 1e-3 * np.median(totals):
+        return 0
+    return int(float(f"{np.median(totals):.3g}"))
+
+
+def _multiples(x: sp.csr_matrix) -> bool:
+    """Whether, within cells, values are whole multiples of the smallest: counts times a factor."""
+    if x.nnz < 2 or (x.data <= 0).any():
+        return False
+    cells = np.diff(x.indptr) > 0
+    smallest = np.minimum.reduceat(x.data, x.indptr[:-1][cells])
+    ratio = x.data / np.repeat(smallest, np.diff(x.indptr)[cells])
+    ratio = ratio[(ratio > 1.001) & (ratio < 50)]
+    return len(ratio) > 10 and float(np.mean(np.abs(ratio - np.rint(ratio)) < 0.02)) > 0.95
+
+
+def _diagnose_negative(x: sp.csr_matrix) -> str:
+    dense = x[:, : min(x.shape[1], 2000)].toarray()
+    mean, sd = dense.mean(0), dense.std(0)
+    varying = sd > 0
+    if not varying.any():
+        return ""
+    if np.median(np.abs(mean[varying])) > 0.2 * np.median(sd[varying]):
+        return "are negative in places: corrected or centred values, not counts"
+    # What was zero before scaling has one value per gene; residuals of a count model depend on a cell's depth as well.
+    ties = np.mean([np.unique(column, return_counts=True)[1].max() for column in dense[:, varying].T[:200]])
+    if len(dense) >= 20 and ties < 0.05 * len(dense):
+        return "look like Pearson residuals (SCTransform) or values corrected for a batch effect"
+    return "look scaled to mean 0 in every gene (scanpy.pp.scale)"
