@@ -17,6 +17,7 @@ import pytest
 
 import celbo
 from celbo import cli
+from celbo.config import READING
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -149,7 +150,7 @@ def test_the_command_lines_defaults_are_the_estimators():
     model = celbo.ExpressionVAE().options()
     defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None}
     options = inspect.signature(cli.fit).parameters
-    for name in options.keys() - {"data", "output", "keep_reference"}:
+    for name in options.keys() - {"ctx", "data", "output", "keep_reference", "config", *READING}:
         assert options[name].default == defaults[names.get(name, name)], name
 
 

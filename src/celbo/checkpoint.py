@@ -118,7 +118,7 @@ def write_folder(
     >>> read_folder(folder).weights
     {'fc_mu.bias': array([0., 0.], dtype=float32)}
     """
-    path = Path(os.path.realpath(path))  # where a link leads, so that all renames stay on one file system
+    path = Path(os.path.realpath(Path(path).expanduser()))  # where a link leads: all renames stay on its disk
     contents = _serialise(document, weights, reference)
     needed = sum(map(len, contents.values()))
     new, old = _sibling(path, f"new-{uuid.uuid4().hex[:8]}"), _sibling(path, "previous")

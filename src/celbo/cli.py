@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
@@ -385,8 +385,8 @@ def _fit_and_write(
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     of = "training" if elbo == "elbo_train" else "held-out"
     _say(
-        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell, "
-        f"after {metrics['epochs']} epochs in {seconds:.0f} s."
+        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell; "
+        f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
     )
     return summary
 
@@ -419,8 +419,9 @@ def _describe(folder: "FolderDescription") -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    """Tell the person, not the pipe; names in data cannot control the terminal."""
-    typer.echo(_plain(text), err=True)
+    """Tell the person, not the pipe; names in data cannot control the terminal, nor can a full one stop the work."""
+    with suppress(OSError):
+        typer.echo(_plain(text), err=True)
 
 
 def _plain(text: str) -> str:

@@ -136,6 +136,8 @@ class ExpressionVAE:
             If training left the numbers and could not come back.
         """
         objective = self._objective()
+        if not isinstance(self.train, TrainConfig):
+            raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
         device = settle_device(self.train.device)
         adata = read_adata(adata, layer=self.layer)
         check = self.check(adata)
@@ -274,7 +276,7 @@ class ExpressionVAE:
         if library is not None:
             if self._likelihood().values != "counts":
                 raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
-            if not 0 < library < math.inf:
+            if not isinstance(library, int | float) or not 0 < library < math.inf:
                 raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
             libraries = torch.full((adata.n_obs, 1), float(library))
         return expected_values(self.vae_, self._source(adata), context=context, library=libraries)
@@ -319,7 +321,7 @@ class ExpressionVAE:
         """Say what to do where something is asked for that only `fit` makes."""
         if name.endswith("_") and not name.startswith("_"):
             raise NotFittedError(
-                f"this model has no {name}: it comes with fitting (all but split_ with celbo.load too)."
+                f"this model has no {name}: call fit first, or celbo.load a fitted one (split_ is not kept by save)."
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from numpy.typing import NDArray
 
 from celbo import __version__, report
@@ -70,8 +70,13 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder to write to.")
-    if data is not None and data.resolve() in {(path / name).resolve() for name in (".", *WRITTEN)}:
-        raise UsageError(f"{data} would be overwritten by this run; name another folder with -o.")
+    if data is not None:
+        written = {(path / name).resolve() for name in WRITTEN}
+        if data.resolve() in written or path.resolve().is_relative_to(data.resolve()):
+            raise UsageError(f"{data} would be overwritten by this run; name another folder with -o.")
+    there = [name for name in WRITTEN if (path / name).exists()]
+    if there and not {"run.json", "model"} & set(there):
+        raise UsageError(f"{path} has {', '.join(there)} that celbo did not write; name another folder with -o.")
     lock = path / _LOCK
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -196,7 +201,12 @@ def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", g
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
-    """Write an embedding as ``.h5ad``, in one step or not at all."""
+    """Write an embedding as ``.h5ad``, in one step or not at all; what is no embedding is not replaced."""
+    path = Path(os.path.realpath(path))  # where a link leads
+    if path.suffix != ".h5ad":
+        raise UsageError(f"{path} is to be an .h5ad file; name it so.")
+    if path.exists() and not _is_embedding(path):
+        raise UsageError(f"{path} is there, and is no embedding that celbo wrote; name another file with -o.")
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,6 +221,13 @@ def write_embedding(cells: AnnData, path: Path) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def _is_embedding(path: Path) -> bool:
+    try:
+        return path.is_file() and "X_celbo" in read_h5ad(path, backed="r").obsm
+    except Exception:  # noqa: BLE001 - whatever it is, it is not ours
+        return False
 
 
 def write_run(
@@ -351,7 +368,8 @@ def _write(path: Path, content: str | bytes) -> None:
     """Write a file in one step or not at all."""
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A file name that is no text in this locale keeps its bytes.
+        beside.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         beside.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}. Free some space.") from error

@@ -22,6 +22,9 @@ __all__ = ["Check", "Problem", "check_adata", "check_query"]
 _GENES_PRESENT = 0.8
 """Share of the model's genes that a query must have, unless said otherwise."""
 
+_FEW = 10
+"""So few different whole numbers look like codes."""
+
 _NOT_COUNTS = ("not-finite", "negative", "not-whole", "too-large")
 """Kinds of values, of `celbo.data.values.KINDS`, that counts may not have."""
 
@@ -304,8 +307,20 @@ def _check_conditions(check: Check, obs: pd.DataFrame, names: Sequence[str]) -> 
                 )
                 continue
             made.append(condition)
+            _warn_of_codes(check, condition, obs[name])
             _warn_of_rare_levels(check, condition, obs[name])
     return tuple(made)
+
+
+def _warn_of_codes(check: Check, condition: Condition, column: "pd.Series[Any]") -> None:
+    """A few whole numbers, stored as floating-point ones, are names of batches more often than amounts."""
+    if condition.levels is None and column.nunique() <= _FEW and (column == column.round()).all():
+        check.add(
+            "numbers",
+            "warning",
+            f"condition {condition.name!r} has {column.nunique()} different numbers, read as amounts of something. If "
+            f"they are names, make them text: adata.obs[{condition.name!r}].astype(int).astype(str).",
+        )
 
 
 def _warn_of_rare_levels(check: Check, condition: Condition, column: "pd.Series[Any]") -> None:

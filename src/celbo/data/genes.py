@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from celbo.errors import UsageError
+from celbo.errors import DataError, UsageError
 
 __all__ = ["select_genes"]
 
@@ -48,11 +48,13 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
     ------
     UsageError
         If ``n_top_genes`` is below 1.
+    DataError
+        If no gene varies within any batch.
 
     Examples
     --------
     >>> x = np.random.default_rng(0).poisson(5.0, (200, 100))
-    >>> x[:, 7] *= np.random.default_rng(1).integers(0, 5, 200)
+    >>> x[:, 7] = np.where(np.arange(200) % 2, 10, 0)  # as many on average, but not evenly
     >>> select_genes(lambda: [sp.csr_matrix(x)], 1)
     array([7])
     """
@@ -60,6 +62,8 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
         raise UsageError(f"n_top_genes={n_top_genes}; choose one gene at least.")
     n_cells, mean, variance = _moments(blocks, levels)
     used = np.flatnonzero(n_cells >= min(_LEAST_CELLS, n_cells.max()))
+    if not (variance[used] > 0).any():
+        raise DataError("no gene varies in any batch: none is more variable than another; fit all genes.")
     sd = np.stack([_fitted_sd(mean[batch], variance[batch]) for batch in range(len(n_cells))])
     clip = sd * np.sqrt(n_cells)[:, None] + mean
     total, squares = _clipped_sums(blocks, clip, levels)
@@ -135,8 +139,8 @@ def _smoothed(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.floa
                 return curve.outputs.fitted_values
     if np.ptp(x) == 0:
         return np.full_like(y, y.mean())
-    line: NDArray[np.float64] = np.polyval(np.polyfit(x, y, 1), x)
-    return line
+    slope, intercept = np.polyfit(x, y, 1)
+    return slope * x + intercept
 
 
 def _top(scores: NDArray[np.float64], n_top_genes: int) -> NDArray[np.intp]:

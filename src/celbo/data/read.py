@@ -3,7 +3,8 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
+from celbo.data.stored import refuse_layer
 from celbo.errors import DataError, StorageError
 
-__all__ = ["MISSING_LEVEL", "fill_missing_levels", "name_genes", "read_adata"]
+__all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
+
+ORIGIN = "celbo_read_from"
+"""Where in uns it stands which file an AnnData was read from."""
 
 MISSING_LEVEL = "(missing)"
 """The level that cells without a value get, where a missing value is to be a level."""
@@ -30,8 +35,8 @@ _AGAIN = "Copy the file again from where it came."
 def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk: bool = False) -> AnnData:
     """Return an AnnData as it is, or read one from a ``.h5ad`` file or ``.zarr`` folder.
 
-    Of a file, obs, var and the wanted values are read; other layers stay on disk until somebody looks at them, and
-    the rest (obsm, obsp, uns) is not read at all. The file is opened for reading only.
+    Of a file, obs, var and the wanted values are read, and nothing else: neither other layers nor obsm, obsp or uns.
+    The file is opened for reading only.
 
     Parameters
     ----------
@@ -40,7 +45,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     layer
         Layer whose values are wanted; None for X.
     on_disk
-        Leave the wanted values on disk as well: less memory, and slower.
+        Leave the values on disk: less memory, slower, and the file stays open.
 
     Raises
     ------
@@ -51,7 +56,12 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     """
     if isinstance(data, AnnData):
         return data
-    path = Path(data)
+    if not isinstance(data, str | Path):
+        raise DataError(
+            f"expected an AnnData, or the path of an .h5ad or .zarr; found a {type(data).__name__}. "
+            "Cells by genes become one with anndata.AnnData(counts), with names in obs_names and var_names."
+        )
+    path = Path(data).expanduser()
     if not path.exists():
         raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
     try:
@@ -66,6 +76,17 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
         raise DataError(
             f"{path} cannot be read as an AnnData: {_first_line(error)}. Is it complete, and an .h5ad or .zarr?"
         ) from error
+
+
+@contextmanager
+def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
+    """Everything of a file as `read_adata` gives it with ``on_disk``, closed again afterwards."""
+    store = _open(Path(path))
+    try:
+        yield _assemble(store, layer, on_disk=True)
+    finally:
+        if isinstance(store, h5py.File):
+            store.close()
 
 
 def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool = False) -> AnnData:
@@ -124,7 +145,10 @@ def _open(path: Path) -> h5py.File | zarr.Group:
         raise
     if not is_hdf5:
         path.open("rb").close()  # a file that may not be read is not a file of another kind
-        raise DataError(f"{path} cannot be read as an AnnData: it is no HDF5 file; give an .h5ad or a .zarr.")
+        raise DataError(
+            f"{path} cannot be read as an AnnData: it is no HDF5 file. Give an .h5ad or a .zarr; text files "
+            "become one with anndata.read_csv and write_h5ad."
+        )
     _walk_in_a_process_of_its_own(path)
     return h5py.File(path, "r")
 
@@ -150,14 +174,17 @@ def _assemble(store: Any, layer: str | None, on_disk: bool) -> AnnData:
     values: dict[str | None, Any] = {None: store["X"]} if "X" in store else {}
     values |= {name: store["layers"][name] for name in store.get("layers", ())}
     lazy = {name: _lazy(item) for name, item in values.items()}
-    kept = {name: item if on_disk or name != layer else read_elem(values[name]) for name, item in lazy.items()}
-    return AnnData(
-        X=kept.pop(None, None),
-        obs=_frame(store, "obs"),
-        var=_frame(store, "var"),
-        layers=kept,
-        raw=_raw(store),
-    )
+    if layer not in values:
+        refuse_layer(layer, [name for name in values if name is not None])
+    kept = lazy if on_disk else {layer: read_elem(values[layer])}
+    adata = AnnData(X=kept.pop(None, None), obs=_frame(store, "obs"), var=_frame(store, "var"), layers=kept)
+    if on_disk:
+        adata.raw = _raw(store)
+    else:
+        adata.uns[ORIGIN] = _name(store)
+        if isinstance(store, h5py.File):
+            store.close()  # nobody waits for it
+    return adata
 
 
 def _frame(store: Any, name: str) -> pd.DataFrame:
@@ -166,11 +193,11 @@ def _frame(store: Any, name: str) -> pd.DataFrame:
     return read_elem(store[name])
 
 
-def _raw(store: Any) -> dict[str, Any] | None:
+def _raw(store: Any) -> Any:
     """The cells as they were kept in ``raw``, left on disk: only a hint looks at them."""
     if "raw" not in store or "X" not in store["raw"] or "var" not in store["raw"]:
         return None
-    return {"X": _lazy(store["raw"]["X"]), "var": read_elem(store["raw"]["var"])}
+    return AnnData(X=_lazy(store["raw"]["X"]), obs=_frame(store, "obs"), var=read_elem(store["raw"]["var"]))
 
 
 def _lazy(item: Any) -> Any:

@@ -81,6 +81,8 @@ class Schema:
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"{listed(unknown)} is not a condition of this model; it has {listed(known) or 'none'}.")
+        if empty := [name for name, value in given.items() if pd.isna(value)]:
+            raise UsageError(f"{listed(empty)} is given no value; give a level, or leave it out.")
         if missing := [name for name in known if name not in given and name not in obs.columns]:
             raise DataError(
                 f"obs has no column {listed(missing)}, a condition of this model; it has {listed(obs.columns)}. "

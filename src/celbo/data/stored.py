@@ -1,9 +1,9 @@
 """Values of an AnnData by rows, wherever they lie: in memory or on disk, sparse or dense, a view or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError
 
-__all__ = ["Stored", "layer_values", "place_of", "stored_values"]
+__all__ = ["Stored", "layer_values", "place_of", "refuse_layer", "stored_matrix", "stored_values"]
 
 _BLOCK = 1 << 22
 """Values of a block of rows, about: what is held of data on disk at a time."""
@@ -28,7 +28,7 @@ _LEAST_ROWS = 256
 class Stored:
     """A matrix of values, ``(cells, genes)``, read by rows."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     on_disk: bool
     """Whether reading costs a disk, so that values are not to be kept."""
     read: Callable[[Any], sp.csr_matrix]
@@ -53,17 +53,21 @@ def stored_values(adata: AnnData, layer: str | None) -> Stored:
     """X, or a layer, as something that is read by rows.
 
     Sparse matrices and arrays, dense ones, AnnData's on-disk datasets and dask arrays all become CSR blocks with sorted
-    indices, duplicates summed. What is stored by gene (CSC) and what dask computes is brought into memory once.
+    indices, duplicates summed. What is stored by gene (CSC), views of files, and what dask computes are brought into
+    memory once.
 
     Raises
     ------
     DataError
         If there is no such layer, or a sparse matrix contradicts itself.
     """
-    if adata.isbacked and adata.is_view:  # its X would be read whole; through the view, rows are read alone
-        return Stored((adata.n_obs, adata.n_vars), True, partial(_through_view, adata, layer))
-    matrix: Any = layer_values(adata, layer)
-    place = place_of(layer)
+    if adata.isbacked and adata.is_view:  # anndata reads views of files whole
+        adata = adata.to_memory()
+    return stored_matrix(layer_values(adata, layer), place_of(layer))
+
+
+def stored_matrix(matrix: Any, place: str) -> Stored:
+    """Make something that is read by rows of any matrix an AnnData may hold; ``place`` names it in messages."""
     if isinstance(matrix, CSCDataset):
         matrix = matrix.to_memory()
     elif hasattr(matrix, "compute"):
@@ -74,34 +78,34 @@ def stored_values(adata: AnnData, layer: str | None) -> Stored:
         _check_structure(np.asarray(matrix.group["indptr"][:]), matrix.group["data"].shape[0], matrix.shape, place)
         return Stored(matrix.shape, True, partial(_from_disk, matrix, place))
     if isinstance(matrix, h5py.Dataset | zarr.Array):
-        return Stored((adata.n_obs, adata.n_vars), True, partial(_from_disk, matrix, place))
+        return Stored(tuple(matrix.shape), True, partial(_from_disk, matrix, place))
     if sp.issparse(matrix):
         return _in_memory_sparse(matrix, place)
     dense = np.asarray(matrix)
-    return Stored((adata.n_obs, adata.n_vars), False, lambda rows: _csr(dense[rows]))
+    return Stored(tuple(dense.shape), False, lambda rows: _csr(dense[rows]))
 
 
 def layer_values(adata: AnnData, layer: str | None) -> Any:
     """X, or a layer, as it is stored; a `DataError` if there is none."""
+    if layer not in adata.layers and (layer is not None or adata.X is None):
+        refuse_layer(layer, list(adata.layers))
+    return adata.X if layer is None else adata.layers[layer]
+
+
+def refuse_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
+    """Raise the `DataError` of data that have no such layer, but these."""
+    known = ", ".join(map(repr, layers)) or "none"
     if layer is None:
-        if adata.X is None:
-            raise DataError(f"these data have no X; name one of their layers: {_layers(adata)}.")
-        return adata.X
-    if layer not in adata.layers:
-        raise DataError(
-            f"these data have no layer {layer!r}; they have {_layers(adata)}. "
-            "A model reads new cells from the layer it was fitted to."
-        )
-    return adata.layers[layer]
+        raise DataError(f"these data have no X; name one of their layers: {known}.")
+    raise DataError(
+        f"these data have no layer {layer!r}; they have {known}. "
+        "A model reads new cells from the layer it was fitted to."
+    )
 
 
 def place_of(layer: str | None) -> str:
     """How messages name the values: "X", or "layers['counts']"."""
     return "X" if layer is None else f"layers[{layer!r}]"
-
-
-def _layers(adata: AnnData) -> str:
-    return ", ".join(map(repr, adata.layers)) or "none"
 
 
 def _in_memory_sparse(matrix: Any, place: str) -> Stored:
@@ -142,10 +146,6 @@ def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
     if sp.issparse(block):
         _check_structure(block.indptr, len(block.data), block.shape, place, block.indices)
     return _csr(block)
-
-
-def _through_view(adata: AnnData, layer: str | None, rows: Any) -> sp.csr_matrix:
-    return _csr(layer_values(adata[rows].to_memory(), layer))
 
 
 def _csr(block: Any) -> sp.csr_matrix:

@@ -8,7 +8,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo.data.stored import Stored, place_of, stored_values
+from celbo.data.read import ORIGIN, left_on_disk
+from celbo.data.stored import Stored, place_of, stored_matrix, stored_values
 
 __all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
 
@@ -185,12 +186,19 @@ def diagnose(stored: Stored, scan: Scan) -> str:
 
 def find_counts(adata: AnnData, layer: str | None) -> str:
     """Name another layer that holds counts, or ``raw``, and how to use it; an empty text if there is none."""
+    if ORIGIN not in adata.uns:
+        return _find_counts(adata, layer)
+    with left_on_disk(adata.uns[ORIGIN], layer) as whole:
+        return _find_counts(whole, layer)
+
+
+def _find_counts(adata: AnnData, layer: str | None) -> str:
     for name in adata.layers:
         if name != layer and holds_counts(stored_values(adata, name)):
             return f"layers[{name!r}] holds whole numbers: use layer={name!r} (--layer {name})."
     if layer is not None and adata.X is not None and holds_counts(stored_values(adata, None)):
         return "X holds whole numbers: leave out layer (--layer)."
-    if adata.raw is not None and holds_counts(stored_values(adata.raw.to_adata(), None)):
+    if adata.raw is not None and holds_counts(stored_matrix(adata.raw.X, "raw.X")):
         return "raw.X holds whole numbers: use adata.raw.to_adata()."
     return ""
 
