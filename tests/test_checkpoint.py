@@ -242,7 +242,7 @@ def test_a_previous_model_is_found_where_a_replacement_was_killed_between_its_re
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_flipped_bit_is_seen_in_every_file(folder):
+def test_36_a_flipped_bit_is_seen_in_every_file(folder):
     for path in [path for path in folder.iterdir() if path.name != "manifest.json"]:
         whole = path.read_bytes()
         flipped = bytearray(whole)
@@ -253,7 +253,7 @@ def test_a_flipped_bit_is_seen_in_every_file(folder):
         path.write_bytes(whole)
 
 
-def test_a_truncated_file_is_seen_by_its_size(folder):
+def test_36_a_truncated_file_is_seen_by_its_size(folder):
     path = folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ModelFileError, match=r"sha256 mismatch: .* is truncated: it has \d+ bytes and should have \d+"):
@@ -304,7 +304,7 @@ FORGED_WEIGHTS = {
 
 
 @pytest.mark.parametrize("forgery", FORGED_WEIGHTS)
-def test_forged_weights_are_refused_though_their_checksum_agrees(folder, forgery):
+def test_35_forged_weights_are_refused_though_their_checksum_agrees(folder, forgery):
     (folder / "weights.safetensors").write_bytes(FORGED_WEIGHTS[forgery])
     sign(folder)
     for read in (read_folder, describe_folder):
@@ -314,7 +314,7 @@ def test_forged_weights_are_refused_though_their_checksum_agrees(folder, forgery
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_is_refused_by_name_and_not_run(folder, tmp_path, protocol, signed):
+def test_35_a_pickle_is_refused_by_name_and_not_run(folder, tmp_path, protocol, signed):
     (folder / "weights.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol))
     if signed:
         sign(folder)
@@ -324,7 +324,7 @@ def test_a_pickle_is_refused_by_name_and_not_run(folder, tmp_path, protocol, sig
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "model/../../x", "manifest.json", "code.py", ""])
-def test_names_that_no_model_has_are_refused(folder, name):
+def test_37_names_that_no_model_has_are_refused(folder, name):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size": 1, "sha256": "0"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -336,7 +336,7 @@ FILES = ["model.json", "weights.safetensors", "reference.safetensors", "manifest
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_links_are_not_followed(folder, tmp_path, name):
+def test_37_links_are_not_followed(folder, tmp_path, name):
     shutil.move(folder / name, tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ModelFileError, match="not a plain file"):
@@ -479,7 +479,7 @@ HOSTILE_FILES = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("forgery", HOSTILE_FILES)
-def test_a_hostile_folder_is_refused_quickly_and_without_memory_or_torch(folder, forgery):
+def test_35_a_hostile_folder_is_refused_quickly_and_without_memory_or_torch(folder, forgery):
     name, content = HOSTILE_FILES[forgery]
     (folder / name).write_bytes(content)
     if name != "manifest.json":
@@ -520,7 +520,7 @@ while True:
 """
 
 
-def test_a_disk_that_takes_no_more_leaves_the_old_model_whole(tmp_path):
+def test_25_a_disk_that_takes_no_more_leaves_the_old_model_whole(tmp_path):
     write_folder(tmp_path / "model", {"version": 0}, {"w": np.zeros(20_000, np.float32)})
     command = [sys.executable, "-c", WRITER, str(tmp_path / "model"), "50000"]
     done = subprocess.run(command, capture_output=True, text=True)

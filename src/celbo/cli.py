@@ -407,6 +407,7 @@ def _describe(folder: "FolderDescription") -> dict[str, Any]:
         "hidden_dims": options.get("hidden_dims"),
         "n_genes": len(schema.get("genes", [])),
         "genes": schema.get("genes", [])[:5],
+        "selection": schema.get("selection"),
         "layer": schema.get("layer"),
         "size_factor": schema.get("size_factor"),
         "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},

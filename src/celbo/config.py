@@ -72,12 +72,13 @@ def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str
         hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
         return f"unknown option {shown!r} ({hint})"
     default = known[option]
-    if isinstance(default, bool) and not isinstance(value, bool):
-        return f"{shown} is to be true or false, and is {value!r}"
-    if isinstance(default, str) and not isinstance(value, str):
-        return f"{shown} is to be text, and is {value!r}"
-    if isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-        return f"{shown} is to be a number, and is {value!r}"
-    if isinstance(default, list | tuple) and not isinstance(value, list):
-        return f"{shown} is to be a list, and is {value!r}"
+    for kind, accepted, words in (
+        (bool, bool, "true or false"),
+        (str, str, "text"),
+        (int | float, int | float, "a number"),
+        (list | tuple, list, "a list"),
+    ):
+        if isinstance(default, kind):
+            whole = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+            return None if whole else f"{shown} is to be {words}, and is {value!r}"
     return None

@@ -1,0 +1,260 @@
+"""What `celbo check` says, options from files, golden folders, and data nobody thought of."""
+
+import json
+import warnings
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import celbo
+from celbo import CelboError, UsageError
+from celbo.cli import app
+from celbo.config import read_config
+from celbo.data import check_adata
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/answers.json"))
+
+
+def command(*arguments):
+    """Run the command line in this process; failures that celbo explains come back as `result.exception`."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, cells):
+    path = tmp_path_factory.mktemp("data") / "cells.h5ad"
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def bad_file(tmp_path, cells):
+    bad = cells.copy()
+    bad.X = sp.csr_matrix(bad.X.toarray() / 3)
+    bad.obs["batch"] = "one"
+    bad.obs["site"] = bad.obs["cell_type"].astype(object).where(np.arange(300) > 2, None)
+    bad.var_names = ["twice", "twice", *bad.var_names[2:]]
+    bad.write_h5ad(tmp_path / "bad.h5ad")
+    return tmp_path / "bad.h5ad"
+
+
+def test_check_says_that_good_data_are_ready(file):
+    done = command("check", file, "--condition", "batch")
+    assert done.exit_code == 0
+    assert "300 cells x 60 genes" in done.stdout
+    assert done.stdout.endswith("ready to fit\n")
+
+
+def test_check_tells_every_problem_at_once_and_ends_with_3(bad_file):
+    done = command("check", bad_file, "--condition", "batch", "--condition", "site", "--condition", "day")
+    assert done.exit_code == 3
+    for part in (
+        "error (duplicate-genes): 1 gene names occur more than once: 'twice'",
+        "error (not-whole): X is",
+        "error (conditions): obs has no column 'day'",
+        "error (conditions): obs column 'site' has no value in 3 of 300 cells",
+        "warning (one-level): condition 'batch' is 'one' in every cell",
+    ):
+        assert part in done.stdout
+    assert "ready" not in done.stdout
+
+
+def test_fit_refuses_what_check_refuses_and_trains_nothing(bad_file, tmp_path):
+    done = command("fit", bad_file, "-o", tmp_path / "run", "--condition", "site", "--condition", "day")
+    message = str(done.exception)
+    assert isinstance(done.exception, celbo.DataError)
+    assert all(part in message for part in ("'twice'", "not whole", "'day'", "'site'"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_check_as_json_is_for_programs(bad_file, file, tmp_path):
+    document = json.loads(command("check", bad_file, "--json").stdout)
+    assert document["ok"] is False
+    assert {problem["name"] for problem in document["problems"]} == {"duplicate-genes", "not-whole"}
+    assert {problem["severity"] for problem in document["problems"]} == {"error"}
+    assert json.loads(command("check", file, "--json").stdout)["ok"] is True
+    nothing = command("check", tmp_path / "none.h5ad", "--json")
+    assert nothing.exit_code == 3
+    assert json.loads(nothing.stdout)["problems"][0]["name"] == "unreadable"
+
+
+def test_check_against_a_model_looks_at_what_embed_needs(file, cells, fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    assert command("check", file, "--model", tmp_path / "model").stdout.endswith("ready to embed\n")
+    other = cells[:, :30].copy()
+    other.obs["batch"] = "elsewhere"
+    other.write_h5ad(tmp_path / "other.h5ad")
+    done = command("check", tmp_path / "other.h5ad", "--model", tmp_path / "model")
+    assert done.exit_code == 3
+    assert "error (genes): 30 of the model's 60 genes" in done.stdout
+    assert "error (conditions): condition 'batch' has levels not seen in fit: 'elsewhere'" in done.stdout
+
+
+def test_a_condition_of_a_few_whole_floats_is_questioned(cells):
+    days = cells.copy()
+    days.obs["day"] = np.repeat([0.0, 1.0, 7.0], 100)
+    (problem,) = check_adata(days, conditions=["day"]).problems
+    assert "3 different numbers, read as amounts" in problem.message
+
+
+def test_a_config_file_says_what_the_command_line_leaves_open(file, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'latent_dim = 3\nhidden_dims = [8]\nconditions = ["batch"]\n\n[train]\nmax_epochs = 2\nseed = 4\n\n'
+        "[reading]\non_disk = true\n"
+    )
+    assert command("fit", file, "-o", tmp_path / "run", "--config", config, "--seed", "5").exit_code == 0
+    model = celbo.load(tmp_path / "run")
+    assert (model.latent_dim, list(model.conditions), model.train.max_epochs, model.train.seed) == (3, ["batch"], 2, 5)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["reading"]["on_disk"] is True
+
+
+def test_a_run_is_repeated_from_its_record_to_the_byte(file, tmp_path):
+    options = ["--condition", "batch", "--epochs", "2", "--hidden-dim", "8", "--n-top-genes", "30", "--seed", "3"]
+    assert command("fit", file, "-o", tmp_path / "first", *options, "--threads", "1").exit_code == 0
+    record = tmp_path / "first" / "run.json"
+    data = json.loads(record.read_text())["reading"]["path"]
+    assert command("fit", data, "-o", tmp_path / "again", "--config", record).exit_code == 0
+    weights = [tmp_path / name / "model" / "weights.safetensors" for name in ("first", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latent_dims = 3\n", "unknown option 'latent_dims' (did you mean 'latent_dim'?)"),
+        ("[train]\nepochs = 3\nlr = 1\n", "unknown option 'train.epochs'"),
+        ("[reading]\nfast = true\n", "unknown option 'reading.fast'"),
+        ('latent_dim = "ten"\n', "latent_dim is to be a number, and is 'ten'"),
+        ("skip = 1\n", "skip is to be true or false, and is 1"),
+        ("likelihood = 3\n", "likelihood is to be text, and is 3"),
+        ('conditions = "batch"\n', "conditions is to be a list, and is 'batch'"),
+        ("train = 3\n", "'train' is to be a table of options"),
+        ("latent_dim = \n", "is no TOML"),
+    ],
+)
+def test_a_config_file_that_is_wrong_is_refused_in_words(file, tmp_path, text, message):
+    config = tmp_path / "run.toml"
+    config.write_text(text)
+    done = command("fit", file, "-o", tmp_path / "run", "--config", config)
+    assert isinstance(done.exception, UsageError)
+    assert message in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_unknown_option_is_named_at_once(tmp_path):
+    (tmp_path / "run.toml").write_text("latent = 3\nnorms = 'x'\n[train]\nepoch = 1\n")
+    with pytest.raises(UsageError, match=r"(?=.*'latent')(?=.*'norms')(?=.*'train.epoch')"):
+        read_config(tmp_path / "run.toml", {"latent_dim": 10, "norm": "layer"}, {"max_epochs": 100})
+
+
+def test_many_genes_are_chosen_from_unless_all_are_wanted(tmp_path, monkeypatch, file):
+    monkeypatch.setattr("celbo.cli.N_TOP_GENES", 40)
+    options = ["--epochs", "1", "--hidden-dim", "8"]
+    done = command("fit", file, "-o", tmp_path / "some", *options)
+    assert "modelling the 40 most variable of 60 genes" in done.stderr
+    schema = celbo.load(tmp_path / "some").schema_
+    assert len(schema.genes) == 40
+    assert schema.selection == "40 of 60, the most variable (seurat_v3)"
+    assert "40 of 60, the most variable" in command("inspect", tmp_path / "some").stdout
+    command("fit", file, "-o", tmp_path / "all", *options, "--n-top-genes", "0")
+    assert len(celbo.load(tmp_path / "all").schema_.genes) == 60
+    embedding = command("embed", tmp_path / "some", file, "-o", tmp_path / "z.h5ad")
+    assert embedding.exit_code == 0
+
+
+def test_genes_are_chosen_within_the_first_categorical_condition(cells):
+    options = {"hidden_dims": (8,), "n_top_genes": 20, "train": celbo.TrainConfig(max_epochs=1)}
+    dosed = cells.copy()
+    dosed.obs["dose"] = np.linspace(0, 1, 300)
+    model = celbo.ExpressionVAE(conditions=["dose", "batch"], **options).fit(dosed)
+    assert "within levels of 'batch'" in model.schema_.selection
+    library = np.asarray(cells[:, list(model.schema_.genes)].X.sum(1)).ravel()
+    np.testing.assert_array_equal(np.sort(model.reference_.library), np.sort(library))
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_models_saved_long_ago_say_what_they_said(folder):
+    answers = json.loads((folder / "answers.json").read_text())
+    counts = np.array(answers["counts"], np.float32)
+    cells = anndata.AnnData(counts, obs=pd.DataFrame(answers["obs"]), var=pd.DataFrame(index=answers["genes"]))
+    model = celbo.load(folder)
+    mu_z, sd_z = model.posterior(cells)
+    np.testing.assert_allclose(mu_z, answers["mu_z"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sd_z, answers["sd_z"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.expected_expression(cells), answers["expected"], rtol=1e-4, atol=1e-6)
+    assert command("inspect", folder).exit_code == 0
+
+
+def test_golden_folders_are_there():
+    assert {"format-1-nb", "format-1-gaussian", "format-1-selected-zinb"} <= {folder.name for folder in GOLDEN}
+
+
+NUMBERS = st.sampled_from([0, 0, 0, 1, 2, 7, 300]) | st.sampled_from([0.5, -1, np.nan, np.inf, 1e7, 3e38, 2**24 + 1])
+TYPES = st.sampled_from(["f4", "f8", "f2", "i1", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8", "O"])
+LAYOUTS = st.sampled_from([np.asarray, np.asfortranarray, sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array])
+NAMES = st.text(max_size=6) | st.sampled_from(["g", "g", "a/b", "nan", "\x1b[31m", "</script>", "ENSG00000000001.2"])
+LEVELS = (
+    st.sampled_from(["a", "b", "é", "", "nan", "None", "a/b"])
+    | st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from([pd.Timestamp("2020-01-01"), pd.NA, np.float32(1.5), ("tu", "ple")])
+)
+COLUMNS = st.sampled_from([lambda v: v, lambda v: pd.Categorical(v), lambda v: pd.array(list(map(str, v)), "string")])
+
+
+@st.composite
+def some_data(draw):
+    """Cells of any size, type, layout, names and condition; most of them good for nothing."""
+    n_cells, n_genes = draw(st.integers(0, 9)), draw(st.integers(0, 6))
+    numbers = draw(st.lists(NUMBERS, min_size=n_cells * n_genes, max_size=n_cells * n_genes))
+    if draw(st.booleans()):
+        numbers = [abs(int(v)) % 50 if np.isfinite(v) else 0 for v in numbers]
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = np.array(numbers, dtype=object).reshape(n_cells, n_genes).astype(np.float64).astype(draw(TYPES))
+        layout = draw(LAYOUTS)
+        x = layout(x) if x.dtype != object and not (x.dtype == np.float16 and layout is not np.asarray) else x
+        obs = pd.DataFrame(index=draw(st.lists(NAMES, min_size=n_cells, max_size=n_cells)))
+        values = draw(st.lists(LEVELS, min_size=n_cells, max_size=n_cells))
+        try:
+            obs["column"] = draw(COLUMNS)(values)
+        except (TypeError, ValueError):
+            obs["column"] = [str(value) for value in values]
+        var = pd.DataFrame(index=draw(st.lists(NAMES, min_size=n_genes, max_size=n_genes)))
+        try:
+            return anndata.AnnData(x, obs=obs, var=var)
+        except (TypeError, ValueError, AttributeError):
+            return anndata.AnnData(np.zeros((n_cells, n_genes)), obs=obs, var=var)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_data_are_fitted_or_refused_in_words(data):
+    cells = data.draw(some_data())
+    likelihood = data.draw(st.sampled_from(list(celbo.LIKELIHOODS)))
+    conditions = data.draw(st.sampled_from([[], ["column"], ["column", "other"]]))
+    options = {"latent_dim": 2, "hidden_dims": (3,), "n_top_genes": data.draw(st.sampled_from([None, 2]))}
+    train = celbo.TrainConfig(max_epochs=1, batch_size=4)
+    model = celbo.ExpressionVAE(likelihood=likelihood, conditions=conditions, train=train, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model.fit(cells)
+            assert np.isfinite(model.embed(cells)).all()
+        except CelboError as error:
+            refusal = error
+        else:
+            refusal = None
+    if refusal is not None:
+        assert len(str(refusal)) > 20
+        assert refusal.exit_code in (2, 3, 5)
