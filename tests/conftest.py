@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import anndata
+import pandas
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ QUICK = celbo.TrainConfig(max_epochs=4, seed=0)
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tests run beside each other
+    if int(pandas.__version__.split(".")[0]) >= 3:  # where all text is nullable
+        anndata.settings.allow_write_nullable_strings = True
 
 
 @pytest.fixture(scope="session")

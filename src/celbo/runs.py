@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData, read_h5ad
+from anndata import AnnData, read_h5ad, settings
 from numpy.typing import NDArray
 
 from celbo import __version__, report
@@ -210,7 +210,8 @@ def write_embedding(cells: AnnData, path: Path) -> None:
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        cells.write_h5ad(beside)
+        with settings.override(allow_write_nullable_strings=True):  # which all text is in pandas 3
+            cells.write_h5ad(beside)
         beside.replace(path)
     except OSError as error:
         raise StorageError(
