@@ -102,7 +102,7 @@ class ExpressionVAE:
     """Give z and the conditions to every layer of the decoder."""
     norm: str = "layer"
     """Normalisation of hidden layers: "none", "layer" or "batch"."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """Share of hidden units zeroed in training."""
     train: TrainConfig = TrainConfig()
     """How to train."""

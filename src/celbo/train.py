@@ -36,15 +36,15 @@ class TrainConfig:
     20
     """
 
-    max_epochs: int = 100
+    max_epochs: int = 200
     """Passes over the training cells at most."""
     batch_size: int = 128
     """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Of Adam."""
     warmup_fraction: float = 0.25
     """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
-    patience: int = 15
+    patience: int = 30
     """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
     validation_fraction: float = 0.1
     """Share of the cells held out, for stopping and for choosing the best weights."""
