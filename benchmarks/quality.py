@@ -11,6 +11,7 @@ kept in the work folder, so that an interrupted run goes on.
 import argparse
 import json
 import os
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -75,7 +76,9 @@ def prepare(name: str, seed: int, folder: Path, work: Path) -> Path:
     if chosen.given is not None:
         obs["given"] = adata.obs[chosen.given].astype(str).to_numpy()
     prepared = anndata.AnnData(adata.X.astype(np.float32), obs=obs, var=adata.var[[]])
-    prepared.write_h5ad(path)
+    unfinished = path.with_suffix(".part.h5ad")
+    prepared.write_h5ad(unfinished)
+    unfinished.replace(path)
     return path
 
 
@@ -140,13 +143,15 @@ def run(tool: str, name: str, seed: int, options: argparse.Namespace) -> dict:
     prepared = prepare(name, seed, options.folder, options.work)
     tag = tool if tool != "celbo" else f"celbo-{options.tag}"
     output = options.work / f"{name}-{seed}-{tag}.npz"
-    if not output.exists():
+    unfinished = output.with_suffix(".part.npz")  # renamed when whole: a killed fit leaves no result behind
+    if not output.exists() or tool in options.force:
         if tool == "scvi":
             script = Path(__file__).with_name("fit_scvi.py")
-            command = [options.scvi_python, script, prepared, output, str(seed)]
+            command = [options.scvi_python, script, prepared, unfinished, str(seed)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         else:
-            fit_celbo(prepared, output, seed, options.celbo)
+            fit_celbo(prepared, unfinished, seed, options.celbo)
+        unfinished.replace(output)
     found = dict(np.load(output))
     result = {
         "set": name,
@@ -154,6 +159,7 @@ def run(tool: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         "tool": tag,
         "versions": str(found["versions"]),
         "seconds": float(found["seconds"]),
+        "cpu": float(found["cpu"]),
         "log_p": found["log_p"].tolist(),
         "unrefined": found["unrefined"].tolist(),
         "ess": float(np.median(found["ess"])),
@@ -170,31 +176,63 @@ def run(tool: str, name: str, seed: int, options: argparse.Namespace) -> dict:
 
 
 def table(results: list[dict], tag: str) -> str:
-    """Means over seeds, and celbo less scvi with the s.e. over cells and seeds."""
+    """Means over seeds for each tool, and celbo less scvi: s.e. over cells of all seeds, sd over seeds."""
     lines = [
-        "| set | log p(x) celbo - scvi (s.e.) | k-NN celbo | scvi | 10 PCs | ARI celbo | scvi | seconds celbo | scvi |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| set | tool | log p(x) | unrefined | ESS | ESS < 10 | k-NN | ARI | NMI | condition k-NN | wall s | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    paired_lines = [
+        "| set | seeds | log p(x) celbo - scvi | s.e. (cells) | sd (seeds) | k-NN celbo - scvi |",
+        "|---|---|---|---|---|---|",
     ]
     differences, knn = [], []
     for name in dict.fromkeys(row["set"] for row in results):
-        ours, theirs, pcs = (
-            sorted((r for r in results if r["set"] == name and r["tool"] == tool), key=lambda r: r["seed"])
+        by_seed = {
+            tool: {row["seed"]: row for row in results if row["set"] == name and row["tool"] == tool}
             for tool in (f"celbo-{tag}", "scvi", "pca")
-        )
-        if not (ours and theirs):
+        }
+        lines += [f"| {name} | {tool} | {_means(list(rows.values()))} |" for tool, rows in by_seed.items() if rows]
+        ours, theirs = by_seed[f"celbo-{tag}"], by_seed["scvi"]
+        seeds = sorted(ours.keys() & theirs.keys())  # the same cells: never one seed against another
+        if not seeds:
             continue
-        paired = np.concatenate([np.subtract(a["log_p"], b["log_p"]) for a, b in zip(ours, theirs, strict=False)])
-        se = paired.std(ddof=1) / np.sqrt(len(paired))
-        differences.append(paired.mean())
-        mean = {key: [np.mean([r[key] for r in rows]) for rows in (ours, theirs)] for key in ("knn", "ari", "seconds")}
-        knn.append(mean["knn"][0] - mean["knn"][1])
-        lines.append(
-            f"| {name} | {paired.mean():+.2f} ({se:.2f}) | {mean['knn'][0]:.1f} | {mean['knn'][1]:.1f} "
-            f"| {np.mean([r['knn'] for r in pcs]):.1f} | {mean['ari'][0]:.1f} | {mean['ari'][1]:.1f} "
-            f"| {mean['seconds'][0]:.0f} | {mean['seconds'][1]:.0f} |"
+        paired = [np.subtract(ours[seed]["log_p"], theirs[seed]["log_p"]) for seed in seeds]
+        cells, means = np.concatenate(paired), [cell.mean() for cell in paired]
+        sd = f"{np.std(means, ddof=1):.2f}" if len(seeds) > 1 else ""
+        least = min(np.median([row[seed]["ess"] for seed in seeds]) for row in (ours, theirs))
+        knn.append(np.mean([ours[seed]["knn"] - theirs[seed]["knn"] for seed in seeds]))
+        verdict = "" if least >= 10 else " (median ESS < 10: not a result)"
+        if not verdict:
+            differences.append(cells.mean())
+        paired_lines.append(
+            f"| {name} | {len(seeds)} | {cells.mean():+.2f}{verdict} "
+            f"| {cells.std(ddof=1) / np.sqrt(len(cells)):.2f} | {sd} | {knn[-1]:+.1f} |"
         )
-    lines.append(f"| mean of sets | {np.mean(differences):+.2f} | {np.mean(knn):+.1f} against scvi | | | | | | |")
-    return "\n".join(lines)
+    if differences:
+        means = f"{np.mean(differences):+.2f} | | | {np.mean(knn):+.1f}"
+        paired_lines.append(f"| mean of {len(differences)} sets | | {means} |")
+    return "\n".join([*lines, "", *paired_lines, "", machine(results)])
+
+
+def _means(rows: list[dict]) -> str:
+    """One tool on one set, mean over its seeds; a column it has no figure for stays empty."""
+    columns = {
+        "log_p": ".1f", "unrefined": ".1f", "ess": ".0f", "ess_below_10": ".0%", "knn": ".1f", "ari": ".1f",
+        "nmi": ".1f", "knn_given": ".1f", "seconds": ".0f", "cpu": ".0f",
+    }  # fmt: skip
+    return " | ".join(
+        format(np.mean([np.mean(row[key]) for row in rows]), form) if key in rows[0] else ""
+        for key, form in columns.items()
+    )
+
+
+def machine(results: list[dict]) -> str:
+    """Where and with what; wall seconds mean little if other work ran beside, CPU seconds are of the fit alone."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = sorted({row["versions"] for row in results if "versions" in row})
+    return f"{cpu}, {os.cpu_count()} cores, 1 thread a fit; {'; '.join(versions)}"
 
 
 def main() -> None:
@@ -207,6 +245,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=["scvi", "celbo"], choices=["scvi", "celbo"])
     parser.add_argument("--celbo", type=json.loads, default={}, help="options of ExpressionVAE, as JSON")
     parser.add_argument("--tag", default="default", help="name of these options, under which results are kept")
+    parser.add_argument("--force", nargs="+", default=[], choices=["scvi", "celbo"], help="refit these")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
