@@ -135,6 +135,9 @@ def test_a_run_is_repeated_from_its_record_to_the_byte(file, tmp_path):
         ('latent_dim = "ten"\n', "latent_dim is to be a number, and is 'ten'"),
         ("skip = 1\n", "skip is to be true or false, and is 1"),
         ("likelihood = 3\n", "likelihood is to be text, and is 3"),
+        ('n_top_genes = "many"\n', "n_top_genes is to be a whole number, and is 'many'"),
+        ("layer = 3\n", "layer is to be text, and is 3"),
+        ('hidden_dims = ["wide"]\n', "hidden_dims is to be a list of whole numbers"),
         ('conditions = "batch"\n', "conditions is to be a list, and is 'batch'"),
         ("train = 3\n", "'train' is to be a table of options"),
         ("latent_dim = \n", "is no TOML"),
@@ -178,6 +181,15 @@ def test_genes_are_chosen_within_the_first_categorical_condition(cells):
     assert "within levels of 'batch'" in model.schema_.selection
     library = np.asarray(cells[:, list(model.schema_.genes)].X.sum(1)).ravel()
     np.testing.assert_array_equal(np.sort(model.reference_.library), np.sort(library))
+
+
+def test_size_factors_are_on_the_scale_of_the_chosen_genes(cells):
+    sized = cells.copy()
+    sized.obs["size"] = np.linspace(0.5, 2.0, 300)
+    options = {"hidden_dims": (8,), "n_top_genes": 20, "train": celbo.TrainConfig(max_epochs=1)}
+    model = celbo.ExpressionVAE(size_factor="size", **options).fit(sized)
+    chosen = sized[:, list(model.schema_.genes)].X.sum()
+    assert model.reference_.library.sum() == pytest.approx(chosen, rel=1e-5)
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)

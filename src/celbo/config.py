@@ -72,6 +72,14 @@ def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str
         hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
         return f"unknown option {shown!r} ({hint})"
     default = known[option]
+    if default is None:
+        kind = int if option in ("n_top_genes", "threads") else str
+        right = value is None or (isinstance(value, kind) and not isinstance(value, bool))
+        return None if right else f"{shown} is to be {'a whole number' if kind is int else 'text'}, and is {value!r}"
+    if isinstance(default, list | tuple) and isinstance(value, list):
+        kind, words = (int, "whole numbers") if option == "hidden_dims" else (str, "texts")
+        right = all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+        return None if right else f"{shown} is to be a list of {words}, and is {value!r}"
     for kind, accepted, words in (
         (bool, bool, "true or false"),
         (str, str, "text"),

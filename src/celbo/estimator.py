@@ -18,6 +18,7 @@ from celbo import checkpoint
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
+from celbo.data.sources import sum_of_genes
 from celbo.errors import ModelFileError, NotFittedError, UsageError
 from celbo.inference import cell_terms, expected_values, posterior
 from celbo.likelihoods import LIKELIHOODS, Likelihood
@@ -177,6 +178,8 @@ class ExpressionVAE:
         'not-whole'
         """
         likelihood = self._likelihood()
+        if self.n_top_genes is not None and (not isinstance(self.n_top_genes, int) or self.n_top_genes < 1):
+            raise UsageError(f"n_top_genes={self.n_top_genes!r}; give a whole number of at least 1, or None for all.")
         check = check_adata(
             read_adata(adata, layer=self.layer),
             values=likelihood.values,
@@ -360,6 +363,9 @@ class ExpressionVAE:
         categorical = [condition for condition in schema.conditions if condition.levels is not None]
         levels = categorical[0].codes(adata.obs[categorical[0].name]).astype(int) if categorical else None
         positions = select_genes(check.stored.blocks, self.n_top_genes, levels)
+        if schema.size_factor is not None:  # the library is one of the chosen genes
+            chosen, whole = (sum_of_genes(check.stored, genes).sum() for genes in (positions, np.arange(adata.n_vars)))
+            schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
         within = f" within levels of {categorical[0].name!r}" if categorical else ""
         return schema.with_genes(
             positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"

@@ -225,10 +225,14 @@ def write_embedding(cells: AnnData, path: Path) -> None:
 
 
 def _is_embedding(path: Path) -> bool:
+    if not path.is_file():
+        return False
     try:
-        return path.is_file() and "X_celbo" in read_h5ad(path, backed="r").obsm
+        found = read_h5ad(path, backed="r")
     except Exception:  # noqa: BLE001 - whatever it is, it is not ours
         return False
+    found.file.close()
+    return "X_celbo" in found.obsm
 
 
 def write_run(
