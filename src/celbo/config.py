@@ -73,20 +73,19 @@ def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str
         return f"unknown option {shown!r} ({hint})"
     default = known[option]
     if default is None:
-        kind = int if option in ("n_top_genes", "threads") else str
-        right = value is None or (isinstance(value, kind) and not isinstance(value, bool))
-        return None if right else f"{shown} is to be {'a whole number' if kind is int else 'text'}, and is {value!r}"
-    if isinstance(default, list | tuple) and isinstance(value, list):
-        kind, words = (int, "whole numbers") if option == "hidden_dims" else (str, "texts")
-        right = all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+        default = 0 if option in ("n_top_genes", "threads") else ""
+        if value is None:  # as run.json has it
+            return None
+    if isinstance(default, list | tuple):
+        item, words = (0, "whole numbers") if option == "hidden_dims" else ("", "texts")
+        right = isinstance(value, list) and all(_is_like(item, part) for part in value)
         return None if right else f"{shown} is to be a list of {words}, and is {value!r}"
-    for kind, accepted, words in (
-        (bool, bool, "true or false"),
-        (str, str, "text"),
-        (int | float, int | float, "a number"),
-        (list | tuple, list, "a list"),
-    ):
-        if isinstance(default, kind):
-            whole = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            return None if whole else f"{shown} is to be {words}, and is {value!r}"
-    return None
+    words = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[type(default)]
+    return None if _is_like(default, value) else f"{shown} is to be {words}, and is {value!r}"
+
+
+def _is_like(example: object, value: object) -> bool:
+    """Whether a value is of the type of an example; a whole number is a number, and true is none."""
+    if isinstance(example, bool) or isinstance(value, bool):
+        return isinstance(example, bool) and isinstance(value, bool)
+    return isinstance(value, int | float if isinstance(example, float) else type(example))
