@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 import celbo
 from celbo import DataError, cli
@@ -554,7 +555,8 @@ def test_25_a_full_disk_keeps_the_old_run(cells, file, tmp_path):
 def test_31_a_device_that_is_not_there_is_refused_and_auto_is_not(fit, file):
     code, _, err = fit(file, "--device", "cuda:99")
     assert (code, "use 'auto' or 'cpu'" in err) == (2, True)
-    assert fit(file, "--device", "auto")[0] == 0
+    code, _, err = fit(file, "--device", "auto")
+    assert (code, f"computing on {'cuda' if torch.cuda.is_available() else 'cpu'}" in err) == (0, True)
 
 
 def test_32_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(fit, file, tmp_path):

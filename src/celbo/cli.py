@@ -362,7 +362,9 @@ def _fit_and_write(
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
     from celbo.progress import shown_progress
     from celbo.runs import claimed_folder, write_run
+    from celbo.train import settle_device
 
+    _say(f"computing on {settle_device(model.train.device)}")
     with claimed_folder(output, path):
         started = time.perf_counter()
         with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
