@@ -126,6 +126,15 @@ def test_a_run_is_repeated_from_its_record_to_the_byte(file, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_repeating_a_run_on_other_data_is_said(file, cells, tmp_path):
+    assert command("fit", file, "-o", tmp_path / "run", "--epochs", "1", "--hidden-dim", "8").exit_code == 0
+    again = ["--config", tmp_path / "run" / "run.json"]
+    assert "not those of the run" not in command("fit", file, "-o", tmp_path / "same", *again).stderr
+    cells[:, ::-1].copy().write_h5ad(tmp_path / "other.h5ad")
+    done = command("fit", tmp_path / "other.h5ad", "-o", tmp_path / "other", *again)
+    assert "the values are not those of the run" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -165,6 +165,18 @@ def test_2_a_zarr_store_that_lacks_chunks_is_refused(cells, tmp_path):
         read_adata(tmp_path / "cells.zarr")
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_2_chunks_that_only_held_zeros_are_not_missed(cells, tmp_path):
+    one = anndata.AnnData(sp.csr_matrix(cells.X[:, :1]), obs=cells.obs, var=cells.var[:1])
+    one.write_zarr(tmp_path / "one.zarr")
+    assert not check_adata(read_adata(tmp_path / "one.zarr")).errors
+    holes = cells.X.toarray()
+    holes[:50] = 0
+    with_x(cells, holes).write_zarr(tmp_path / "holes.zarr", chunks=(50, 60))
+    with pytest.warns(UserWarning, match=r"1 of 6 chunks are not there, and are read as zeros"):
+        np.testing.assert_array_equal(read_adata(tmp_path / "holes.zarr").X, holes)
+
+
 def as_dask(x):
     return pytest.importorskip("dask.array").from_array(x.toarray(), chunks=(100, 60))
 
@@ -187,6 +199,7 @@ LAYOUTS = {
     "int64": lambda x: x.astype(np.int64),
     "uint16": lambda x: x.astype(np.uint16),
     "float64": lambda x: x.astype(np.float64),
+    "big-endian": lambda x: x.toarray().astype(">f4"),
     "dask": as_dask,
 }
 
@@ -496,6 +509,18 @@ def test_20_the_only_cell_of_a_batch_is_trained_on(cells, seed):
     with pytest.warns(UserWarning, match="condition 'batch' has levels of one cell: 'alone'"):
         model = celbo.ExpressionVAE(conditions=["batch"], hidden_dims=(8,), train=config).fit(lonely)
     assert 17 in model.split_.train
+
+
+def test_17_numbers_without_end_are_no_condition(fit, cells):
+    wild = cells.copy()
+    wild.obs["dose"] = np.where(np.arange(300) < 2, 1e300, 1.0)
+    code, _, err = fit(wild, "--condition", "dose")
+    assert (code, "goes from 1 to 1e+300: rescale it" in err) == (3, True)
+
+
+def test_10_data_without_a_count_are_refused(fit, cells):
+    code, _, err = fit(with_x(cells, sp.csr_matrix(cells.shape)))
+    assert (code, "there is no count in these data" in err) == (3, True)
 
 
 def test_21_a_condition_of_one_level_is_left_out_with_a_warning(fit, cells, tmp_path):

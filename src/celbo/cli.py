@@ -222,6 +222,7 @@ def fit(
     chosen, reading = _chosen_options(ctx, config)
     model = _make_model(chosen)
     adata = _read(data, reading, model.layer, model.conditions)
+    _compare_with_record(adata, model.layer, chosen, config)
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
         _say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
@@ -331,6 +332,17 @@ def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, 
             if name in known:
                 chosen[table][name] = value
     return chosen, _Reading(**chosen["reading"])
+
+
+def _compare_with_record(
+    adata: "AnnData", layer: str | None, chosen: dict[str, dict[str, Any]], config: Path | None
+) -> None:
+    """Say so if a run is repeated on other data than it was about."""
+    from celbo.runs import fingerprint
+
+    expected = chosen.get("data", {}).get("sha256_values")
+    if expected and fingerprint(adata, layer)["sha256_values"] != expected:
+        _say(f"warning: the values are not those of the run that {config} records; the result will differ.")
 
 
 def _make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":

@@ -29,13 +29,15 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     Returns
     -------
     dict
-        Tables "model", "train" and "reading", with what the file says.
+        Tables "model", "train" and "reading", with what the file says; and in "data" the fingerprint of the values that
+        a ``run.json`` is about.
 
     Raises
     ------
     UsageError
         If the file cannot be read, or holds unknown options or values of another type; it lists them all.
     """
+    fingerprint = None
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -48,6 +50,8 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
             raise UsageError(f"{path} has no options: give the run.json of a run, or a .toml file.")
         reading = document.get("reading", {})
         reading = {name: reading[name] for name in READING if name in reading} if isinstance(reading, dict) else {}
+        data = document.get("data")
+        fingerprint = data.get("sha256_values") if isinstance(data, dict) else None
         document = {**document["options"], "reading": reading}
     tables = {"train": document.pop("train", {}), "reading": document.pop("reading", {})}
     if odd := [name for name, table in tables.items() if not isinstance(table, dict)]:
@@ -62,7 +66,7 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     ]
     if faults:
         raise UsageError(f"{path}: {'; '.join(faults)}.")
-    return tables
+    return {**tables, "data": {"sha256_values": fingerprint}}
 
 
 def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str | None:

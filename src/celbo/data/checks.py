@@ -34,7 +34,7 @@ _ADVICE = {
     "negative": "celbo models raw counts: give it those, in X or in a layer.",
     "not-whole": (
         "celbo models raw counts: give it those, in X or in a layer. Estimated counts can be let through "
-        "(--allow-noninteger); the gaussian likelihood also takes real numbers, from a layer that is named."
+        "in fit (--allow-noninteger); the gaussian likelihood also takes real numbers, from a layer that is named."
     ),
 }
 
@@ -224,6 +224,15 @@ def check_query(
             size_factors(adata.obs, schema.size_factor)
     with check.noting("conditions"):
         schema.encode(adata.obs, unseen=unseen)
+        for condition in schema.conditions:
+            if not (known := condition.is_known(adata.obs[condition.name])).all():
+                levels = listed(sorted(adata.obs[condition.name][~known].astype(str).unique()))
+                check.add(
+                    "unseen-levels",
+                    "warning",
+                    f"condition {condition.name!r}: {(~known).sum():,} cells have levels not seen in fit ({levels}), "
+                    "read as all known levels in equal parts.",
+                )
     return check
 
 
@@ -271,7 +280,9 @@ def _check_values(check: Check, adata: AnnData, layer: str | None, stored: Store
 def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, genes: bool = True) -> None:
     if values == "real":
         return
-    if (empty := scan.library == 0).any():
+    if (empty := scan.library == 0).all():
+        check.add("no-counts", "error", "there is no count in these data: all values are 0. Look where the counts are.")
+    elif empty.any():
         check.add(
             "empty-cells",
             "warning",

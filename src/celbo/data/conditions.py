@@ -11,6 +11,8 @@ from celbo.errors import DataError, listed
 
 __all__ = ["UNSEEN", "Condition", "make_condition", "size_factors"]
 
+_NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
+
 UNSEEN = ("refuse", "marginal")
 """What to do with a level that fit did not see: refuse it, or read it as all known levels in equal parts."""
 
@@ -48,7 +50,7 @@ class Condition:
         DataError
             If there are missing values, values that are not numbers, or levels not seen in fit.
         """
-        _refuse_missing(self.name, column)
+        _refuse_missing(self.name, column, _NA_AS_LEVEL)
         if self.levels is None:
             return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
         codes = pd.Index(self.levels).get_indexer(column.astype(str))
@@ -117,11 +119,15 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
     >>> make_condition("batch", pd.Series(["b", "a", "b"])).levels
     ('a', 'b')
     """
-    _refuse_missing(name, column)
+    _refuse_missing(name, column, _NA_AS_LEVEL)
     if pd.api.types.is_float_dtype(column):
         values = _numbers(name, column)
         if values.min() == values.max():
             return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = values.std()
+        if not 0 < spread < np.inf:
+            raise DataError(f"obs column {name!r} goes from {values.min():g} to {values.max():g}: rescale it.")
         return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()))
     if isinstance(column.dtype, pd.CategoricalDtype):
         levels = tuple(column.cat.remove_unused_categories().cat.categories.astype(str))
@@ -132,12 +138,11 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
     return Condition(name, levels) if len(levels) > 1 else None
 
 
-def _refuse_missing(name: str, column: "pd.Series[Any]") -> None:
+def _refuse_missing(name: str, column: "pd.Series[Any]", more: str = "") -> None:
     if (missing := column.isna()).any():
         raise DataError(
             f"obs column {name!r} has no value in {missing.sum():,} of {len(column):,} cells, "
-            f"the first {column.index[missing][0]!r}. Fill it in, drop these cells, "
-            "or let them be a level of their own (--na-as-level)."
+            f"the first {column.index[missing][0]!r}. Fill it in, or drop these cells{more}."
         )
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     if not path.exists():
         raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
     try:
-        return _assemble(_open(path), layer, on_disk)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks say it better
+            return _assemble(_open(path), layer, on_disk)
     except DataError:
         raise
     except PermissionError as error:
@@ -202,6 +205,12 @@ def _raw(store: Any) -> Any:
 
 def _lazy(item: Any) -> Any:
     """Values left on disk."""
+    if isinstance(item, zarr.Array) and (missing := item.nchunks - item.nchunks_initialized):
+        warnings.warn(
+            f"{item.store_path}: {missing:,} of {item.nchunks:,} chunks are not there, and are read as zeros. If the "
+            "counts there are not all zero, the store is damaged.",
+            stacklevel=2,
+        )
     if isinstance(item, h5py.Dataset | zarr.Array):
         return item
     if isinstance(item, zarr.Group):
@@ -210,9 +219,15 @@ def _lazy(item: Any) -> Any:
 
 
 def _refuse_missing_chunks(group: zarr.Group) -> None:
-    """A chunk that is not there reads as zeros; of a sparse matrix's parts none may be missing."""
+    """A chunk that is not there reads as zeros. So does one that only held zeros, which writers leave out.
+
+    Of a sparse matrix's values none is zero, and indices are all zero in a matrix of one gene alone.
+    """
+    n_genes = int(group.attrs["shape"][1])  # type: ignore[index, arg-type]
     for name in ("data", "indices", "indptr"):
         part: Any = group[name]
+        if not group["data"].shape[0] or (name == "indices" and n_genes == 1):  # type: ignore[union-attr]
+            continue
         if (there := part.nchunks_initialized) < part.nchunks:
             raise DataError(
                 f"{group.store_path}/{name} is not complete: it has {there:,} of {part.nchunks:,} chunks. {_AGAIN}"

@@ -74,6 +74,8 @@ def stored_matrix(matrix: Any, place: str) -> Stored:
         matrix = matrix.compute()
     if matrix.dtype.kind not in "biuf":
         raise DataError(f"{place} holds values of type {matrix.dtype}; celbo takes numbers: integers or floats.")
+    if not (matrix.dtype.isnative or isinstance(matrix, CSRDataset | h5py.Dataset | zarr.Array)):
+        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
     if isinstance(matrix, CSRDataset):
         _check_structure(np.asarray(matrix.group["indptr"][:]), matrix.group["data"].shape[0], matrix.shape, place)
         return Stored(matrix.shape, True, partial(_from_disk, matrix, place))
@@ -96,7 +98,10 @@ def refuse_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
     """Raise the `DataError` of data that have no such layer, but these."""
     known = ", ".join(map(repr, layers)) or "none"
     if layer is None:
-        raise DataError(f"these data have no X; name one of their layers: {known}.")
+        raise DataError(
+            f"these data have no X; their layers: {known}. celbo fit takes counts from one with --layer (layer=...); a "
+            "fitted model reads new cells from where it read the first."
+        )
     raise DataError(
         f"these data have no layer {layer!r}; they have {known}. "
         "A model reads new cells from the layer it was fitted to."
@@ -153,6 +158,8 @@ def _csr(block: Any) -> sp.csr_matrix:
     block = block if sp.issparse(block) else np.asarray(block)
     if block.dtype in (bool, np.float16):  # scipy does not compute with these
         block = block.astype(np.float32)
+    if not block.dtype.isnative:
+        block = block.astype(block.dtype.newbyteorder("="))
     if not sp.issparse(block):
         return _csr_of_dense(block)
     block = sp.csr_matrix(block)
