@@ -138,12 +138,14 @@ def components(prepared: Path) -> np.ndarray:
     return PCA(10, random_state=0).fit_transform(np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1))))
 
 
-def run(tool: str, name: str, seed: int, options: argparse.Namespace) -> dict:
-    """Fit, or read what was fitted, and score."""
+def run(tool: str, name: str, seed: int, options: argparse.Namespace) -> dict | None:
+    """Fit, or read what was fitted, and score; None if it was not fitted, and is not to be."""
     prepared = prepare(name, seed, options.folder, options.work)
     tag = tool if tool != "celbo" else f"celbo-{options.tag}"
     output = options.work / f"{name}-{seed}-{tag}.npz"
     unfinished = output.with_suffix(".part.npz")  # renamed when whole: a killed fit leaves no result behind
+    if options.cached and not output.exists():
+        return None
     if not output.exists() or tool in options.force:
         if tool == "scvi":
             script = Path(__file__).with_name("fit_scvi.py")
@@ -246,13 +248,14 @@ def main() -> None:
     parser.add_argument("--celbo", type=json.loads, default={}, help="options of ExpressionVAE, as JSON")
     parser.add_argument("--tag", default="default", help="name of these options, under which results are kept")
     parser.add_argument("--force", nargs="+", default=[], choices=["scvi", "celbo"], help="refit these")
+    parser.add_argument("--cached", action="store_true", help="fit nothing: the table of what is in the work folder")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in options.seeds:
         for name in options.sets:
-            results += [run(tool, name, seed, options) for tool in options.tools]
+            results += [row for tool in options.tools if (row := run(tool, name, seed, options))]
             prepared = prepare(name, seed, options.folder, options.work)
             results.append({"set": name, "seed": seed, "tool": "pca", **score(prepared, components(prepared))})
     if options.json:
