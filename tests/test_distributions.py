@@ -228,7 +228,7 @@ def test_theta_of_zero_and_a_gate_that_is_not_a_number_are_refused():
     ],
 )
 def test_each_parameter_is_given_once_in_one_form(make, named):
-    with pytest.raises(ValueError, match=f"either {named} or log_{named}"):
+    with pytest.raises(ValueError, match=f"takes one of {named}, log_{named}"):
         make()
 
 

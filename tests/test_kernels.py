@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from celbo import kernels
 from celbo.distributions import NegativeBinomial, Poisson
 from celbo.kernels import nb_log_prob, poisson_log_prob, zinb_log_prob
 
@@ -367,3 +368,17 @@ def test_zinb_with_the_gate_wide_open_is_a_certain_zero():
     log_prob = zinb_log_prob(x, log_mu, log_theta, torch.full((1,), 60.0, dtype=torch.float64))
     assert log_prob[x == 0].abs().max() < 1e-12
     assert log_prob[x > 0].max() < -60
+
+
+@pytest.mark.parametrize(("tier", "library"), [("reference", "torch"), ("cpu", "numba")])
+def test_fused_kernels_are_exact_too(tier, library, points):
+    pytest.importorskip(library)
+    log_mu, log_theta = leaf(points.mu.log()[:, None]), leaf(points.theta.log()[:, None])
+    kernels.use(tier)  # of one gene, whose share is 1
+    value = kernels.softmax_nb(points.x[:, None], torch.zeros(len(points.x), 1), log_mu, log_theta)
+    kernels.use("auto")
+    value.sum().backward()
+    truth = nb_truth(points.x, exact_exp(log_mu[:, 0]), exact_exp(log_theta[:, 0]))
+    assert_close(value, truth.log_prob, points)
+    assert_close(log_mu.grad[:, 0], truth.d_log_mu, points)
+    assert_theta_gradient(log_theta.grad[:, 0], truth.d_log_theta, points)

@@ -150,8 +150,9 @@ def test_a_step_is_the_gradient_of_the_weighted_bound(cells):
         seen["noise"], seen["x"], seen["library"] = noise, x, library
         return elbo_terms(vae, x, context, library, noise)
 
-    list(epochs(vae, source, split_cells(2, 0.0, 0), TrainConfig(max_epochs=1, warmup_fraction=0), objective=objective))
-    optimizer = torch.optim.Adam(reference.parameters(), lr=1e-3)
+    config = TrainConfig(max_epochs=1, warmup_fraction=0)
+    list(epochs(vae, source, split_cells(2, 0.0, 0), config, objective=objective))
+    optimizer = torch.optim.Adam(reference.parameters(), lr=config.learning_rate)
     (-elbo_terms(reference, seen["x"], None, seen["library"], seen["noise"]).elbo.mean()).backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1000.0)
     optimizer.step()

@@ -1,12 +1,15 @@
 """Count distributions with torch's manners; their log-probabilities are the kernels'.
 
 Each can be made from its mean or, without rounding, from logarithms: `NegativeBinomial(mu, theta)` or
-`NegativeBinomial(log_mu=..., log_theta=...)`, as torch lets a Bernoulli be made from ``probs`` or ``logits``.
+`NegativeBinomial(log_mu=..., log_theta=...)`, as torch lets a Bernoulli be made from ``probs`` or ``logits``. A third
+form is the decoder's: ``logits`` whose softmax over genes gives expression shares, and ``log_library``; the kernels
+then take softmax and log-probability in one pass.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
@@ -25,6 +28,8 @@ class Poisson(Distribution):
         Mean, at least 0; any shape.
     log_mu
         Its logarithm, instead.
+    logits, log_library
+        Or what it is made of: ``mu = exp(log_library) softmax(logits)``, ``(cells, genes)`` and ``(cells, 1)``.
 
     Examples
     --------
@@ -35,10 +40,19 @@ class Poisson(Distribution):
 
     arg_constraints = {"mu": constraints.nonnegative}  # noqa: RUF012 (torch's own form)
     support = constraints.nonnegative_integer
+    logits: Tensor
+    log_library: Tensor
 
-    def __init__(self, mu: Tensor | None = None, *, log_mu: Tensor | None = None, validate_args: bool | None = None):
-        _set_one("mu", self, mu, log_mu)
-        shape = (log_mu if mu is None else mu).shape  # type: ignore[union-attr]
+    def __init__(
+        self,
+        mu: Tensor | None = None,
+        *,
+        log_mu: Tensor | None = None,
+        logits: Tensor | None = None,
+        log_library: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        shape = _set_mean(self, mu, log_mu, logits, log_library)
         super().__init__(batch_shape=shape, validate_args=validate_args)
 
     @lazy_property
@@ -48,8 +62,8 @@ class Poisson(Distribution):
 
     @lazy_property
     def log_mu(self) -> Tensor:
-        """Logarithm of the mean; in float64, so that nothing of ``mu`` is lost."""
-        return _log(self.mu)
+        """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
+        return _log_mean(self)
 
     @property
     def mean(self) -> Tensor:
@@ -66,6 +80,12 @@ class Poisson(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         return kernels.poisson_log_prob(value, self.log_mu).to(_float_dtype(value))
+
+    def log_prob_of_cells(self, value: Tensor) -> Tensor:
+        """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
+        if not _is_softmax(self, value):
+            return self.log_prob(value.to_dense()).sum(-1)
+        return kernels.softmax_poisson(value, self.logits, self.log_library)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -88,6 +108,8 @@ class NegativeBinomial(Distribution):
         Inverse dispersion, above 0.
     log_mu, log_theta
         Their logarithms, instead.
+    logits, log_library
+        Or what the mean is made of: ``mu = exp(log_library) softmax(logits)``, ``(cells, genes)`` and ``(cells, 1)``.
 
     Examples
     --------
@@ -99,6 +121,8 @@ class NegativeBinomial(Distribution):
 
     arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}  # noqa: RUF012
     support = constraints.nonnegative_integer
+    logits: Tensor
+    log_library: Tensor
 
     def __init__(
         self,
@@ -106,14 +130,14 @@ class NegativeBinomial(Distribution):
         theta: Tensor | None = None,
         *,
         log_mu: Tensor | None = None,
+        logits: Tensor | None = None,
+        log_library: Tensor | None = None,
         log_theta: Tensor | None = None,
         validate_args: bool | None = None,
     ):
-        _set_one("mu", self, mu, log_mu)
-        _set_one("theta", self, theta, log_theta)
-        parts = [part for part in (mu, log_mu, theta, log_theta) if part is not None]
-        shape = torch.broadcast_shapes(*(part.shape for part in parts))
-        super().__init__(batch_shape=shape, validate_args=validate_args)
+        shape = _set_mean(self, mu, log_mu, logits, log_library)
+        of_theta = _set_one(self, theta=theta, log_theta=log_theta)
+        super().__init__(batch_shape=torch.broadcast_shapes(shape, of_theta), validate_args=validate_args)
 
     @lazy_property
     def mu(self) -> Tensor:
@@ -127,8 +151,8 @@ class NegativeBinomial(Distribution):
 
     @lazy_property
     def log_mu(self) -> Tensor:
-        """Logarithm of the mean; in float64, so that nothing of ``mu`` is lost."""
-        return _log(self.mu)
+        """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
+        return _log_mean(self)
 
     @lazy_property
     def log_theta(self) -> Tensor:
@@ -150,6 +174,12 @@ class NegativeBinomial(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         return kernels.nb_log_prob(value, self.log_mu, self.log_theta).to(_float_dtype(value))
+
+    def log_prob_of_cells(self, value: Tensor) -> Tensor:
+        """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
+        if not _is_softmax(self, value):
+            return self.log_prob(value.to_dense()).sum(-1)
+        return kernels.softmax_nb(value, self.logits, self.log_library, self.log_theta)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -207,6 +237,13 @@ class ZeroInflatedNegativeBinomial(Distribution):
         log_prob = kernels.zinb_log_prob(value, self.base.log_mu, self.base.log_theta, self.gate_logits)
         return log_prob.to(_float_dtype(value))
 
+    def log_prob_of_cells(self, value: Tensor) -> Tensor:
+        """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
+        base = self.base
+        if not _is_softmax(base, value):
+            return self.log_prob(value.to_dense()).sum(-1)
+        return kernels.softmax_zinb(value, base.logits, base.log_library, base.log_theta, self.gate_logits)
+
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
         """Draw counts, ``sample_shape + batch_shape``."""
@@ -215,11 +252,35 @@ class ZeroInflatedNegativeBinomial(Distribution):
         return torch.bernoulli(keep, generator=generator) * counts.sample(sample_shape, generator)
 
 
-def _set_one(name: str, to: Distribution, value: Tensor | None, log_value: Tensor | None) -> None:
-    """Store a parameter in the form it was given; `lazy_property` makes the other when somebody asks."""
-    if (value is None) == (log_value is None):
-        raise ValueError(f"{type(to).__name__} takes either {name} or log_{name}, and needs one of them")
-    to.__dict__[name if log_value is None else f"log_{name}"] = value if log_value is None else log_value
+def _set_mean(
+    to: Distribution, mu: Tensor | None, log_mu: Tensor | None, logits: Tensor | None, log_library: Tensor | None
+) -> torch.Size:
+    """Store the mean in the form it was given, and return its shape."""
+    if (logits is None) != (log_library is None):
+        raise ValueError(f"{type(to).__name__} takes logits and log_library together")
+    to.__dict__["log_library"] = log_library
+    return _set_one(to, mu=mu, log_mu=log_mu, logits=logits)
+
+
+def _set_one(to: Distribution, **forms: Tensor | None) -> torch.Size:
+    """Store a parameter in the one form it was given; `lazy_property` makes the others when somebody asks."""
+    given = {name: value for name, value in forms.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"{type(to).__name__} takes one of {', '.join(forms)}, and got {', '.join(given) or 'none'}")
+    to.__dict__.update(given)
+    (value,) = given.values()
+    return value.shape
+
+
+def _log_mean(p: Poisson | NegativeBinomial) -> Tensor:
+    if "logits" in p.__dict__:
+        return p.log_library + F.log_softmax(p.logits, dim=-1)
+    return _log(p.mu)
+
+
+def _is_softmax(p: Poisson | NegativeBinomial, value: Tensor) -> bool:
+    """Whether the kernels that take softmax and log-probability in one pass fit."""
+    return "logits" in p.__dict__ and p.logits.dim() == 2 and value.shape == p.logits.shape
 
 
 def _log(mu: Tensor) -> Tensor:

@@ -129,10 +129,11 @@ def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, library_is_sum: bool)
     Zeros would be read as measurements. Encode, decode, fill in, and again: each round starts from a better guess. A
     library that is a sum over the model's genes grows by what was filled in.
     """
-    x, library, context = cells.x, cells.library, context_of(vae, cells)
+    measured, library, context = cells.x.to_dense(), cells.library, context_of(vae, cells)
+    x = measured
     for _ in range(_FILLING_ROUNDS):
         mu_z, _logvar_z = vae.encode(x, context)
-        x = torch.where(observed, cells.x, vae.decode(mu_z, context, library))
+        x = torch.where(observed, measured, vae.decode(mu_z, context, library))
         if library_is_sum:
             library = cells.library + x[:, ~observed].sum(-1, keepdim=True)
     return cells._replace(x=x, library=library)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal
 
@@ -44,7 +43,7 @@ class Head(Protocol):
     """What `celbo.VAE` asks of a likelihood."""
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """Scale values for the encoder, ``(cells, genes)``."""
+        """Scale values for the encoder, each by itself; 0 stays 0, so that sparse counts stay sparse."""
         ...
 
     def __call__(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Distribution:
@@ -115,7 +114,7 @@ class PoissonHead(nn.Module):
 
     def forward(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Poisson:
         """``Poisson(library softmax(out))``."""
-        return Poisson(log_mu=_log_mean(out, library), validate_args=False)
+        return Poisson(logits=out, log_library=_log_library(out, library), validate_args=False)
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -150,7 +149,9 @@ class NegativeBinomialHead(nn.Module):
             log_theta = self.log_theta
         else:
             log_theta = self.fc_theta(h if self.dispersion == "gene-cell" else context)
-        return NegativeBinomial(log_mu=_log_mean(out, library), log_theta=log_theta, validate_args=False)
+        return NegativeBinomial(
+            logits=out, log_library=_log_library(out, library), log_theta=log_theta, validate_args=False
+        )
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -216,10 +217,11 @@ LIKELIHOODS: dict[str, Likelihood] = {
 """Every likelihood by name."""
 
 
-def _log_mean(out: Tensor, library: Tensor | None) -> Tensor:
-    """``log(library softmax(out))``; without a library the expression shares, which sum to 1."""
-    log_share = F.log_softmax(out, dim=-1)
-    return log_share if library is None else log_share + library.clamp(min=_SMALLEST_LIBRARY).log()
+def _log_library(out: Tensor, library: Tensor | None) -> Tensor:
+    """Logarithm of the library size, ``(cells, 1)``; 0 without one, so that means are the expression shares."""
+    if library is None:
+        return out.new_zeros(*out.shape[:-1], 1)
+    return library.clamp(min=_SMALLEST_LIBRARY).log()
 
 
 def _share(moments: GeneMoments) -> Tensor:

@@ -1,6 +1,7 @@
 """Minibatch and Source: all that data and model know of each other."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["GeneMoments", "Minibatch", "Rows", "Source", "gene_moments", "in_chunks"]
+__all__ = ["GeneMoments", "Minibatch", "Rows", "Source", "csr_tensor", "gene_moments", "in_chunks"]
 
 Rows = NDArray[np.int64]
 """Positions of cells in a `Source`."""
@@ -18,7 +19,7 @@ class Minibatch(NamedTuple):
     """The cells of one step."""
 
     x: Tensor
-    """Values as the likelihood takes them, ``(cells, genes)`` float32: sparse CSR as read, dense once on a device."""
+    """Values as the likelihood takes them, ``(cells, genes)`` float32: sparse CSR, dense on a GPU."""
     context: Tensor
     """Encoded conditions, ``(cells, context_dim)`` float32."""
     library: Tensor
@@ -27,9 +28,17 @@ class Minibatch(NamedTuple):
     """Which genes were measured, ``(genes,)`` bool; None if all were."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
-        """Move to the device that computes, and only there become dense."""
+        """Move to the device that computes; on a GPU become dense there."""
+        x = self.x.to(device)
         observed = None if self.observed is None else self.observed.to(device)
-        return Minibatch(self.x.to(device).to_dense(), self.context.to(device), self.library.to(device), observed)
+        return Minibatch(x.to_dense() if x.is_cuda else x, self.context.to(device), self.library.to(device), observed)
+
+
+def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Make a sparse tensor of its parts, without torch's warning that such tensors are new."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, columns, values, tuple(shape), check_invariants=False)
 
 
 class Source(Protocol):

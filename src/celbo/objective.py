@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from celbo.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from celbo.vae import VAE, Noise, reparameterize
 
 __all__ = ["OBJECTIVES", "ElboTerms", "Objective", "autoencoder_terms", "elbo_terms", "kl_divergence"]
@@ -123,16 +125,21 @@ def _terms(
     *,
     sample: bool,
 ) -> ElboTerms:
-    x = x.to_dense()
-    library = x.sum(-1, keepdim=True) if library is None else library
+    library = x.to_dense().sum(-1, keepdim=True) if library is None else library
     mu_z, logvar_z = vae.encode(x, context, masks=noise and noise.encoder)
     z = reparameterize(mu_z, logvar_z, noise and noise.eps) if sample else mu_z
     likelihood = vae.likelihood(z, context=context, library=library, masks=noise and noise.decoder)
     kl = kl_divergence(mu_z, logvar_z)
-    log_prob = likelihood.log_prob(x)
+    return ElboTerms(_log_prob_of_cells(likelihood, x, observed), kl if sample else torch.zeros_like(kl))
+
+
+def _log_prob_of_cells(p: Distribution, x: Tensor, observed: Tensor | None) -> Tensor:
+    """``log p(x)`` of each cell: summed over the genes that were measured, in one pass where p knows how."""
     if observed is not None:
-        log_prob = torch.where(observed, log_prob, 0)
-    return ElboTerms(log_prob.sum(-1), kl if sample else torch.zeros_like(kl))
+        return torch.where(observed, p.log_prob(x.to_dense()), 0).sum(-1)
+    if isinstance(p, Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial):
+        return p.log_prob_of_cells(x)
+    return p.log_prob(x.to_dense()).sum(-1)
 
 
 Objective = Callable[..., ElboTerms]

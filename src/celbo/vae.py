@@ -8,8 +8,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
+from celbo import kernels
 from celbo.errors import UsageError
 from celbo.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
+from celbo.minibatch import csr_tensor
 
 __all__ = ["NORMS", "VAE", "Noise", "draw_noise", "mlp", "reparameterize"]
 
@@ -119,10 +121,14 @@ class VAE(nn.Module):
             ``mu_z`` and ``logvar_z``, each ``(cells, latent_dim)``.
         """
         self._check_context(context)
-        h = self.head.encoder_input(x.to_dense())
-        if context is not None and self.encode_context:
-            h = torch.cat([h, context], dim=-1)
-        h = _run(self.encoder, h, masks=masks)
+        seen = None if context is None or not self.encode_context else context
+        if x.layout == torch.sparse_csr and len(self.encoder):
+            first, *others = self.encoder
+            h = _first_layer(first, self.head.encoder_input(x.values()), x, seen)
+            h = _run(others, h, masks=masks)
+        else:
+            h = self.head.encoder_input(x.to_dense())
+            h = _run(self.encoder, h if seen is None else torch.cat([h, seen], dim=-1), masks=masks)
         return self.fc_mu(h), self.fc_logvar(h)
 
     def reparameterize(self, mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -295,8 +301,17 @@ def draw_noise(vae: VAE, n_cells: int, generator: Generator, device: torch.devic
     return Noise(eps, masks(vae.encoder), masks(vae.decoder))
 
 
+def _first_layer(linear: nn.Module, values: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    """The encoder's first layer on sparse x whose values were replaced: zeros are never multiplied."""
+    assert isinstance(linear, nn.Linear)
+    scaled = csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape)
+    n_genes = x.shape[-1]
+    h = kernels.sparse_linear(scaled, linear.weight[:, :n_genes]) + linear.bias
+    return h if context is None else h + context @ linear.weight[:, n_genes:].t()
+
+
 def _run(
-    layers: nn.Sequential, h: Tensor, *, extra: Tensor | None = None, masks: Iterable[Tensor] | None = None
+    layers: Iterable[nn.Module], h: Tensor, *, extra: Tensor | None = None, masks: Iterable[Tensor] | None = None
 ) -> Tensor:
     """Apply a stack of `mlp`: ``extra`` joins the input of every later Linear, ``masks`` stand in for Dropout."""
     remaining: Iterator[Tensor] | None = None if masks is None else iter(masks)

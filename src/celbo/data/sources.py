@@ -1,6 +1,5 @@
 """Where minibatches come from: counts stay sparse (CSR) until the device that computes."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from celbo.data.checks import Check, check_query
 from celbo.data.conditions import size_factors
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored
-from celbo.minibatch import Minibatch, Rows
+from celbo.minibatch import Minibatch, Rows, csr_tensor
 
 __all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
 
@@ -66,15 +65,8 @@ class CellSource:
         """Read the cells at these positions, in this order."""
         block = self._x[rows] if self._x is not None else align(self._stored.read(rows), self._columns)
         data = _as_seen(block, self.library[rows], self._values)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            x = torch.sparse_csr_tensor(
-                torch.from_numpy(block.indptr),
-                torch.from_numpy(block.indices),
-                torch.from_numpy(data),
-                block.shape,
-                check_invariants=False,
-            )
+        starts, columns, values = (torch.from_numpy(part) for part in (block.indptr, block.indices, data))
+        x = csr_tensor(starts, columns, values, block.shape)
         return Minibatch(x, self.context[rows], torch.from_numpy(self.library[rows, None]), self._observed)
 
 

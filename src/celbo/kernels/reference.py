@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
+__all__ = [
+    "nb_log_prob",
+    "poisson_log_prob",
+    "softmax_nb",
+    "softmax_poisson",
+    "softmax_zinb",
+    "sparse_linear",
+    "zinb_log_prob",
+]
 
 # Beyond this digamma(y) - log(y) comes from its asymptotic series, whose first neglected term is 1e-17 here;
 # below it digamma itself is exact enough, because theta no longer multiplies the rounding of two large logarithms.
@@ -155,6 +163,65 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
     log_factorial[cells_genes] = torch.lgamma(x[cells_genes].double() + 1)
     result: Tensor = (log_prob - log_factorial).to(log_mu.dtype)
     return result
+
+
+def softmax_nb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
+    r"""Log-probability of each cell's counts: ``sum_g log NB(x_g | mu_g, theta_g)``, ``mu = library softmax(logits)``.
+
+    Parameters
+    ----------
+    x
+        Counts, ``(cells, genes)``, dense or CSR.
+    logits
+        Logarithms of expression shares, up to a constant for each cell, ``(cells, genes)``.
+    log_library
+        Logarithm of the library size, ``(cells, 1)``.
+    log_theta
+        As in `nb_log_prob`, ``(genes,)`` or ``(cells, genes)``.
+
+    Returns
+    -------
+    Tensor
+        ``(cells,)``, nats, in the dtype of ``logits``. Differentiable once, in all but x.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, zeros = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)
+    >>> softmax_nb(x, zeros, torch.zeros(1, 1), zeros) == nb_log_prob(x, torch.tensor(0.5).log(), zeros).sum(-1)
+    tensor([True])
+    """
+    log_prob = nb_log_prob(x.to_dense(), _log_mean(logits, log_library), log_theta)
+    return log_prob.sum(-1).to(logits.dtype)
+
+
+def softmax_zinb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
+    """As `softmax_nb`, zero-inflated: ``sum_g log ZINB(x_g | mu_g, theta_g, gate_g)``, gates ``(cells, genes)``."""
+    log_prob = zinb_log_prob(x.to_dense(), _log_mean(logits, log_library), log_theta, gate_logits.double())
+    return log_prob.sum(-1).to(logits.dtype)
+
+
+def softmax_poisson(x: Tensor, logits: Tensor, log_library: Tensor) -> Tensor:
+    """As `softmax_nb`, without dispersion: ``sum_g log Poisson(x_g | mu_g)``."""
+    return poisson_log_prob(x.to_dense(), _log_mean(logits, log_library)).sum(-1).to(logits.dtype)
+
+
+def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for x dense or CSR, ``(cells, genes)``, and the ``(units, genes)`` weight of a linear layer.
+
+    Returns ``(cells, units)``. Differentiable in the weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> sparse_linear(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.5]]))
+    tensor([[2.5000]])
+    """
+    return x.to_dense() @ weight.t()
+
+
+def _log_mean(logits: Tensor, log_library: Tensor) -> Tensor:
+    return log_library + F.log_softmax(logits.double(), dim=-1)
 
 
 def _at(positions: Tensor, values: Tensor) -> Tensor:

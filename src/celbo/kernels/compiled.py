@@ -1,0 +1,356 @@
+"""Loops over genes and counts, compiled by numba for `celbo.kernels.cpu`.
+
+Those of ``_vector`` are free of branches and tables, so that the compiler makes vector instructions of them.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+__all__ = ["nb", "poisson", "times"]
+
+PIECE = 32
+"""Cells of one piece of work: their float32 sums lose nothing, and the rows in work stay in the cache."""
+
+# Without an explicit False a function takes on the fastmath of whoever calls it, and compensation is optimised away.
+_scalar = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
+# Sums may be taken in any order, which vector instructions need; not-a-number and infinity keep their meaning.
+_vector = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+_f = np.float32
+_SMALL = 16
+"""Up to this count Gamma(x + theta) / Gamma(theta) is a product of x factors; above, it needs logarithms of Gamma."""
+_LOG_FACTORIALS = np.array([math.lgamma(k + 1) for k in range(_SMALL + 1)])
+_BLOCK = 1024
+"""Genes summed in float32 before float64 takes over."""
+
+
+@_vector
+def poisson(
+    turn, n_threads, starts, columns, values, logits, top, log_library, weight, want, value, d_logits, d_library
+):
+    """Poisson log-probability of each cell, and its gradients if wanted."""
+    shares = np.empty(logits.shape[1], np.float32)
+    for cell in range(turn, len(logits), n_threads):
+        total = _exponentials(logits[cell], top[cell], shares)
+        scale = math.exp(log_library[cell]) / total
+        shift = log_library[cell] - top[cell] - math.log(total)
+        log_prob, sum_mu = 0.0, 0.0
+        into = d_logits[cell if want else 0]
+        for gene in range(len(into)):
+            mu = shares[gene] * scale
+            into[gene] = -mu
+            sum_mu -= mu
+        for k in range(starts[cell], starts[cell + 1]):
+            x, gene = float(values[k]), columns[k]
+            if x > 0:
+                log_mu = logits[cell, gene] + shift
+                log_prob += x * log_mu - math.lgamma(x + 1)
+                into[gene] = x - (shares[gene] * scale if x <= _SMALL else math.exp(log_mu))
+                sum_mu += x
+        value[cell] = log_prob - math.exp(log_library[cell])
+        d_library[cell] = weight[cell] * sum_mu
+        if want:
+            _through_softmax(shares, _f(sum_mu / total), weight[cell], into)
+
+
+@_scalar
+def nb(
+    turn, n_threads, starts, columns, values, logits, top, log_library, log_thetas, thetas, thetas_32, inverse_32,
+    gates, weight, want, value, d_logits, d_library, d_theta, d_gate,
+):  # fmt: skip
+    """Negative binomial, zero-inflated if there are gates; d_theta has a row for each cell, or for each piece."""
+    n_genes = logits.shape[1]
+    shares, kept, unused = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
+    most = np.diff(starts).max()
+    genes = np.empty(most, np.int32)
+    counted = np.empty((8, most), np.float64)
+    zero_inflated = len(gates) > 0
+    n_pieces = -(-len(logits) // PIECE)
+    for piece in range(turn, n_pieces, n_threads):
+        for cell in range(piece * PIECE, min((piece + 1) * PIECE, len(logits))):
+            of_theta = cell if len(thetas) > 1 else 0
+            log_theta, theta, theta_32 = log_thetas[of_theta], thetas[of_theta], thetas_32[of_theta]
+            inverse = inverse_32[of_theta]
+            d_theta_row = d_theta[cell if len(thetas) > 1 else piece]
+            d_mu = d_logits[cell] if want else unused
+            gate, d_gate_row = (gates[cell], d_gate[cell if want else 0]) if zero_inflated else (unused, unused)
+            w = weight[cell]
+
+            total = _exponentials(logits[cell], top[cell], shares)
+            scale = _f(math.exp(log_library[cell]) / total)
+            shift = log_library[cell] - top[cell] - math.log(total)
+
+            # Counts above zero leave the row: a mean of zero explains a zero perfectly, and adds nothing to any sum.
+            n = 0
+            for k in range(starts[cell], starts[cell + 1]):
+                x = float(values[k])
+                if x > 0:
+                    gene = columns[k]
+                    genes[n], kept[n] = gene, shares[gene]
+                    log_mu = float(logits[cell, gene]) + shift
+                    mu = float(shares[gene] * scale)
+                    shares[gene] = 0
+                    _gamma_ratio(x, theta[gene], counted, n)
+                    counted[3, n] = x
+                    counted[4, n] = theta[gene]
+                    counted[5, n] = mu if x <= _SMALL else math.exp(log_mu)
+                    counted[6, n] = log_mu - log_theta[gene]
+                    counted[7, n] = gate[gene]
+                    n += 1
+
+            log_prob, sum_mu = 0.0, 0.0
+            for b in range(0, n_genes, _BLOCK):
+                e = b + _BLOCK
+                if zero_inflated:
+                    found = _inflated_zeros(
+                        shares[b:e], scale, theta_32[b:e], inverse[b:e], gate[b:e], w, d_mu[b:e], d_theta_row[b:e],
+                        d_gate_row[b:e],
+                    )  # fmt: skip
+                else:
+                    found = _zeros(shares[b:e], scale, theta_32[b:e], inverse[b:e], w, d_mu[b:e], d_theta_row[b:e])
+                log_prob += found[0]
+                sum_mu += found[1]
+
+            for k in range(n):
+                shares[genes[k]] = kept[k]
+            log_prob += _counts(counted[:, :n])
+            if zero_inflated:
+                log_prob += _open_gates(counted[:, :n])
+            for k in range(n):
+                d_mu[genes[k]] = counted[3, k]
+                sum_mu += counted[3, k]
+                d_theta_row[genes[k]] += w * _f(counted[4, k])
+                if zero_inflated:
+                    d_gate_row[genes[k]] = w * _f(counted[7, k])
+            value[cell] = log_prob
+            d_library[cell] = w * sum_mu
+            if want:
+                _through_softmax(shares, _f(sum_mu / total), w, d_mu)
+
+
+@_scalar
+def _gamma_ratio(x, theta, counted, k):
+    """Write log, and its derivative in theta, of Gamma(x + theta) / Gamma(theta) / x!: a product and what it lacks."""
+    if x <= _SMALL and x == int(x):
+        product, derivative = 1.0, 0.0
+        for i in range(int(x)):
+            derivative = derivative * (theta + i) + product
+            product *= theta + i
+        counted[0, k] = product
+        counted[1, k] = derivative / product
+        counted[2, k] = -_LOG_FACTORIALS[int(x)]
+    else:
+        counted[0, k] = 1.0
+        counted[1, k] = math.log1p(x / theta) + _digamma_minus_log(x + theta) - _digamma_minus_log(theta)
+        counted[2, k] = math.lgamma(x + theta) - math.lgamma(theta) - math.lgamma(x + 1)
+
+
+@_scalar
+def _digamma_minus_log(y):
+    shifted, back = y, 0.0
+    while shifted < 10:
+        back += 1 / shifted
+        shifted += 1
+    inverse = 1 / shifted
+    square = inverse * inverse
+    series = -0.5 * inverse - square * (
+        1 / 12
+        - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square * (1 / 132 - square * 691 / 32760))))
+    )
+    return series if shifted == y else series + math.log(shifted / y) - back
+
+
+@_vector
+def _exponentials(logits, top, into):
+    """``exp(logits - top)``; returns its sum."""
+    total = 0.0
+    for gene in range(len(logits)):
+        e = _exp(logits[gene] - top)
+        into[gene] = e
+        total += e
+    return total
+
+
+@_vector
+def _zeros(shares, scale, theta, inverse, w, d_mu, d_theta):
+    """Log-probability of zeros, ``-theta log1p(r)`` with r = mu / theta, and its derivative in log mu, both summed."""
+    log_prob, sum_mu = _f(0), _f(0)
+    for gene in range(len(shares)):
+        r = shares[gene] * scale * inverse[gene]
+        success = r / (_f(1) + r)
+        softplus = _log1p(r)
+        t = theta[gene]
+        log_prob -= t * softplus
+        d = -t * success
+        d_mu[gene] = d
+        sum_mu += d
+        d_theta[gene] -= w * t * _softplus_less_success(softplus, success)
+    return log_prob, sum_mu
+
+
+@_vector
+def _inflated_zeros(shares, scale, theta, inverse, gate, w, d_mu, d_theta, d_gate):
+    """As `_zeros`, with ``logaddexp(gate, log NB(0)) - softplus(gate)``; the gate's derivative without cancellation."""
+    log_prob, sum_mu = _f(0), _f(0)
+    for gene in range(len(shares)):
+        r = shares[gene] * scale * inverse[gene]
+        success = r / (_f(1) + r)
+        softplus = _log1p(r)
+        t, g = theta[gene], gate[gene]
+        log_nb = -t * softplus
+        nb = _exp(log_nb)
+        p = _f(1) + log_nb * _f(1 / 5)  # of -expm1, which the difference 1 - nb loses where both are nearly equal
+        p = _f(1) + log_nb * _f(1 / 4) * p
+        p = _f(1) + log_nb * _f(1 / 3) * p
+        p = _f(1) + log_nb * _f(1 / 2) * p
+        not_zero = -log_nb * p if log_nb > _f(-0.1) else _f(1) - nb
+        a = _exp(-abs(g))
+        shut = (a if g > 0 else _f(1)) / (_f(1) + a)  # sigmoid(-gate)
+        apart = log_nb - g
+        b = _exp(-abs(apart))
+        of_nb = (b if apart < 0 else _f(1)) / (_f(1) + b)
+        of_gate = (_f(1) if apart < 0 else b) / (_f(1) + b)
+        log_prob += max(log_nb, g) + _log1p(b) - max(g, _f(0)) - _log1p(a)
+        d = -of_nb * t * success
+        d_mu[gene] = d
+        sum_mu += d
+        d_theta[gene] -= w * of_nb * t * _softplus_less_success(softplus, success)
+        d_gate[gene] = w * of_gate * not_zero * shut
+    return log_prob, sum_mu
+
+
+@_vector
+def _counts(counted):
+    """Log-probability of counts above zero, summed; their derivatives in log mu and log theta replace rows 3 and 4."""
+    product, d_ratio, log_ratio, xs = counted[0], counted[1], counted[2], counted[3]
+    thetas, mus, log_odds = counted[4], counted[5], counted[6]
+    total = 0.0
+    for k in range(len(xs)):
+        x, theta, mu = xs[k], thetas[k], mus[k]
+        softplus = _log1p_64(mu / theta)
+        total += _log_64(product[k]) + log_ratio[k] - (x + theta) * softplus + x * log_odds[k]
+        u = (x - mu) / (theta + mu)
+        xs[k] = theta * u
+        thetas[k] = theta * (d_ratio[k] - softplus - u)
+    return total
+
+
+@_vector
+def _open_gates(counted):
+    """Log-probability that a gate let a count pass, summed; its derivative in the gate's logit replaces row 7."""
+    gates = counted[7]
+    total = 0.0
+    for k in range(len(gates)):
+        g = _f(gates[k])
+        a = _exp(-abs(g))
+        total -= max(g, _f(0)) + _log1p(a)
+        gates[k] = -(_f(1) if g > 0 else a) / (_f(1) + a)
+    return total
+
+
+@_vector
+def _through_softmax(shares, factor, w, d_mu):
+    """Derivative in the logits, ``w (d_mu - share sum(d_mu))``, in place."""
+    for gene in range(len(shares)):
+        d_mu[gene] = w * (d_mu[gene] - factor * shares[gene])
+
+
+@_vector
+def times(turn, n_threads, starts, columns, values, dense, out):
+    """``x @ dense`` for sparse x, four of a row's values at a time."""
+    for row in range(turn, len(out), n_threads):
+        into = out[row]
+        into[:] = 0
+        k, end = starts[row], starts[row + 1]
+        while k + 4 <= end:
+            a, b, c, d = dense[columns[k]], dense[columns[k + 1]], dense[columns[k + 2]], dense[columns[k + 3]]
+            u, v, w, y = values[k], values[k + 1], values[k + 2], values[k + 3]
+            for i in range(len(into)):
+                into[i] += (u * a[i] + v * b[i]) + (w * c[i] + y * d[i])
+            k += 4
+        while k < end:
+            a, u = dense[columns[k]], values[k]
+            for i in range(len(into)):
+                into[i] += u * a[i]
+            k += 1
+
+
+# Elementary functions without branches or tables, so that loops over them become vector instructions; relative errors
+# are 1e-7 (float32) and 2e-16 (float64). Argument reduction and polynomials are those of Cephes (Moshier 1989) for
+# float32, of fdlibm (Sun 1993) for the logarithm in float64.
+
+
+@_scalar
+def _exp(x):
+    x = min(max(x, _f(-87)), _f(88))
+    n = np.floor(x * _f(1.44269504) + _f(0.5))
+    r = x - n * _f(0.693359375) + n * _f(2.12194440e-4)
+    p = _f(1.9875691500e-4)
+    p = p * r + _f(1.3981999507e-3)
+    p = p * r + _f(8.3334519073e-3)
+    p = p * r + _f(4.1665795894e-2)
+    p = p * r + _f(1.6666665459e-1)
+    p = p * r + _f(5.0000001201e-1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + _f(1)) * power
+
+
+@_scalar
+def _log1p(x):
+    u = _f(1) + x
+    bits = _f(u).view(np.int32)
+    n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # so that the rest lies around 1
+    f = np.int32(bits - (n << np.int32(23))).view(np.float32) - _f(1)
+    p = _f(7.0376836292e-2)
+    p = p * f + _f(-1.1514610310e-1)
+    p = p * f + _f(1.1676998740e-1)
+    p = p * f + _f(-1.2420140846e-1)
+    p = p * f + _f(1.4249322787e-1)
+    p = p * f + _f(-1.6668057665e-1)
+    p = p * f + _f(2.0000714765e-1)
+    p = p * f + _f(-2.4999993993e-1)
+    p = p * f + _f(3.3333331174e-1)
+    rounded = (x - (u - _f(1))) / u  # what was lost in adding 1
+    n_32 = _f(n)
+    return f + (p * f * f * f + n_32 * _f(-2.12194440e-4) - _f(0.5) * f * f + rounded) + n_32 * _f(0.693359375)
+
+
+@_scalar
+def _softplus_less_success(softplus, success):
+    """``log1p(r) - r / (1 + r)``, in powers of ``r / (1 + r)`` where the two are nearly equal."""
+    q = success
+    p = _f(1 / 8)
+    p = p * q + _f(1 / 7)
+    p = p * q + _f(1 / 6)
+    p = p * q + _f(1 / 5)
+    p = p * q + _f(1 / 4)
+    p = p * q + _f(1 / 3)
+    p = p * q + _f(1 / 2)
+    return q * q * p if q < _f(0.1) else softplus - q
+
+
+@_scalar
+def _log_64(x):
+    bits = np.float64(x).view(np.int64)
+    n = (bits - np.int64(0x3FE6A09E667F3BCD)) >> np.int64(52)
+    f = np.int64(bits - (n << np.int64(52))).view(np.float64) - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    p = 1.479819860511658591e-01
+    p = p * z + 1.531383769920937332e-01
+    p = p * z + 1.818357216161805012e-01
+    p = p * z + 2.222219843214978396e-01
+    p = p * z + 2.857142874366239149e-01
+    p = p * z + 3.999999999940941908e-01
+    p = p * z + 6.666666666666735130e-01
+    half = 0.5 * f * f
+    n_64 = float(n)
+    return n_64 * 6.93147180369123816490e-01 - ((half - (s * (half + z * p) + n_64 * 1.90821492927058770002e-10)) - f)
+
+
+@_scalar
+def _log1p_64(x):
+    u = 1.0 + x
+    return _log_64(u) + (x - (u - 1.0)) / u
