@@ -21,7 +21,8 @@ _vector = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc",
 _f = np.float32
 _SMALL = 16
 """Up to this count Gamma(x + theta) / Gamma(theta) is a product of x factors; above, it needs logarithms of Gamma."""
-_LOG_FACTORIALS = np.array([math.lgamma(k + 1) for k in range(_SMALL + 1)])
+_LOG_FACTORIALS = np.array([math.lgamma(k + 1) for k in range(1024)])
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 _BLOCK = 1024
 """Genes summed in float32 before float64 takes over."""
 
@@ -46,7 +47,7 @@ def poisson(
             x, gene = float(values[k]), columns[k]
             if x > 0:
                 log_mu = logits[cell, gene] + shift
-                log_prob += x * log_mu - math.lgamma(x + 1)
+                log_prob += x * log_mu - _log_factorial(x)
                 into[gene] = x - (shares[gene] * scale if x <= _SMALL else math.exp(log_mu))
                 sum_mu += x
         value[cell] = log_prob - math.exp(log_library[cell])
@@ -61,18 +62,18 @@ def nb(
     gates, weight, want, value, d_logits, d_library, d_theta, d_gate,
 ):  # fmt: skip
     """Negative binomial, zero-inflated if there are gates; d_theta has a row for each cell, or for each piece."""
-    n_genes = logits.shape[1]
-    shares, kept, unused = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
+    n_cells, n_genes = logits.shape
+    shares, unused = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
     most = np.diff(starts).max()
-    genes = np.empty(most, np.int32)
-    counted = np.empty((8, most), np.float64)
+    genes, kept = np.empty(most, np.int32), np.empty(most, np.float32)
+    # Rows a multiple of 4,096 bytes apart would share one place in the cache.
+    counts = np.empty((8, most // 64 * 64 + 72), np.float64)
     zero_inflated = len(gates) > 0
-    n_pieces = -(-len(logits) // PIECE)
-    for piece in range(turn, n_pieces, n_threads):
-        for cell in range(piece * PIECE, min((piece + 1) * PIECE, len(logits))):
+    for piece in range(turn, -(-n_cells // PIECE), n_threads):
+        for cell in range(piece * PIECE, min((piece + 1) * PIECE, n_cells)):
             of_theta = cell if len(thetas) > 1 else 0
-            log_theta, theta, theta_32 = log_thetas[of_theta], thetas[of_theta], thetas_32[of_theta]
-            inverse = inverse_32[of_theta]
+            log_theta, theta = log_thetas[of_theta], thetas[of_theta]
+            theta_32, inverse = thetas_32[of_theta], inverse_32[of_theta]
             d_theta_row = d_theta[cell if len(thetas) > 1 else piece]
             d_mu = d_logits[cell] if want else unused
             gate, d_gate_row = (gates[cell], d_gate[cell if want else 0]) if zero_inflated else (unused, unused)
@@ -85,19 +86,14 @@ def nb(
             # Counts above zero leave the row: a mean of zero explains a zero perfectly, and adds nothing to any sum.
             n = 0
             for k in range(starts[cell], starts[cell + 1]):
-                x = float(values[k])
-                if x > 0:
+                if values[k] > 0:
                     gene = columns[k]
                     genes[n], kept[n] = gene, shares[gene]
-                    log_mu = float(logits[cell, gene]) + shift
-                    mu = float(shares[gene] * scale)
+                    counts[0, n] = values[k]
+                    counts[1, n] = theta[gene]
+                    counts[2, n] = float(logits[cell, gene]) - log_theta[gene]
+                    counts[3, n] = gate[gene]
                     shares[gene] = 0
-                    _gamma_ratio(x, theta[gene], counted, n)
-                    counted[3, n] = x
-                    counted[4, n] = theta[gene]
-                    counted[5, n] = mu if x <= _SMALL else math.exp(log_mu)
-                    counted[6, n] = log_mu - log_theta[gene]
-                    counted[7, n] = gate[gene]
                     n += 1
 
             log_prob, sum_mu = 0.0, 0.0
@@ -113,53 +109,119 @@ def nb(
                 log_prob += found[0]
                 sum_mu += found[1]
 
-            for k in range(n):
-                shares[genes[k]] = kept[k]
-            log_prob += _counts(counted[:, :n])
+            log_prob += _counts(counts, kept[:n], scale, shift)
             if zero_inflated:
-                log_prob += _open_gates(counted[:, :n])
+                log_prob += _open_gates(counts[3][:n])
             for k in range(n):
-                d_mu[genes[k]] = counted[3, k]
-                sum_mu += counted[3, k]
-                d_theta_row[genes[k]] += w * _f(counted[4, k])
+                gene = genes[k]
+                shares[gene] = kept[k]
+                d_mu[gene] = counts[0, k]
+                sum_mu += counts[0, k]
+                d_theta_row[gene] += w * _f(counts[1, k])
                 if zero_inflated:
-                    d_gate_row[genes[k]] = w * _f(counted[7, k])
+                    d_gate_row[gene] = w * _f(counts[3, k])
             value[cell] = log_prob
             d_library[cell] = w * sum_mu
             if want:
                 _through_softmax(shares, _f(sum_mu / total), w, d_mu)
 
 
-@_scalar
-def _gamma_ratio(x, theta, counted, k):
-    """Write log, and its derivative in theta, of Gamma(x + theta) / Gamma(theta) / x!: a product and what it lacks."""
-    if x <= _SMALL and x == int(x):
-        product, derivative = 1.0, 0.0
-        for i in range(int(x)):
-            derivative = derivative * (theta + i) + product
-            product *= theta + i
-        counted[0, k] = product
-        counted[1, k] = derivative / product
-        counted[2, k] = -_LOG_FACTORIALS[int(x)]
-    else:
-        counted[0, k] = 1.0
-        counted[1, k] = math.log1p(x / theta) + _digamma_minus_log(x + theta) - _digamma_minus_log(theta)
-        counted[2, k] = math.lgamma(x + theta) - math.lgamma(theta) - math.lgamma(x + 1)
+@_vector
+def _counts(counts, shares, scale, shift):
+    """Log-probability of counts above zero, summed.
+
+    Rows are x, theta and ``log mu - log theta`` (but for ``shift``); the first becomes the derivative in log mu, the
+    second that in log theta. Each loop touches few rows: of many the compiler cannot tell that none overlap.
+    """
+    n = len(shares)
+    xs, thetas, log_odds = counts[0][:n], counts[1][:n], counts[2][:n]
+    mus, product, derivative, log_rest = counts[4][:n], counts[5][:n], counts[6][:n], counts[7][:n]
+    for k in range(len(xs)):
+        mus[k] = shares[k] * scale
+    for k in range(len(xs)):
+        log_odds[k] += shift
+    product[:] = 1.0
+    derivative[:] = 0.0
+    # Gamma(x + theta) / Gamma(theta) is a product of x factors. Shorter ones wait for the longest: no branch.
+    for i in range(_SMALL):
+        _multiply(xs, thetas, float(i), product, derivative)
+    for k in range(len(xs)):
+        derivative[k] /= product[k]  # now that of the logarithm
+    for k in range(len(xs)):
+        x = xs[k]
+        if x <= _SMALL and x == np.floor(x):
+            log_rest[k] = -_LOG_FACTORIALS[int(x)]
+        else:
+            theta = thetas[k]
+            of_sum, digamma_of_sum = _log_gamma(x + theta)
+            of_theta, digamma_of_theta = _log_gamma(theta)
+            product[k] = 1.0
+            derivative[k] = math.log1p(x / theta) + digamma_of_sum - digamma_of_theta
+            log_rest[k] = of_sum - of_theta - _log_factorial(x)
+            mus[k] = theta * math.exp(log_odds[k])
+    total = 0.0
+    for k in range(len(xs)):
+        total += _log_64(product[k]) + log_rest[k]
+    softplus = product  # in its place
+    for k in range(len(xs)):
+        softplus[k] = _log1p_64(mus[k] / thetas[k])
+    for k in range(len(xs)):
+        total += xs[k] * log_odds[k] - (xs[k] + thetas[k]) * softplus[k]
+    for k in range(len(xs)):
+        xs[k] = (xs[k] - mus[k]) / (thetas[k] + mus[k])
+    for k in range(len(xs)):
+        derivative[k] -= softplus[k] + xs[k]
+    for k in range(len(xs)):
+        xs[k] *= thetas[k]
+    for k in range(len(xs)):
+        thetas[k] *= derivative[k]
+    return total
+
+
+@_vector
+def _multiply(xs, thetas, i, product, derivative):
+    """Take the factor ``theta + i`` into the products of more than i factors, and into their derivatives in theta."""
+    for k in range(len(xs)):
+        factor = thetas[k] + i
+        there = i < xs[k]
+        p, d = product[k], derivative[k]
+        derivative[k] = d * factor + p if there else d
+        product[k] = p * factor if there else p
 
 
 @_scalar
-def _digamma_minus_log(y):
-    shifted, back = y, 0.0
+def _log_factorial(x):
+    if x < len(_LOG_FACTORIALS) and x == int(x):
+        return _LOG_FACTORIALS[int(x)]
+    return _log_gamma(x + 1)[0]
+
+
+@_scalar
+def _log_gamma(y):
+    """``log Gamma(y)`` and ``digamma(y) - log(y)`` by their asymptotic series, y shifted to where those are exact.
+
+    The C library's own function writes to a global variable, over which threads would fight.
+    """
+    shifted, product, back = y, 1.0, 0.0
     while shifted < 10:
+        product *= shifted
         back += 1 / shifted
         shifted += 1
     inverse = 1 / shifted
     square = inverse * inverse
-    series = -0.5 * inverse - square * (
-        1 / 12
-        - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square * (1 / 132 - square * 691 / 32760))))
+    log = math.log(shifted)
+    p = 1 / 12 - square * (
+        1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square * (1 / 1188 - square * 691 / 360360)))
     )
-    return series if shifted == y else series + math.log(shifted / y) - back
+    log_gamma = (shifted - 0.5) * log - shifted + _HALF_LOG_2_PI + inverse * p
+    p = 1 / 12 - square * (
+        1 / 120 - square * (1 / 252 - square * (1 / 240 - square * (1 / 132 - square * 691 / 32760)))
+    )
+    digamma_minus_log = -0.5 * inverse - square * p
+    if shifted > y:
+        log_gamma -= math.log(product)
+        digamma_minus_log += math.log(shifted / y) - back
+    return log_gamma, digamma_minus_log
 
 
 @_vector
@@ -222,25 +284,8 @@ def _inflated_zeros(shares, scale, theta, inverse, gate, w, d_mu, d_theta, d_gat
 
 
 @_vector
-def _counts(counted):
-    """Log-probability of counts above zero, summed; their derivatives in log mu and log theta replace rows 3 and 4."""
-    product, d_ratio, log_ratio, xs = counted[0], counted[1], counted[2], counted[3]
-    thetas, mus, log_odds = counted[4], counted[5], counted[6]
-    total = 0.0
-    for k in range(len(xs)):
-        x, theta, mu = xs[k], thetas[k], mus[k]
-        softplus = _log1p_64(mu / theta)
-        total += _log_64(product[k]) + log_ratio[k] - (x + theta) * softplus + x * log_odds[k]
-        u = (x - mu) / (theta + mu)
-        xs[k] = theta * u
-        thetas[k] = theta * (d_ratio[k] - softplus - u)
-    return total
-
-
-@_vector
-def _open_gates(counted):
-    """Log-probability that a gate let a count pass, summed; its derivative in the gate's logit replaces row 7."""
-    gates = counted[7]
+def _open_gates(gates):
+    """Log-probability that gates let counts pass, summed; its derivatives in the logits replace these."""
     total = 0.0
     for k in range(len(gates)):
         g = _f(gates[k])
