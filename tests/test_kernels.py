@@ -375,7 +375,8 @@ def test_fused_kernels_are_exact_too(tier, library, points):
     pytest.importorskip(library)
     log_mu, log_theta = leaf(points.mu.log()[:, None]), leaf(points.theta.log()[:, None])
     kernels.use(tier)  # of one gene, whose share is 1
-    value = kernels.softmax_nb(points.x[:, None], torch.zeros(len(points.x), 1), log_mu, log_theta)
+    n_cells, layer = len(points.x), (torch.zeros(1, 2), torch.zeros(1))
+    value = kernels.softmax_nb(points.x[:, None], torch.zeros(n_cells, 2), *layer, log_mu, log_theta)
     kernels.use("auto")
     value.sum().backward()
     truth = nb_truth(points.x, exact_exp(log_mu[:, 0]), exact_exp(log_theta[:, 0]))

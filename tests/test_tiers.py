@@ -26,10 +26,20 @@ def tier(request):
 
 
 class Inputs(NamedTuple):
+    """Logits and gates are the transposed weights of linear maps from one-hot cells: they pass through exactly."""
+
     logits: torch.Tensor
+    bias: torch.Tensor
     log_library: torch.Tensor
     log_theta: torch.Tensor
     gates: torch.Tensor
+    gate_bias: torch.Tensor
+
+
+def take(name, inputs):
+    """Arguments of a fused function after x and h."""
+    n = {"softmax_poisson": 3, "softmax_nb": 4, "softmax_zinb": 6}[name]
+    return inputs[:n]
 
 
 def some_counts(n_cells, n_genes, seed=0):
@@ -51,16 +61,20 @@ def some_inputs(x, by_cell=False, seed=0):
 
     library = x.sum(1, keepdim=True).clamp(min=1e-8)
     log_theta = 3 * normal(*x.shape) if by_cell else 3 * normal(x.shape[1])
-    return Inputs(2 * normal(*x.shape), library.log(), log_theta, 3 * normal(*x.shape))
+    n_cells, n_genes = x.shape
+    return Inputs(
+        2 * normal(n_genes, n_cells), torch.zeros(n_genes), library.log(), log_theta, 3 * normal(n_genes, n_cells),
+        torch.zeros(n_genes),
+    )  # fmt: skip
 
 
 def run(module, name, x, inputs, weight, dtype):
     """Value of a fused function, and the gradient of its weighted sum in each input that it has."""
-    leaves = [part.detach().clone().to(dtype).requires_grad_() for part in inputs]
-    taken = {"softmax_nb": leaves[:3], "softmax_zinb": leaves, "softmax_poisson": leaves[:2]}[name]
-    value = getattr(module, name)(x, *taken)
+    leaves = [part.detach().clone().to(dtype).requires_grad_() for part in take(name, inputs)]
+    h = torch.eye(len(x), dtype=dtype).requires_grad_()
+    value = getattr(module, name)(x, h, *leaves)
     (value * weight.to(dtype)).sum().backward()
-    return value.detach(), [leaf.grad for leaf in taken]
+    return value.detach(), [leaf.grad for leaf in (*leaves, h)]
 
 
 def to_csr(x):
@@ -81,14 +95,16 @@ def test_a_tier_equals_the_reference(tier, name, shape, by_cell, weights):
     for layout in (x, to_csr(x)):
         value, found = run(kernels, name, layout, inputs, weight, torch.float32)
         assert ((value - truth).abs() / truth.abs().clamp(min=1)).max() < 1e-5
-        for part, expected, gradient in zip(Inputs._fields, gradients, found, strict=False):
-            largest = expected.abs().amax(-1, keepdim=True)
-            if part == "log_library":  # a sum over genes of both signs, as in the last step of a fit
-                largest = largest.clamp(min=1)
+        for part, expected, gradient in zip((*take(name, Inputs._fields), "h"), gradients, found, strict=True):
+            by_cell_of = expected.t() if part in ("logits", "gates") else expected
+            largest = by_cell_of.abs().amax(-1, keepdim=True)
             if part == "log_theta":
                 largest = largest.clamp(min=1e-3)
+            elif part not in ("logits", "gates"):  # sums of both signs, which nearly cancel
+                largest = largest.clamp(min=1)
+            error = (gradient.t() if part in ("logits", "gates") else gradient) - by_cell_of
             # An empty cell's gradients are 1e-8 at most, and cancel.
-            assert ((gradient - expected).abs() <= 1e-5 * largest + 1e-12).all(), part
+            assert (error.abs() <= 1e-5 * largest + 1e-12).all(), part
 
 
 def test_counts_that_are_not_whole_and_stored_zeros_are_taken_as_they_are(tier):
@@ -108,34 +124,35 @@ def test_counts_that_are_not_whole_and_stored_zeros_are_taken_as_they_are(tier):
 def test_a_closed_gate_leaves_the_negative_binomial(tier):
     x = some_counts(20, 50)
     inputs = some_inputs(x)
-    shut = kernels.softmax_zinb(x, *inputs[:3], torch.full_like(inputs.gates, -1e8))
-    torch.testing.assert_close(shut, kernels.softmax_nb(x, *inputs[:3]), rtol=1e-6, atol=1e-5)
+    h, inputs = torch.eye(20), inputs._replace(gates=torch.full_like(inputs.gates, -1e8))
+    shut = kernels.softmax_zinb(x, h, *inputs)
+    torch.testing.assert_close(shut, kernels.softmax_nb(x, h, *take("softmax_nb", inputs)), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_what_is_not_a_number_stays_so(tier, name):
-    x = some_counts(5, 9)
-    inputs = some_inputs(x)
-    inputs.logits[3, 4] = torch.nan
-    value, gradients = run(kernels, name, x, inputs, torch.ones(5), torch.float32)
+    x, h = some_counts(5, 9), torch.eye(5)
+    h[3, 3] = torch.nan
+    weight, *others = take(name, some_inputs(x))
+    value = getattr(kernels, name)(x, h, weight.requires_grad_(), *others)
+    value.sum().backward()
     assert value.isnan().tolist() == [False, False, False, True, False]
-    assert gradients[0][3].isnan().any()
+    assert weight.grad.isnan().any()
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_threads_change_no_bit(tier, name):
-    x = to_csr(some_counts(130, 60))
-    inputs = some_inputs(some_counts(130, 60))
-    before, results = torch.get_num_threads(), []
-    try:
-        for n_threads in (1, 2, 3):
-            torch.set_num_threads(n_threads)
-            value, gradients = run(kernels, name, x, inputs, torch.ones(130), torch.float32)
-            results.append([value, *gradients])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+def test_threads_share_the_work(tier, name):
+    counts = some_counts(300, 60)
+    inputs, results = some_inputs(counts), []
+    for n_threads in (1, 2, 2, 3):
+        with kernels.threads(n_threads):
+            value, gradients = run(kernels, name, to_csr(counts), inputs, torch.ones(300), torch.float32)
+        results.append([value, *gradients])
+    alone, two, again, three = results
+    assert all(torch.equal(a, b) for a, b in zip(two, again, strict=True))
+    for a, b, c in zip(alone, two, three, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item())
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5 * a.abs().max().item())
 
 
 @pytest.mark.parametrize("units", [1, 5, 128])
@@ -155,8 +172,9 @@ def test_a_sparse_product_equals_the_dense_one(tier, shape, density, units):
 
 def test_float64_is_the_references(tier):
     x = some_counts(4, 6).double()
-    inputs = [part.double() for part in some_inputs(x.float())]
-    assert torch.equal(kernels.softmax_nb(x, *inputs[:3]), reference.softmax_nb(x, *inputs[:3]))
+    inputs = take("softmax_nb", [part.double() for part in some_inputs(x.float())])
+    h = torch.eye(4, dtype=torch.float64)
+    assert torch.equal(kernels.softmax_nb(x, h, *inputs), reference.softmax_nb(x, h, *inputs))
 
 
 @pytest.mark.parametrize("likelihood", ["poisson", "nb", "zinb"])

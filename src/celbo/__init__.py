@@ -3,15 +3,10 @@
 Public names load on first use, so that ``import celbo`` and ``celbo.__version__`` cost no torch.
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# Threads of torch that have nothing to do would otherwise spin for milliseconds on processors that others need: the
-# kernels' own threads, or a second process. It is read once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial

@@ -2,21 +2,39 @@
 
 Each can be made from its mean or, without rounding, from logarithms: `NegativeBinomial(mu, theta)` or
 `NegativeBinomial(log_mu=..., log_theta=...)`, as torch lets a Bernoulli be made from ``probs`` or ``logits``. A third
-form is the decoder's: ``logits`` whose softmax over genes gives expression shares, and ``log_library``; the kernels
-then take softmax and log-probability in one pass.
+form is the decoder's: `Shares`, of which the kernels take last layer, softmax and log-probability in one pass.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
 from celbo import kernels
 
-__all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = ["NegativeBinomial", "Poisson", "Shares", "ZeroInflatedNegativeBinomial"]
+
+
+class Shares(NamedTuple):
+    """A mean as the decoder makes it: ``mu = exp(log_library) softmax(h @ weight.T + bias)``."""
+
+    h: Tensor
+    """Last hidden layer, ``(cells, width)``."""
+    weight: Tensor
+    """``(genes, width)``."""
+    bias: Tensor
+    """``(genes,)``."""
+    log_library: Tensor
+    """``(cells, 1)``."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the mean, ``(cells, genes)``."""
+        return torch.Size((*self.h.shape[:-1], len(self.weight)))
 
 
 class Poisson(Distribution):
@@ -28,8 +46,8 @@ class Poisson(Distribution):
         Mean, at least 0; any shape.
     log_mu
         Its logarithm, instead.
-    logits, log_library
-        Or what it is made of: ``mu = exp(log_library) softmax(logits)``, ``(cells, genes)`` and ``(cells, 1)``.
+    shares
+        Or what it is made of.
 
     Examples
     --------
@@ -40,19 +58,17 @@ class Poisson(Distribution):
 
     arg_constraints = {"mu": constraints.nonnegative}  # noqa: RUF012 (torch's own form)
     support = constraints.nonnegative_integer
-    logits: Tensor
-    log_library: Tensor
+    shares: Shares
 
     def __init__(
         self,
         mu: Tensor | None = None,
         *,
         log_mu: Tensor | None = None,
-        logits: Tensor | None = None,
-        log_library: Tensor | None = None,
+        shares: Shares | None = None,
         validate_args: bool | None = None,
     ):
-        shape = _set_mean(self, mu, log_mu, logits, log_library)
+        shape = _set_one(self, mu=mu, log_mu=log_mu, shares=shares)
         super().__init__(batch_shape=shape, validate_args=validate_args)
 
     @lazy_property
@@ -85,7 +101,7 @@ class Poisson(Distribution):
         """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
         if not _is_softmax(self, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return kernels.softmax_poisson(value, self.logits, self.log_library)
+        return kernels.softmax_poisson(value, *self.shares)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -108,8 +124,8 @@ class NegativeBinomial(Distribution):
         Inverse dispersion, above 0.
     log_mu, log_theta
         Their logarithms, instead.
-    logits, log_library
-        Or what the mean is made of: ``mu = exp(log_library) softmax(logits)``, ``(cells, genes)`` and ``(cells, 1)``.
+    shares
+        Or what the mean is made of.
 
     Examples
     --------
@@ -121,8 +137,7 @@ class NegativeBinomial(Distribution):
 
     arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}  # noqa: RUF012
     support = constraints.nonnegative_integer
-    logits: Tensor
-    log_library: Tensor
+    shares: Shares
 
     def __init__(
         self,
@@ -130,12 +145,11 @@ class NegativeBinomial(Distribution):
         theta: Tensor | None = None,
         *,
         log_mu: Tensor | None = None,
-        logits: Tensor | None = None,
-        log_library: Tensor | None = None,
+        shares: Shares | None = None,
         log_theta: Tensor | None = None,
         validate_args: bool | None = None,
     ):
-        shape = _set_mean(self, mu, log_mu, logits, log_library)
+        shape = _set_one(self, mu=mu, log_mu=log_mu, shares=shares)
         of_theta = _set_one(self, theta=theta, log_theta=log_theta)
         super().__init__(batch_shape=torch.broadcast_shapes(shape, of_theta), validate_args=validate_args)
 
@@ -179,7 +193,7 @@ class NegativeBinomial(Distribution):
         """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
         if not _is_softmax(self, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return kernels.softmax_nb(value, self.logits, self.log_library, self.log_theta)
+        return kernels.softmax_nb(value, *self.shares, self.log_theta)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -201,6 +215,8 @@ class ZeroInflatedNegativeBinomial(Distribution):
         The counts before zeros are added.
     gate_logits
         Logit of the zero-inflation probability; broadcasts with ``base``.
+    gate
+        Instead, the linear map that makes it of the ``h`` of the base's `Shares`.
 
     Examples
     --------
@@ -213,11 +229,27 @@ class ZeroInflatedNegativeBinomial(Distribution):
     arg_constraints = {"gate_logits": constraints.real}  # noqa: RUF012
     support = constraints.nonnegative_integer
 
-    def __init__(self, base: NegativeBinomial, gate_logits: Tensor, *, validate_args: bool | None = None):
+    def __init__(
+        self,
+        base: NegativeBinomial,
+        gate_logits: Tensor | None = None,
+        *,
+        gate: nn.Linear | None = None,
+        validate_args: bool | None = None,
+    ):
         self.base = base
-        self.gate_logits = gate_logits
-        shape = torch.broadcast_shapes(base.batch_shape, gate_logits.shape)
+        shape = base.batch_shape
+        if gate is None:
+            shape = torch.broadcast_shapes(shape, _set_one(self, gate_logits=gate_logits))
+        else:
+            self.gate = gate
         super().__init__(batch_shape=shape, validate_args=validate_args)
+
+    @lazy_property
+    def gate_logits(self) -> Tensor:
+        """Logit of the probability of an added zero."""
+        logits: Tensor = self.gate(self.base.shares.h)
+        return logits
 
     @property
     def mean(self) -> Tensor:
@@ -240,9 +272,9 @@ class ZeroInflatedNegativeBinomial(Distribution):
     def log_prob_of_cells(self, value: Tensor) -> Tensor:
         """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
         base = self.base
-        if not _is_softmax(base, value):
+        if "gate" not in self.__dict__ or not _is_softmax(base, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return kernels.softmax_zinb(value, base.logits, base.log_library, base.log_theta, self.gate_logits)
+        return kernels.softmax_zinb(value, *base.shares, base.log_theta, self.gate.weight, self.gate.bias)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -252,17 +284,7 @@ class ZeroInflatedNegativeBinomial(Distribution):
         return torch.bernoulli(keep, generator=generator) * counts.sample(sample_shape, generator)
 
 
-def _set_mean(
-    to: Distribution, mu: Tensor | None, log_mu: Tensor | None, logits: Tensor | None, log_library: Tensor | None
-) -> torch.Size:
-    """Store the mean in the form it was given, and return its shape."""
-    if (logits is None) != (log_library is None):
-        raise ValueError(f"{type(to).__name__} takes logits and log_library together")
-    to.__dict__["log_library"] = log_library
-    return _set_one(to, mu=mu, log_mu=log_mu, logits=logits)
-
-
-def _set_one(to: Distribution, **forms: Tensor | None) -> torch.Size:
+def _set_one(to: Distribution, **forms: Tensor | Shares | None) -> torch.Size:
     """Store a parameter in the one form it was given; `lazy_property` makes the others when somebody asks."""
     given = {name: value for name, value in forms.items() if value is not None}
     if len(given) != 1:
@@ -273,14 +295,14 @@ def _set_one(to: Distribution, **forms: Tensor | None) -> torch.Size:
 
 
 def _log_mean(p: Poisson | NegativeBinomial) -> Tensor:
-    if "logits" in p.__dict__:
-        return p.log_library + F.log_softmax(p.logits, dim=-1)
-    return _log(p.mu)
+    if "shares" not in p.__dict__:
+        return _log(p.mu)
+    return p.shares.log_library + F.log_softmax(F.linear(*p.shares[:3]), dim=-1)
 
 
 def _is_softmax(p: Poisson | NegativeBinomial, value: Tensor) -> bool:
-    """Whether the kernels that take softmax and log-probability in one pass fit."""
-    return "logits" in p.__dict__ and p.logits.dim() == 2 and value.shape == p.logits.shape
+    """Whether the kernels that take last layer, softmax and log-probability in one pass fit."""
+    return "shares" in p.__dict__ and len(p.batch_shape) == 2 and value.shape == p.batch_shape
 
 
 def _log(mu: Tensor) -> Tensor:

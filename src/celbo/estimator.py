@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo import checkpoint
+from celbo import checkpoint, kernels
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
@@ -155,7 +154,7 @@ class ExpressionVAE:
         config = self.train
         if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
             config = replace(config, warmup_fraction=0.0)
-        with _threads(config.threads):
+        with kernels.threads(config.threads):
             run = epochs(vae, source, split, config, objective=objective, **({"track": track} if track else {}))
             self.history_ = History(run)
         self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
@@ -227,7 +226,8 @@ class ExpressionVAE:
         if unseen == "nearest":
             adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
         source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
-        mu_z, logvar_z = posterior(self.vae_, source)
+        with kernels.threads(self.train.threads):
+            mu_z, logvar_z = posterior(self.vae_, source)
         return mu_z, np.exp(0.5 * logvar_z)
 
     def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
@@ -239,7 +239,9 @@ class ExpressionVAE:
             By cell: ``elbo = reconstruction - kl``, and ``kl_0``, ``kl_1``, ... which sum to ``kl``.
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        terms = cell_terms(self.vae_, self._source(adata), seed=seed, objective=self._objective())
+        source = self._source(adata)
+        with kernels.threads(self.train.threads):
+            terms = cell_terms(self.vae_, source, seed=seed, objective=self._objective())
         kl = pd.DataFrame(terms.kl, index=adata.obs_names).add_prefix("kl_")
         kl.insert(0, "elbo", terms.elbo)
         kl.insert(1, "reconstruction", terms.reconstruction)
@@ -282,7 +284,9 @@ class ExpressionVAE:
             if not isinstance(library, int | float) or not 0 < library < math.inf:
                 raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
             libraries = torch.full((adata.n_obs, 1), float(library))
-        return expected_values(self.vae_, self._source(adata), context=context, library=libraries)
+        source = self._source(adata)
+        with kernels.threads(self.train.threads):
+            return expected_values(self.vae_, source, context=context, library=libraries)
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
@@ -399,14 +403,16 @@ class ExpressionVAE:
         elbo = {}
         for level in condition.levels or ():
             source.context = self.schema_.encode(some.obs, {condition.name: level}, unseen="marginal")
-            elbo[level] = cell_terms(self.vae_, source, objective=self._objective()).elbo.mean()
+            with kernels.threads(self.train.threads):
+                elbo[level] = cell_terms(self.vae_, source, objective=self._objective()).elbo.mean()
         return max(elbo, key=lambda level: elbo[level])
 
     def _refer(self, adata: AnnData, source: CellSource) -> Reference:
         """Positions of all held-out cells and of as many training cells as are kept."""
         chosen = np.random.default_rng([self.train.seed, 3]).permutation(self.split_.train)[:_REFERENCE_CELLS]
         rows = np.sort(np.concatenate([chosen, self.split_.validation]))
-        mu_z, logvar_z = posterior(self.vae_, source, rows)
+        with kernels.threads(self.train.threads):
+            mu_z, logvar_z = posterior(self.vae_, source, rows)
         return Reference(
             mu_z=mu_z,
             logvar_z=logvar_z,
@@ -464,17 +470,6 @@ def load(path: str | Path) -> ExpressionVAE:
     vae.load_state_dict(found, assign=True)
     model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
     return model
-
-
-@contextmanager
-def _threads(n: int | None) -> Iterator[None]:
-    """Let torch use this many threads meanwhile; its own choice if None."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:

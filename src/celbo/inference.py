@@ -1,7 +1,7 @@
 """A fitted model over a Source, in chunks of bounded memory; torch in, numpy out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celbo.kernels.threads import in_threads, n_threads
 from celbo.minibatch import Minibatch, Rows, Source, in_chunks
 from celbo.objective import Objective, elbo_terms
 from celbo.vae import VAE, Noise
@@ -39,9 +40,15 @@ class CellTerms(NamedTuple):
 
 def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and log-variance of q(z | x, c), each ``(cells, latent_dim)``, of these cells or of all."""
-    with _evaluating(vae):
-        parts = [vae.encode(cells.x, context_of(vae, cells)) for cells in _minibatches(vae, source, rows)]
-        mu_z, logvar_z = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    rows = np.arange(source.n_cells) if rows is None else rows
+    found = np.empty((2, len(rows), vae.latent_dim), np.float32)
+
+    def encode(cells: Minibatch, here: slice) -> None:
+        for part, values in zip(found, vae.encode(cells.x, context_of(vae, cells)), strict=True):
+            part[here] = values.cpu().numpy()
+
+    _for_chunks(vae, source, rows, encode)
+    mu_z, logvar_z = found
     return mu_z, logvar_z
 
 
@@ -70,13 +77,14 @@ def cell_terms(
     rows = np.arange(source.n_cells) if rows is None else rows
     # Drawn for all cells, so that a cell's noise does not depend on which others are asked for.
     eps = torch.randn(source.n_cells, vae.latent_dim, generator=torch.Generator().manual_seed(seed))[rows]
-    parts = []
-    with _evaluating(vae):
-        chunks = zip(_minibatches(vae, source, rows), eps.split(_CHUNK), strict=True)
-        for cells, eps_of_chunk in chunks:
-            noise = Noise(eps_of_chunk.to(cells.x.device), None, None)
-            parts.append(objective(vae, cells.x, context_of(vae, cells), cells.library, noise, cells.observed))
-        reconstruction, kl = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    reconstruction, kl = np.empty(len(rows), np.float32), np.empty((len(rows), vae.latent_dim), np.float32)
+
+    def bound(cells: Minibatch, here: slice) -> None:
+        noise = Noise(eps[here].to(cells.x.device), None, None)
+        terms = objective(vae, cells.x, context_of(vae, cells), cells.library, noise, cells.observed)
+        reconstruction[here], kl[here] = terms.reconstruction.cpu().numpy(), terms.kl.cpu().numpy()
+
+    _for_chunks(vae, source, rows, bound)
     return CellTerms(reconstruction, kl)
 
 
@@ -102,25 +110,41 @@ def expected_values(
         ``(cells, genes)`` float32.
     """
     means = np.empty((source.n_cells, source.n_genes), np.float32)
-    start = 0
-    with _evaluating(vae):
-        for cells in _minibatches(vae, source, None):
-            here = slice(start, start := start + len(cells.x))
-            mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
-            target = Minibatch(
-                cells.x,
-                cells.context if context is None else context[here].to(cells.x.device),
-                cells.library if library is None else library[here].to(cells.x.device),
-            )
-            means[here] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
+
+    def decode(cells: Minibatch, here: slice) -> None:
+        mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
+        target = Minibatch(
+            cells.x,
+            cells.context if context is None else context[here].to(cells.x.device),
+            cells.library if library is None else library[here].to(cells.x.device),
+        )
+        means[here] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
+
+    _for_chunks(vae, source, np.arange(source.n_cells), decode)
     return means
 
 
-def _minibatches(vae: VAE, source: Source, rows: Rows | None) -> Iterator[Minibatch]:
+def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatch, slice], None]) -> None:
+    """Read these cells in chunks and call ``compute(cells, where they belong)``; threads take chunks by turns."""
     device = next(vae.parameters()).device
-    for piece in in_chunks(np.arange(source.n_cells) if rows is None else rows, _CHUNK):
-        cells = source.take(piece).to(device)
-        yield cells if cells.observed is None else _fill_in(vae, cells, cells.observed, source.library_is_sum)
+    pieces = list(in_chunks(rows, _CHUNK))
+    reading = threading.Lock()
+    was_training, n = vae.training, min(n_threads(), len(pieces)) if device.type == "cpu" else 1
+
+    def work(turn: int) -> None:
+        with torch.inference_mode():
+            for number in range(turn, len(pieces), n):
+                with reading:
+                    cells = source.take(pieces[number]).to(device)
+                if cells.observed is not None:
+                    cells = _fill_in(vae, cells, cells.observed, source.library_is_sum)
+                compute(cells, slice(number * _CHUNK, number * _CHUNK + len(pieces[number])))
+
+    vae.eval()  # no dropout
+    try:
+        in_threads(work, n)
+    finally:
+        vae.train(was_training)
 
 
 def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, library_is_sum: bool) -> Minibatch:
@@ -142,15 +166,3 @@ def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, library_is_sum: bool)
 def context_of(vae: VAE, minibatch: Minibatch) -> Tensor | None:
     """The minibatch's context as the model takes it: None where the model has no conditions."""
     return minibatch.context if vae.context_dim else None
-
-
-@contextmanager
-def _evaluating(vae: VAE) -> Iterator[None]:
-    """Without dropout and gradients; the model's mode is afterwards what it was."""
-    was_training = vae.training
-    vae.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        vae.train(was_training)

@@ -1,7 +1,7 @@
 """Likelihood heads p(x | h, library), and the table LIKELIHOODS of those there are.
 
-A head turns the decoder's last hidden layer ``h`` and its linear output ``out`` into a Distribution over genes. It owns
-what the distribution needs beside ``out``. A new likelihood is one final class with these three methods and one row.
+A head turns the decoder's last hidden layer ``h`` and its last linear map ``fc_out`` into a Distribution over genes. It
+owns what the distribution needs beside them. A new likelihood is one final class with these three methods and one row.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal
 
-from celbo.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from celbo.distributions import NegativeBinomial, Poisson, Shares, ZeroInflatedNegativeBinomial
 from celbo.minibatch import GeneMoments
 
 __all__ = [
@@ -46,8 +46,8 @@ class Head(Protocol):
         """Scale values for the encoder, each by itself; 0 stays 0, so that sparse counts stay sparse."""
         ...
 
-    def __call__(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Distribution:
-        """Return p(x | h, library): ``h (cells, width)``, ``out (cells, genes)``, ``library (cells, 1)``."""
+    def __call__(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Distribution:
+        """Return p(x | h, library): ``h (cells, width)``, ``fc_out`` from width to genes, ``library (cells, 1)``."""
         ...
 
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -66,10 +66,11 @@ class GaussianHead(nn.Module):
         """X itself."""
         return x
 
-    def forward(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Normal:
+    def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Normal:
         """``N(out, sigma**2)``; the library size plays no part."""
         sigma = _SMALLEST_SIGMA + self.log_sigma.exp()
-        return Normal(out, sigma.expand_as(out), validate_args=False)
+        mean = fc_out(h)
+        return Normal(mean, sigma.expand_as(mean), validate_args=False)
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -91,9 +92,9 @@ class BernoulliHead(nn.Module):
         """X itself."""
         return x
 
-    def forward(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Bernoulli:
+    def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Bernoulli:
         """``Bernoulli(sigmoid(out))``; the library size plays no part, z has to carry depth."""
-        return Bernoulli(logits=out, validate_args=False)
+        return Bernoulli(logits=fc_out(h), validate_args=False)
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -112,9 +113,9 @@ class PoissonHead(nn.Module):
         """``log(1 + x)``."""
         return torch.log1p(x)
 
-    def forward(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> Poisson:
+    def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Poisson:
         """``Poisson(library softmax(out))``."""
-        return Poisson(logits=out, log_library=_log_library(out, library), validate_args=False)
+        return Poisson(shares=_shares(h, fc_out, library), validate_args=False)
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -143,15 +144,13 @@ class NegativeBinomialHead(nn.Module):
         """``log(1 + x)``."""
         return torch.log1p(x)
 
-    def forward(self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None) -> NegativeBinomial:
+    def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> NegativeBinomial:
         """``NB(library softmax(out), theta)``."""
         if self.dispersion == "gene":
             log_theta = self.log_theta
         else:
             log_theta = self.fc_theta(h if self.dispersion == "gene-cell" else context)
-        return NegativeBinomial(
-            logits=out, log_library=_log_library(out, library), log_theta=log_theta, validate_args=False
-        )
+        return NegativeBinomial(shares=_shares(h, fc_out, library), log_theta=log_theta, validate_args=False)
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -173,10 +172,12 @@ class ZeroInflatedNegativeBinomialHead(nn.Module):
         return torch.log1p(x)
 
     def forward(
-        self, h: Tensor, out: Tensor, context: Tensor | None, library: Tensor | None
+        self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None
     ) -> ZeroInflatedNegativeBinomial:
         """``ZINB(library softmax(out), theta, sigmoid(fc_gate(h)))``."""
-        return ZeroInflatedNegativeBinomial(self.nb(h, out, context, library), self.fc_gate(h), validate_args=False)
+        return ZeroInflatedNegativeBinomial(
+            self.nb(h, fc_out, context, library), gate=self.fc_gate, validate_args=False
+        )
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
@@ -217,11 +218,11 @@ LIKELIHOODS: dict[str, Likelihood] = {
 """Every likelihood by name."""
 
 
-def _log_library(out: Tensor, library: Tensor | None) -> Tensor:
-    """Logarithm of the library size, ``(cells, 1)``; 0 without one, so that means are the expression shares."""
+def _shares(h: Tensor, fc_out: nn.Linear, library: Tensor | None) -> Shares:
+    """Expression shares by a softmax, scaled by the library size; to a sum of 1 without one."""
     if library is None:
-        return out.new_zeros(*out.shape[:-1], 1)
-    return library.clamp(min=_SMALLEST_LIBRARY).log()
+        return Shares(h, fc_out.weight, fc_out.bias, h.new_zeros(*h.shape[:-1], 1))
+    return Shares(h, fc_out.weight, fc_out.bias, library.clamp(min=_SMALLEST_LIBRARY).log())
 
 
 def _share(moments: GeneMoments) -> Tensor:

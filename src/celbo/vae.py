@@ -168,7 +168,7 @@ class VAE(nn.Module):
             raise UsageError(f"library has shape {tuple(library.shape)}; pass one number per cell, (cells, 1)")
         code = z if context is None else torch.cat([z, context], dim=-1)
         h = _run(self.decoder, code, extra=code if self.skip else None, masks=masks)
-        return self.head(h, self.fc_out(h), context, library)
+        return self.head(h, self.fc_out, context, library)
 
     def decode(self, z: Tensor, context: Tensor | None = None, library: Tensor | None = None) -> Tensor:
         """Mean of p(x | z, c), ``(cells, genes)``; parameters as in `likelihood`."""

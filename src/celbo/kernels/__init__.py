@@ -14,6 +14,7 @@ from torch import Tensor, float32
 
 from celbo.errors import UsageError
 from celbo.kernels.reference import nb_log_prob, poisson_log_prob, zinb_log_prob
+from celbo.kernels.threads import threads
 
 __all__ = [
     "nb_log_prob",
@@ -22,6 +23,7 @@ __all__ = [
     "softmax_poisson",
     "softmax_zinb",
     "sparse_linear",
+    "threads",
     "use",
     "zinb_log_prob",
 ]
@@ -47,21 +49,30 @@ def use(tier: str) -> None:
     _forced = tier
 
 
-def softmax_nb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
+def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
     """See `celbo.kernels.reference.softmax_nb`."""
-    result: Tensor = _tier(logits).softmax_nb(x, logits, log_library, log_theta)
+    result: Tensor = _tier(h).softmax_nb(x, h, weight, bias, log_library, log_theta)
     return result
 
 
-def softmax_zinb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
+def softmax_zinb(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+) -> Tensor:
     """See `celbo.kernels.reference.softmax_zinb`."""
-    result: Tensor = _tier(logits).softmax_zinb(x, logits, log_library, log_theta, gate_logits)
+    result: Tensor = _tier(h).softmax_zinb(x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias)
     return result
 
 
-def softmax_poisson(x: Tensor, logits: Tensor, log_library: Tensor) -> Tensor:
+def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
     """See `celbo.kernels.reference.softmax_poisson`."""
-    result: Tensor = _tier(logits).softmax_poisson(x, logits, log_library)
+    result: Tensor = _tier(h).softmax_poisson(x, h, weight, bias, log_library)
     return result
 
 

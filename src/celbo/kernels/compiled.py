@@ -4,19 +4,17 @@ Those of ``_vector`` are free of branches and tables, so that the compiler makes
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 __all__ = ["nb", "poisson", "times"]
 
-PIECE = 32
-"""Cells of one piece of work: their float32 sums lose nothing, and the rows in work stay in the cache."""
-
 # Without an explicit False a function takes on the fastmath of whoever calls it, and compensation is optimised away.
-_scalar = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
+_scalar: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
 # Sums may be taken in any order, which vector instructions need; not-a-number and infinity keep their meaning.
-_vector = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_vector: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 _f = np.float32
 _SMALL = 16
@@ -27,103 +25,109 @@ _BLOCK = 1024
 """Genes summed in float32 before float64 takes over."""
 
 
-@_vector
-def poisson(
-    turn, n_threads, starts, columns, values, logits, top, log_library, weight, want, value, d_logits, d_library
-):
-    """Poisson log-probability of each cell, and its gradients if wanted."""
-    shares = np.empty(logits.shape[1], np.float32)
-    for cell in range(turn, len(logits), n_threads):
-        total = _exponentials(logits[cell], top[cell], shares)
+@_scalar
+def poisson(starts, columns, values, logits, top, log_library, weight, want, value, d_library):
+    """Poisson log-probability of each cell; if wanted, logits become its derivatives in them."""
+    n_cells, n_genes = logits.shape
+    shares = np.empty(n_genes, np.float32)
+    d_mu = np.empty(np.diff(starts[: n_cells + 1]).max())
+    for cell in range(n_cells):
+        row, first, last = logits[cell], starts[cell], starts[cell + 1]
+        total = _exponentials(row, top[cell], shares)
         scale = math.exp(log_library[cell]) / total
         shift = log_library[cell] - top[cell] - math.log(total)
-        log_prob, sum_mu = 0.0, 0.0
-        into = d_logits[cell if want else 0]
-        for gene in range(len(into)):
-            mu = shares[gene] * scale
-            into[gene] = -mu
-            sum_mu -= mu
-        for k in range(starts[cell], starts[cell + 1]):
+        log_prob, counted, sum_counted = 0.0, 0.0, 0.0
+        for k in range(first, last):
             x, gene = float(values[k]), columns[k]
+            log_mu = float(row[gene]) + shift
+            mu = shares[gene] * scale if x <= _SMALL else math.exp(log_mu)
+            d_mu[k - first] = x - mu
+            sum_counted += x - mu
+            counted += mu
             if x > 0:
-                log_mu = logits[cell, gene] + shift
                 log_prob += x * log_mu - _log_factorial(x)
-                into[gene] = x - (shares[gene] * scale if x <= _SMALL else math.exp(log_mu))
-                sum_mu += x
-        value[cell] = log_prob - math.exp(log_library[cell])
+        library = math.exp(log_library[cell])
+        sum_mu = sum_counted - (library - counted)
+        value[cell] = log_prob - library
         d_library[cell] = weight[cell] * sum_mu
         if want:
-            _through_softmax(shares, _f(sum_mu / total), weight[cell], into)
+            _scaled(shares, _f(-scale), row)
+            for k in range(first, last):
+                row[columns[k]] = d_mu[k - first]
+            _through_softmax(shares, _f(sum_mu / total), weight[cell], row)
 
 
 @_scalar
 def nb(
-    turn, n_threads, starts, columns, values, logits, top, log_library, log_thetas, thetas, thetas_32, inverse_32,
-    gates, weight, want, value, d_logits, d_library, d_theta, d_gate,
+    starts, columns, values, logits, top, log_library, log_thetas, thetas, thetas_32, inverse_32, gates, weight, want,
+    value, d_library, d_theta,
 ):  # fmt: skip
-    """Negative binomial, zero-inflated if there are gates; d_theta has a row for each cell, or for each piece."""
+    """Negative binomial, zero-inflated if there are gates; if wanted, logits and gates become derivatives in them.
+
+    Theta and d_theta have a row for each cell, or one for all.
+    """
     n_cells, n_genes = logits.shape
-    shares, unused = np.empty(n_genes, np.float32), np.empty(n_genes, np.float32)
-    most = np.diff(starts).max()
+    work = np.empty((4, n_genes), np.float32)  # loops over arrays that overlap would not be vectorised
+    shares, gate, unused_mu, unused_gate = work[0], work[1], work[2], work[3]
+    most = np.diff(starts[: n_cells + 1]).max()
     genes, kept = np.empty(most, np.int32), np.empty(most, np.float32)
     # Rows a multiple of 4,096 bytes apart would share one place in the cache.
     counts = np.empty((8, most // 64 * 64 + 72), np.float64)
     zero_inflated = len(gates) > 0
-    for piece in range(turn, -(-n_cells // PIECE), n_threads):
-        for cell in range(piece * PIECE, min((piece + 1) * PIECE, n_cells)):
-            of_theta = cell if len(thetas) > 1 else 0
-            log_theta, theta = log_thetas[of_theta], thetas[of_theta]
-            theta_32, inverse = thetas_32[of_theta], inverse_32[of_theta]
-            d_theta_row = d_theta[cell if len(thetas) > 1 else piece]
-            d_mu = d_logits[cell] if want else unused
-            gate, d_gate_row = (gates[cell], d_gate[cell if want else 0]) if zero_inflated else (unused, unused)
-            w = weight[cell]
+    for cell in range(n_cells):
+        row, w = logits[cell], weight[cell]
+        if zero_inflated:
+            gate[:] = gates[cell]
+        of_theta = cell if len(thetas) > 1 else 0
+        log_theta, theta = log_thetas[of_theta], thetas[of_theta]
+        theta_32, inverse, d_theta_row = thetas_32[of_theta], inverse_32[of_theta], d_theta[of_theta]
+        total = _exponentials(row, top[cell], shares)
+        scale = _f(math.exp(log_library[cell]) / total)
+        shift = log_library[cell] - top[cell] - math.log(total)
 
-            total = _exponentials(logits[cell], top[cell], shares)
-            scale = _f(math.exp(log_library[cell]) / total)
-            shift = log_library[cell] - top[cell] - math.log(total)
+        # Counts above zero leave the row: a mean of zero explains a zero perfectly, and adds nothing to any sum.
+        n = 0
+        for k in range(starts[cell], starts[cell + 1]):
+            if values[k] > 0:
+                gene = columns[k]
+                genes[n], kept[n] = gene, shares[gene]
+                counts[0, n] = values[k]
+                counts[1, n] = theta[gene]
+                counts[2, n] = float(row[gene]) - log_theta[gene]
+                counts[3, n] = gate[gene]
+                shares[gene] = 0
+                n += 1
 
-            # Counts above zero leave the row: a mean of zero explains a zero perfectly, and adds nothing to any sum.
-            n = 0
-            for k in range(starts[cell], starts[cell + 1]):
-                if values[k] > 0:
-                    gene = columns[k]
-                    genes[n], kept[n] = gene, shares[gene]
-                    counts[0, n] = values[k]
-                    counts[1, n] = theta[gene]
-                    counts[2, n] = float(logits[cell, gene]) - log_theta[gene]
-                    counts[3, n] = gate[gene]
-                    shares[gene] = 0
-                    n += 1
-
-            log_prob, sum_mu = 0.0, 0.0
-            for b in range(0, n_genes, _BLOCK):
-                e = b + _BLOCK
-                if zero_inflated:
-                    found = _inflated_zeros(
-                        shares[b:e], scale, theta_32[b:e], inverse[b:e], gate[b:e], w, d_mu[b:e], d_theta_row[b:e],
-                        d_gate_row[b:e],
-                    )  # fmt: skip
-                else:
-                    found = _zeros(shares[b:e], scale, theta_32[b:e], inverse[b:e], w, d_mu[b:e], d_theta_row[b:e])
-                log_prob += found[0]
-                sum_mu += found[1]
-
-            log_prob += _counts(counts, kept[:n], scale, shift)
+        d_mu = row if want else unused_mu
+        d_gate = gates[cell] if want and zero_inflated else unused_gate
+        log_prob, sum_mu = 0.0, 0.0
+        for b in range(0, n_genes, _BLOCK):
+            e = b + _BLOCK
             if zero_inflated:
-                log_prob += _open_gates(counts[3][:n])
-            for k in range(n):
-                gene = genes[k]
-                shares[gene] = kept[k]
-                d_mu[gene] = counts[0, k]
-                sum_mu += counts[0, k]
-                d_theta_row[gene] += w * _f(counts[1, k])
-                if zero_inflated:
-                    d_gate_row[gene] = w * _f(counts[3, k])
-            value[cell] = log_prob
-            d_library[cell] = w * sum_mu
-            if want:
-                _through_softmax(shares, _f(sum_mu / total), w, d_mu)
+                found = _inflated_zeros(
+                    shares[b:e], scale, theta_32[b:e], inverse[b:e], gate[b:e], w, d_mu[b:e], d_theta_row[b:e],
+                    d_gate[b:e],
+                )  # fmt: skip
+            else:
+                found = _zeros(shares[b:e], scale, theta_32[b:e], inverse[b:e], w, d_mu[b:e], d_theta_row[b:e])
+            log_prob += found[0]
+            sum_mu += found[1]
+
+        log_prob += _counts(counts, kept[:n], scale, shift)
+        if zero_inflated:
+            log_prob += _open_gates(counts[3][:n])
+        for k in range(n):
+            gene = genes[k]
+            shares[gene] = kept[k]
+            d_mu[gene] = counts[0, k]
+            sum_mu += counts[0, k]
+            d_theta_row[gene] += w * _f(counts[1, k])
+            if zero_inflated:
+                d_gate[gene] = w * _f(counts[3, k])
+        value[cell] = log_prob
+        d_library[cell] = w * sum_mu
+        if want:
+            _through_softmax(shares, _f(sum_mu / total), w, row)
 
 
 @_vector
@@ -296,6 +300,12 @@ def _open_gates(gates):
 
 
 @_vector
+def _scaled(shares, factor, into):
+    for gene in range(len(shares)):
+        into[gene] = factor * shares[gene]
+
+
+@_vector
 def _through_softmax(shares, factor, w, d_mu):
     """Derivative in the logits, ``w (d_mu - share sum(d_mu))``, in place."""
     for gene in range(len(shares)):
@@ -303,9 +313,9 @@ def _through_softmax(shares, factor, w, d_mu):
 
 
 @_vector
-def times(turn, n_threads, starts, columns, values, dense, out):
+def times(starts, columns, values, dense, out):
     """``x @ dense`` for sparse x, four of a row's values at a time."""
-    for row in range(turn, len(out), n_threads):
+    for row in range(len(out)):
         into = out[row]
         into[:] = 0
         k, end = starts[row], starts[row + 1]

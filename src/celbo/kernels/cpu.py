@@ -1,15 +1,11 @@
-r"""The same functions for processors: fused with the softmax, compiled by numba, gradients with the values.
+r"""The same functions for processors: fused with the decoder's last layer, loops compiled by numba.
 
-A cell costs one pass over its genes as if every count were zero, in float32 and free of branches, so that the
-compiler makes vector instructions of it. Its non-zero counts alone pay for ratios of Gamma functions, in float64.
-Rows are shared among threads in pieces of a fixed size whose sums are added in order: the number of threads changes
-no bit of the result.
+Values and gradients come from one pass over blocks of cells that stay in the cache: product with the weight,
+log-likelihood, and products of its derivatives. `celbo.kernels.threads` says how many threads share the blocks.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,35 +16,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celbo.kernels import compiled
+from celbo.kernels.threads import in_threads, n_threads
 
 __all__ = ["softmax_nb", "softmax_poisson", "softmax_zinb", "sparse_linear"]
 
-Floats = NDArray[np.float32]
-Csr = tuple[NDArray[np.int64], NDArray[np.int32], Floats]
+Csr = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
+_BLOCK = 128
+"""Cells at most that are computed together."""
 _LOG_THETA_RANGE = (-60.0, 40.0)
 """Wider than any model's, and narrow enough that no product of sixteen factors overflows."""
-_NOTHING = np.empty((0, 0), np.float32)
 _DENSEST = 0.2
 """Share of non-zero values above which a dense product is the faster one."""
+_NOTHING = np.empty((0, 0), np.float32)
 
 
-def softmax_nb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
+def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
     """See `celbo.kernels.reference.softmax_nb`."""
-    result: Tensor = _Fused.apply(x, logits, log_library, log_theta, None)  # type: ignore[no-untyped-call]
-    return result
+    return _fused(x, h, weight, bias, log_library, log_theta)
 
 
-def softmax_zinb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
+def softmax_zinb(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+) -> Tensor:
     """See `celbo.kernels.reference.softmax_zinb`."""
-    result: Tensor = _Fused.apply(x, logits, log_library, log_theta, gate_logits)  # type: ignore[no-untyped-call]
-    return result
+    return _fused(x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias)
 
 
-def softmax_poisson(x: Tensor, logits: Tensor, log_library: Tensor) -> Tensor:
+def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
     """See `celbo.kernels.reference.softmax_poisson`."""
-    result: Tensor = _Fused.apply(x, logits, log_library, None, None)  # type: ignore[no-untyped-call]
-    return result
+    return _fused(x, h, weight, bias, log_library)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -59,79 +63,119 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-class _Found(NamedTuple):
-    """Log-likelihood of each cell, and the gradient of their weighted sum in each input."""
+class _Inputs(NamedTuple):
+    """Of the fused functions; a Poisson has no theta, only the zero-inflated have a gate."""
 
-    value: Tensor
-    logits: Tensor
+    x: Tensor
+    h: Tensor
+    weight: Tensor
+    bias: Tensor
     log_library: Tensor
-    log_theta: Tensor | None
-    gate: Tensor | None
+    log_theta: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+
+def _fused(*inputs: Tensor) -> Tensor:
+    result: Tensor = _Fused.apply(*_Inputs(*inputs))  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Fused(torch.autograd.Function):
-    """``sum_g log p(x_g)``, ``(cells,)``: Poisson without theta, negative binomial, zero-inflated with a gate."""
+    """``sum_g log p(x_g)``, ``(cells,)``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor | None, gate: Tensor | None
-    ) -> Tensor:
-        weight = np.ones(len(logits), np.float32) if any(ctx.needs_input_grad) else None
-        found = _run(x, logits, log_library, log_theta, gate, weight)
-        ctx.save_for_backward(x, logits, log_library, log_theta, gate)
-        ctx.found = found
-        return found.value
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        # A loss is a mean over cells, nearly always: what is found for equal weights then needs but one factor.
+        weights = torch.ones(len(_Inputs(*inputs).h)) if any(ctx.needs_input_grad) else None  # type: ignore[arg-type]
+        value, ctx.gradients = _run(_Inputs(*inputs), weights)  # type: ignore[arg-type]
+        ctx.save_for_backward(*inputs)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # A loss is a mean over cells, nearly always; what forward found then needs but one factor.
-        factor, found = grad[:1], ctx.found
-        if not bool((grad == factor).all()):
-            x, logits, log_library, log_theta, gate = ctx.saved_tensors
-            factor, found = grad.new_ones(1), _run(x, logits, log_library, log_theta, gate, grad.numpy())
-        gradients = found.logits, found.log_library, found.log_theta, found.gate
-        return None, *(None if gradient is None else gradient * factor for gradient in gradients)
+        factor, gradients, ctx.gradients = grad[:1], ctx.gradients, None
+        if gradients is None or not bool((grad == factor).all()):
+            factor, (_, gradients) = grad.new_ones(1), _run(_Inputs(*ctx.saved_tensors), grad)
+        return None, *(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
 
 
-def _run(
-    x: Tensor,
-    logits: Tensor,
-    log_library: Tensor,
-    log_theta: Tensor | None,
-    gate: Tensor | None,
-    weight: Floats | None,
-) -> _Found:
-    """Call the compiled kernel on every thread; without a weight it finds the value alone."""
-    n_cells, n_genes = logits.shape
-    gradients = weight is not None
-    logits, log_library = logits.detach().contiguous(), log_library.detach()
-    cells = (*_csr(x), logits.numpy(), logits.amax(1).numpy(), log_library.double().reshape(-1).numpy())
-    weight = np.ones(n_cells, np.float32) if weight is None else weight
+@torch.no_grad()
+def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    """Log-likelihoods, and the gradients of their weighted sum in all inputs but x; without weights, zeros."""
+    n_cells, n_genes = len(inputs.h), len(inputs.weight)
+    by_cell = inputs.log_theta is not None and inputs.log_theta.dim() > 1
+    csr = _csr(inputs.x)
+    log_library = inputs.log_library.double().reshape(-1).numpy()
+    thetas = _thetas(inputs.log_theta, n_genes)
+    gradient = weights is not None
+    weight = (torch.ones(n_cells) if weights is None else weights).numpy()
     value, d_library = np.empty((2, n_cells))
-    d_logits = np.empty((n_cells if gradients else 1, n_genes), np.float32)
-    d_gate = np.empty_like(d_logits) if gate is not None else _NOTHING
-    d_theta = None
+    d_h = torch.empty_like(inputs.h)
+    d_theta_by_cell = np.zeros((n_cells if by_cell else 0, n_genes), np.float32)
+    n = n_threads()
+    blocks = list(_blocks(n_cells, n))
 
+    @torch.no_grad()
+    def work(turn: int) -> list[Tensor]:
+        """Take this turn's blocks; returns its sums of the gradients in weight, bias, theta and gate."""
+        sums = [torch.zeros_like(part) for part in (inputs.weight, inputs.bias) if gradient]
+        sums += [
+            torch.zeros_like(part) for part in (inputs.gate_weight, inputs.gate_bias) if gradient and part is not None
+        ]
+        d_theta = torch.zeros(n_genes, dtype=torch.float64)
+        for cells in blocks[turn::n]:
+            h = inputs.h[cells]
+            logits = torch.addmm(inputs.bias, h, inputs.weight.t())
+            starts, columns, values = csr
+            data = starts[cells.start : cells.stop + 1], columns, values, logits.numpy(), logits.amax(1).numpy()
+            outputs = weight[cells], gradient, value[cells], d_library[cells]
+            wide = [(logits, inputs.weight)]
+            if inputs.log_theta is None:
+                compiled.poisson(*data, log_library[cells], *outputs)
+            else:
+                gates = _NOTHING
+                if inputs.gate_weight is not None and inputs.gate_bias is not None:
+                    gate_logits = torch.addmm(inputs.gate_bias, h, inputs.gate_weight.t())
+                    gates = gate_logits.numpy()
+                    wide.append((gate_logits, inputs.gate_weight))
+                of_block = [part[cells] if by_cell else part for part in thetas]
+                into = d_theta_by_cell[cells] if by_cell else np.zeros((1, n_genes), np.float32)
+                compiled.nb(*data, log_library[cells], *of_block, gates, *outputs, into)
+                if not by_cell:
+                    d_theta += torch.from_numpy(into[0])
+            if gradient:
+                d_h[cells] = sum(d_out @ its_weight for d_out, its_weight in wide)
+                for (d_out, _), d_weight, d_bias in zip(wide, sums[::2], sums[1::2], strict=True):
+                    d_weight.addmm_(d_out.t(), h)
+                    d_bias += d_out.sum(0)
+        return [*sums, d_theta]
+
+    *sums, d_theta = (sum(parts) for parts in zip(*in_threads(work, n), strict=True))
+    found = torch.from_numpy(value).to(inputs.h.dtype)
+    if not gradient:
+        return found, []
+    d_log_library = torch.from_numpy(d_library).to(inputs.log_library.dtype).reshape(inputs.log_library.shape)
+    d_log_theta = None
+    if inputs.log_theta is not None:
+        d_log_theta = torch.from_numpy(d_theta_by_cell) if by_cell else d_theta.float().reshape(inputs.log_theta.shape)
+    return found, [d_h, *sums[:2], d_log_library, d_log_theta, *(sums[2:] or [None, None])]
+
+
+def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:
+    """Blocks of even size, at least one for each thread."""
+    n_blocks = max(-(-n_cells // _BLOCK), min(n_threads, n_cells))
+    edges = np.linspace(0, n_cells, n_blocks + 1).astype(int)
+    yield from (slice(start, stop) for start, stop in pairwise(edges.tolist()))
+
+
+def _thetas(log_theta: Tensor | None, n_genes: int) -> list[NDArray[Any]]:
+    """Log theta and theta in float64, theta and its inverse in float32, each with one row or one for each cell."""
     if log_theta is None:
-        _in_threads(compiled.poisson, *cells, weight, gradients, value, d_logits, d_library)
-    else:
-        by_cell = log_theta.dim() > 1
-        log_thetas = log_theta.detach().reshape(-1, n_genes).clamp(*_LOG_THETA_RANGE).double()
-        theta, inverse = log_thetas.exp(), log_thetas.neg().exp()
-        thetas = log_thetas.numpy(), theta.numpy(), theta.float().numpy(), inverse.float().numpy()
-        gates = _NOTHING if gate is None else gate.detach().contiguous().numpy()
-        sums = np.zeros((n_cells if by_cell else -(-n_cells // compiled.PIECE), n_genes), np.float32)
-        _in_threads(compiled.nb, *cells, *thetas, gates, weight, gradients, value, d_logits, d_library, sums, d_gate)
-        d_theta = torch.from_numpy(sums if by_cell else sums.sum(0, dtype=np.float64)).to(log_theta.dtype)
-
-    return _Found(
-        torch.from_numpy(value).to(logits.dtype),
-        torch.from_numpy(d_logits),
-        torch.from_numpy(d_library).to(log_library.dtype).reshape(log_library.shape),
-        None if log_theta is None or d_theta is None else d_theta.reshape(log_theta.shape),
-        None if gate is None else torch.from_numpy(d_gate),
-    )
+        return []
+    exact = log_theta.reshape(-1, n_genes).clamp(*_LOG_THETA_RANGE).double()
+    return [exact.numpy(), exact.exp().numpy(), exact.exp().float().numpy(), exact.neg().exp().float().numpy()]
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -141,52 +185,40 @@ class _SparseLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.n_genes = weight.shape[1]
-        by_gene = weight.detach().t().contiguous().numpy()
-        out = np.empty((len(x), len(weight)), np.float32)
-        _in_threads(compiled.times, *_csr(x), by_gene, out)
-        return torch.from_numpy(out)
+        return _times(_csr(x), weight.detach().t().contiguous())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        by_gene = np.empty((ctx.n_genes, grad.shape[1]), np.float32)
-        grads, transposed = grad.contiguous().numpy(), _transposed(_csr(x), ctx.n_genes)
-        _in_threads(compiled.times, *transposed, grads, by_gene)
-        return None, torch.from_numpy(by_gene).t()
+        starts, columns, values = _csr(*ctx.saved_tensors)
+        by_gene = sp.csr_matrix((values, columns, starts), shape=(len(grad), ctx.n_genes)).tocsc()
+        return None, _times((by_gene.indptr, by_gene.indices, by_gene.data), grad.contiguous()).t()
+
+
+def _times(csr: Csr, dense: Tensor) -> Tensor:
+    starts, columns, values = csr
+    starts = starts.astype(np.int64, copy=False)
+    out, factor = np.empty((len(starts) - 1, dense.shape[1]), np.float32), dense.numpy()
+    edges = np.searchsorted(starts, np.linspace(0, starts[-1], n_threads() + 1).astype(int))
+    edges[0], edges[-1] = 0, len(out)
+
+    def work(turn: int) -> None:
+        first, last = edges[turn], edges[turn + 1]
+        compiled.times(starts[first : last + 1], columns, values, factor, out[first:last])
+
+    in_threads(work, n_threads())
+    return torch.from_numpy(out)
 
 
 def _csr(x: Tensor) -> Csr:
     """Row starts, columns and values; a dense tensor is made sparse."""
     if x.layout == torch.sparse_csr:
-        parts = x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()
+        starts, columns, values = x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()
     else:
         matrix = sp.csr_matrix(x.detach().numpy())
-        parts = matrix.indptr, matrix.indices, matrix.data
-    starts, columns, values = parts
+        starts, columns, values = matrix.indptr, matrix.indices, matrix.data
     return (
         starts.astype(np.int64, copy=False),
         columns.astype(np.int32, copy=False),
         values.astype(np.float32, copy=False),
     )
-
-
-def _transposed(csr: Csr, n_genes: int) -> Csr:
-    starts, columns, values = csr
-    by_gene = sp.csr_matrix((values, columns, starts), shape=(len(starts) - 1, n_genes)).tocsc()
-    return by_gene.indptr.astype(np.int64), by_gene.indices, by_gene.data
-
-
-def _in_threads(work: Callable[..., None], *arrays: Any) -> None:
-    """Call ``work(turn, n_threads, *arrays)`` on as many threads as torch has; each takes its turns of the rows."""
-    n_threads = torch.get_num_threads()
-    others = [_pool(os.getpid()).submit(work, turn, n_threads, *arrays) for turn in range(1, n_threads)]
-    work(0, n_threads, *arrays)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="celbo")

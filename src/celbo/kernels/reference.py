@@ -165,15 +165,19 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
     return result
 
 
-def softmax_nb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
-    r"""Log-probability of each cell's counts: ``sum_g log NB(x_g | mu_g, theta_g)``, ``mu = library softmax(logits)``.
+def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
+    r"""Log-probability of each cell's counts under the decoder's last layer.
+
+    ``sum_g log NB(x_g | mu_g, theta_g)`` with ``mu = library softmax(h @ weight.T + bias)``.
 
     Parameters
     ----------
     x
         Counts, ``(cells, genes)``, dense or CSR.
-    logits
-        Logarithms of expression shares, up to a constant for each cell, ``(cells, genes)``.
+    h
+        Last hidden layer, ``(cells, width)``.
+    weight, bias
+        Of the linear map to logits of expression shares, ``(genes, width)`` and ``(genes,)``.
     log_library
         Logarithm of the library size, ``(cells, 1)``.
     log_theta
@@ -182,28 +186,40 @@ def softmax_nb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor
     Returns
     -------
     Tensor
-        ``(cells,)``, nats, in the dtype of ``logits``. Differentiable once, in all but x.
+        ``(cells,)``, nats, in the dtype of ``h``. Differentiable once, in all but x.
 
     Examples
     --------
     >>> import torch
-    >>> x, zeros = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)
-    >>> softmax_nb(x, zeros, torch.zeros(1, 1), zeros) == nb_log_prob(x, torch.tensor(0.5).log(), zeros).sum(-1)
-    tensor([True])
+    >>> x, zeros = torch.tensor([[1.0, 0.0]]), torch.zeros(2)
+    >>> softmax_nb(x, torch.zeros(1, 3), torch.ones(2, 3), zeros, torch.zeros(1, 1), zeros)
+    tensor([-1.9095])
+    >>> nb_log_prob(x, torch.tensor(0.5).log(), zeros).sum(-1)
+    tensor([-1.9095])
     """
-    log_prob = nb_log_prob(x.to_dense(), _log_mean(logits, log_library), log_theta)
-    return log_prob.sum(-1).to(logits.dtype)
+    log_prob = nb_log_prob(x.to_dense(), _log_mean(h, weight, bias, log_library), log_theta)
+    return log_prob.sum(-1).to(h.dtype)
 
 
-def softmax_zinb(x: Tensor, logits: Tensor, log_library: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
-    """As `softmax_nb`, zero-inflated: ``sum_g log ZINB(x_g | mu_g, theta_g, gate_g)``, gates ``(cells, genes)``."""
-    log_prob = zinb_log_prob(x.to_dense(), _log_mean(logits, log_library), log_theta, gate_logits.double())
-    return log_prob.sum(-1).to(logits.dtype)
+def softmax_zinb(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+) -> Tensor:
+    """As `softmax_nb`, zero-inflated: gates have logits ``h @ gate_weight.T + gate_bias``."""
+    gate_logits = F.linear(h, gate_weight, gate_bias).double()
+    log_mu = _log_mean(h, weight, bias, log_library)
+    return zinb_log_prob(x.to_dense(), log_mu, log_theta, gate_logits).sum(-1).to(h.dtype)
 
 
-def softmax_poisson(x: Tensor, logits: Tensor, log_library: Tensor) -> Tensor:
+def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
     """As `softmax_nb`, without dispersion: ``sum_g log Poisson(x_g | mu_g)``."""
-    return poisson_log_prob(x.to_dense(), _log_mean(logits, log_library)).sum(-1).to(logits.dtype)
+    return poisson_log_prob(x.to_dense(), _log_mean(h, weight, bias, log_library)).sum(-1).to(h.dtype)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -220,8 +236,8 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.to_dense() @ weight.t()
 
 
-def _log_mean(logits: Tensor, log_library: Tensor) -> Tensor:
-    return log_library + F.log_softmax(logits.double(), dim=-1)
+def _log_mean(h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
+    return log_library + F.log_softmax(F.linear(h, weight, bias).double(), dim=-1)
 
 
 def _at(positions: Tensor, values: Tensor) -> Tensor:
