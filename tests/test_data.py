@@ -27,7 +27,8 @@ def schema_of(cells, **options):
 
 
 def dense(source, rows=None):
-    return source.take(np.arange(source.n_cells) if rows is None else np.asarray(rows)).to("cpu")
+    cells = source.take(np.arange(source.n_cells) if rows is None else np.asarray(rows)).to("cpu")
+    return cells._replace(x=cells.x.to_dense())
 
 
 STORAGES = {

@@ -6,13 +6,13 @@ form is the decoder's: `Shares`, of which the kernels take last layer, softmax a
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
-from torch.distributions.utils import lazy_property
 
 from celbo import kernels
 
@@ -71,12 +71,12 @@ class Poisson(Distribution):
         shape = _set_one(self, mu=mu, log_mu=log_mu, shares=shares)
         super().__init__(batch_shape=shape, validate_args=validate_args)
 
-    @lazy_property
+    @cached_property
     def mu(self) -> Tensor:
         """Mean."""
         return self.log_mu.exp()
 
-    @lazy_property
+    @cached_property
     def log_mu(self) -> Tensor:
         """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
         return _log_mean(self)
@@ -153,22 +153,22 @@ class NegativeBinomial(Distribution):
         of_theta = _set_one(self, theta=theta, log_theta=log_theta)
         super().__init__(batch_shape=torch.broadcast_shapes(shape, of_theta), validate_args=validate_args)
 
-    @lazy_property
+    @cached_property
     def mu(self) -> Tensor:
         """Mean."""
         return self.log_mu.exp()
 
-    @lazy_property
+    @cached_property
     def theta(self) -> Tensor:
         """Inverse dispersion."""
         return self.log_theta.exp()
 
-    @lazy_property
+    @cached_property
     def log_mu(self) -> Tensor:
         """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
         return _log_mean(self)
 
-    @lazy_property
+    @cached_property
     def log_theta(self) -> Tensor:
         """Logarithm of the inverse dispersion, in float64."""
         return self.theta.double().log()
@@ -245,7 +245,7 @@ class ZeroInflatedNegativeBinomial(Distribution):
             self.gate = gate
         super().__init__(batch_shape=shape, validate_args=validate_args)
 
-    @lazy_property
+    @cached_property
     def gate_logits(self) -> Tensor:
         """Logit of the probability of an added zero."""
         logits: Tensor = self.gate(self.base.shares.h)
@@ -285,7 +285,7 @@ class ZeroInflatedNegativeBinomial(Distribution):
 
 
 def _set_one(to: Distribution, **forms: Tensor | Shares | None) -> torch.Size:
-    """Store a parameter in the one form it was given; `lazy_property` makes the others when somebody asks."""
+    """Store a parameter in the one form it was given; `cached_property` makes the others when somebody asks."""
     given = {name: value for name, value in forms.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"{type(to).__name__} takes one of {', '.join(forms)}, and got {', '.join(given) or 'none'}")
