@@ -228,7 +228,8 @@ def epochs(
     """
     plan = plan_run(len(split.train), config)
     device = next(vae.parameters()).device
-    optimizer = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    weights = _as_one(vae)
+    optimizer = torch.optim.Adam([weights], lr=config.learning_rate, fused=True)
     last_good, best, best_elbo, epochs_since_best = _weights(vae), None, -math.inf, 0
     step, chances, kl_weight, history = 0, _SECOND_CHANCES, 0.0, list[Epoch]()
 
@@ -242,13 +243,13 @@ def epochs(
             terms = objective(vae, minibatch.x, context_of(vae, minibatch), minibatch.library, noise)
             kl_weight = linear_warmup(step, plan.warmup_steps)
             loss = (kl_weight * terms.kl.sum(-1) - terms.reconstruction).mean()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), config.gradient_clip)
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.gradient_clip)
             step += 1
             if not torch.isfinite(loss + norm):
                 chances -= 1
-                optimizer = _second_chance(vae, optimizer, last_good, terms, rows, step, chances)
+                _second_chance(vae, optimizer, last_good, terms, rows, step, chances)
                 continue
             optimizer.step()
             totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
@@ -294,6 +295,21 @@ def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def _as_one(vae: VAE) -> Tensor:
+    """One vector of all weights, of which the model's parameters become views; so do their gradients.
+
+    Clipping and Adam then are a few operations, however many parameters there are.
+    """
+    parameters = list(vae.parameters())
+    weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    gradient = torch.zeros_like(weights)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, value, grad in zip(parameters, weights.split(sizes), gradient.split(sizes), strict=True):
+        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    weights.requires_grad_().grad = gradient
+    return weights
+
+
 def _weights(vae: VAE) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in vae.state_dict().items()}
 
@@ -306,7 +322,7 @@ def _second_chance(
     rows: Rows,
     step: int,
     chances: int,
-) -> torch.optim.Adam:
+) -> None:
     """Go back to the weights before this epoch, with half the learning rate; `DivergedError` when out of chances."""
     learning_rate = optimizer.param_groups[0]["lr"]
     if chances < 0:
@@ -323,7 +339,8 @@ def _second_chance(
             "start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
         )
     vae.load_state_dict(last_good)
-    return torch.optim.Adam(vae.parameters(), lr=learning_rate / 2, fused=True)
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lr"] = learning_rate / 2
 
 
 def _record(

@@ -293,7 +293,7 @@ def draw_noise(vae: VAE, n_cells: int, generator: Generator, device: torch.devic
         widths = (layer.out_features for layer in layers if isinstance(layer, nn.Linear))
         keeps = (1 - layer.p for layer in layers if isinstance(layer, nn.Dropout))
         return [
-            torch.empty(n_cells, width).bernoulli_(keep, generator=generator).div_(keep).to(device)
+            torch.rand(n_cells, width, generator=generator).lt(keep).to(device) / keep
             for width, keep in zip(widths, keeps, strict=True)
         ]
 
