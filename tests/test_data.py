@@ -294,3 +294,12 @@ def test_levels_that_read_the_same_are_refused():
 def test_no_cells_are_refused_in_a_query_too():
     with pytest.raises(DataError, match="no cells"):
         open_source(some_cells()[:0], schema_of(some_cells()))
+
+
+def test_levels_that_are_tuples_are_read_as_text():
+    cells = anndata.AnnData(
+        COUNTS, obs=pd.DataFrame({"pair": pd.Categorical([("a", 1), ("b", 2), ("a", 1), ("b", 2)])})
+    )
+    schema = check_adata(cells, conditions=["pair"]).accept()
+    assert schema.conditions[0].levels == ("('a', 1)", "('b', 2)")
+    np.testing.assert_array_equal(schema.encode(cells.obs), [[1, 0], [0, 1], [1, 0], [0, 1]])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from celbo.data.conditions import Condition, make_condition, size_factors
+from celbo.data.conditions import Condition, as_text, make_condition, size_factors
 from celbo.data.names import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
@@ -226,7 +226,7 @@ def check_query(
         schema.encode(adata.obs, unseen=unseen)
         for condition in schema.conditions:
             if not (known := condition.is_known(adata.obs[condition.name])).all():
-                levels = listed(sorted(adata.obs[condition.name][~known].astype(str).unique()))
+                levels = listed(sorted(as_text(adata.obs[condition.name][~known]).unique()))
                 check.add(
                     "unseen-levels",
                     "warning",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError, listed
 
-__all__ = ["UNSEEN", "Condition", "make_condition", "size_factors"]
+__all__ = ["UNSEEN", "Condition", "as_text", "make_condition", "size_factors"]
 
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 
@@ -53,9 +53,10 @@ class Condition:
         _refuse_missing(self.name, column, _NA_AS_LEVEL)
         if self.levels is None:
             return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
-        codes = pd.Index(self.levels).get_indexer(column.astype(str))
+        text = as_text(column)
+        codes = pd.Index(self.levels).get_indexer(text)
         if (codes < 0).any():
-            unseen = column.astype(str)[codes < 0]
+            unseen = text[codes < 0]
             raise DataError(
                 f"condition {self.name!r} has levels not seen in fit: {listed(sorted(unseen.unique()))} "
                 f"({len(unseen):,} cells; known: {listed(self.levels)}). Refit with them, correct their spelling, drop "
@@ -86,7 +87,21 @@ class Condition:
         """Whether fit saw the level of each cell, ``(cells,)``; every number of a continuous condition is known."""
         if self.levels is None:
             return np.ones(len(column), bool)
-        return np.asarray(column.isna() | column.astype(str).isin(self.levels))
+        return np.asarray(column.isna() | as_text(column).isin(self.levels))
+
+
+def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
+    """Levels as text; a missing one reads "nan".
+
+    Examples
+    --------
+    >>> as_text(pd.Series(pd.Categorical([("a", 1), 2, None]))).tolist()
+    ["('a', 1)", '2', 'nan']
+    """
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        return column.astype(str)
+    names = np.array([*map(str, column.cat.categories), "nan"], object)  # pandas cannot make text of tuples
+    return pd.Series(names[column.cat.codes], index=column.index)
 
 
 def size_factors(obs: pd.DataFrame, name: str) -> NDArray[np.float64]:
@@ -130,9 +145,9 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
             raise DataError(f"obs column {name!r} goes from {values.min():g} to {values.max():g}: rescale it.")
         return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()))
     if isinstance(column.dtype, pd.CategoricalDtype):
-        levels = tuple(column.cat.remove_unused_categories().cat.categories.astype(str))
+        levels = tuple(map(str, column.cat.remove_unused_categories().cat.categories))
     else:
-        levels = tuple(sorted(column.astype(str).unique()))
+        levels = tuple(sorted(as_text(column).unique()))
     if len(set(levels)) < len(levels):
         raise DataError(f"obs column {name!r} has levels that read the same as text ({listed(levels)}); rename some.")
     return Condition(name, levels) if len(levels) > 1 else None
