@@ -303,3 +303,32 @@ def test_levels_that_are_tuples_are_read_as_text():
     schema = check_adata(cells, conditions=["pair"]).accept()
     assert schema.conditions[0].levels == ("('a', 1)", "('b', 2)")
     np.testing.assert_array_equal(schema.encode(cells.obs), [[1, 0], [0, 1], [1, 0], [0, 1]])
+
+
+def test_duplicates_of_small_integers_are_summed_without_overflow():
+    parts = (np.array([200, 100], np.uint8), np.array([0, 0]), np.array([0, 2, 2]))
+    cells = anndata.AnnData(sp.csr_matrix(parts, shape=(2, 2)))
+    source = open_source(cells, schema_of(cells))
+    np.testing.assert_array_equal(dense(source).x, [[300, 0], [0, 0]])
+
+
+def test_numbers_and_texts_that_read_the_same_are_refused():
+    cells = anndata.AnnData(COUNTS)
+    cells.obs["batch"] = pd.Series([1, "1", 2, 2], index=cells.obs_names, dtype=object)
+    with pytest.raises(DataError, match="read the same as text"):
+        check_adata(cells, conditions=["batch"]).accept()
+
+
+def test_a_hint_that_cannot_be_read_hides_nothing(tmp_path):
+    cells = anndata.AnnData(COUNTS / 3, layers={"odd": COUNTS.astype(complex), "raw": COUNTS})
+    with pytest.raises(DataError, match=r"not whole.*--layer raw"):
+        check_adata(cells).accept()
+    for path in (tmp_path / "cells.zarr", tmp_path / "cells.h5ad"):
+        logged = anndata.AnnData(np.log1p(COUNTS), layers={"raw": COUNTS})
+        getattr(logged, f"write_{path.suffix[1:]}")(path)
+        with pytest.raises(DataError, match="--layer raw"):
+            check_adata(read_adata(path)).accept()
+        read, moved = read_adata(path), path.rename(path.with_stem("moved"))
+        assert moved.exists()
+        with pytest.raises(DataError, match="not whole"):
+            check_adata(read).accept()

@@ -88,6 +88,11 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             lock.unlink()
+        _HELD.discard(lock.resolve())
+
+
+_HELD: set[Path] = set()
+"""Locks of this process."""
 
 
 def _take_lock(lock: Path) -> None:
@@ -95,13 +100,14 @@ def _take_lock(lock: Path) -> None:
     for _ in range(2):  # once more, if the lock's owner is gone
         with suppress(FileExistsError), lock.open("x") as file:
             json.dump({"pid": os.getpid(), "host": platform.node()}, file)
+            _HELD.add(lock.resolve())
             return
         try:
             owner = json.loads(lock.read_text())
             pid, host = int(owner["pid"]), str(owner["host"])
         except (OSError, ValueError, KeyError, TypeError):
             pid, host = None, None
-        if pid is not None and host == platform.node() and not _runs(pid):
+        if pid is not None and host == platform.node() and not _holds(pid, lock):
             lock.unlink(missing_ok=True)
             continue
         whose = "another process" if pid is None else f"process {pid} on {host}"
@@ -110,6 +116,11 @@ def _take_lock(lock: Path) -> None:
             f"writes there for certain, delete {lock}."
         )
     raise StorageError(f"{lock.parent} is being written by another process. Name another folder with -o.")
+
+
+def _holds(pid: int, lock: Path) -> bool:
+    """Whether this process holds the lock; in a container a killed one often had the same number as its successor."""
+    return lock.resolve() in _HELD if pid == os.getpid() else _runs(pid)
 
 
 def _runs(pid: int) -> bool:

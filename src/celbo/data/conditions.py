@@ -80,7 +80,8 @@ class Condition:
         if unseen == "refuse" or known.all():
             known = np.ones(len(column), bool)
         encoded = np.full((len(column), self.dim), 1 / self.dim, np.float32)
-        encoded[known] = np.eye(self.dim, dtype=np.float32)[self.codes(column[known]).astype(int)]
+        encoded[known] = 0
+        encoded[np.flatnonzero(known), self.codes(column[known]).astype(int)] = 1
         return encoded
 
     def is_known(self, column: "pd.Series[Any]") -> NDArray[np.bool_]:
@@ -148,7 +149,7 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
         levels = tuple(map(str, column.cat.remove_unused_categories().cat.categories))
     else:
         levels = tuple(sorted(as_text(column).unique()))
-    if len(set(levels)) < len(levels):
+    if len(levels) < _n_different(column) or len(set(levels)) < len(levels):
         raise DataError(f"obs column {name!r} has levels that read the same as text ({listed(levels)}); rename some.")
     return Condition(name, levels) if len(levels) > 1 else None
 
@@ -171,3 +172,11 @@ def _numbers(name: str, column: "pd.Series[Any]") -> NDArray[np.float64]:
             f"obs column {name!r} is not finite in {(~finite).sum():,} cells, the first {column.index[~finite][0]!r}."
         )
     return values
+
+
+def _n_different(column: "pd.Series[Any]") -> int:
+    """How many different values there are; 0 where they cannot be compared."""
+    try:
+        return int(column.nunique())
+    except TypeError:
+        return 0

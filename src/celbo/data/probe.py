@@ -5,18 +5,21 @@ file could be walked, or with the reason on stderr.
 """
 
 import sys
+from typing import Any
 
-import h5py
+__all__ = ["NO_H5PY", "walk"]
 
-__all__ = ["walk"]
+NO_H5PY = 9
+"""Exit code where h5py cannot be imported."""
 
 _SMALL = 1 << 20
 
 
 def walk(path: str) -> None:
     """Read every attribute, all small datasets, and the first and last row of large ones."""
+    import h5py
 
-    def touch(_: str, item: h5py.Group | h5py.Dataset) -> None:
+    def touch(_: str, item: Any) -> None:
         dict(item.attrs)
         if isinstance(item, h5py.Dataset) and item.size:
             if item.nbytes <= _SMALL or not item.shape:
@@ -32,5 +35,7 @@ def walk(path: str) -> None:
 if __name__ == "__main__":
     try:
         walk(sys.argv[1])
+    except ImportError:
+        sys.exit(NO_H5PY)
     except Exception as error:  # noqa: BLE001 - whatever HDF5 has to say
         sys.exit(f"{error}")

@@ -1,5 +1,6 @@
 """From a path to an AnnData: only what a model needs of it, in memory or left on disk, and damage put into words."""
 
+import os
 import re
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks say it better
-            return _assemble(_open(path), layer, on_disk)
+            return _assemble(path, _open(path), layer, on_disk)
     except DataError:
         raise
     except PermissionError as error:
@@ -86,7 +87,7 @@ def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
     """Everything of a file as `read_adata` gives it with ``on_disk``, closed again afterwards."""
     store = _open(Path(path))
     try:
-        yield _assemble(store, layer, on_disk=True)
+        yield _assemble(Path(path), store, layer, on_disk=True)
     finally:
         if isinstance(store, h5py.File):
             store.close()
@@ -158,33 +159,40 @@ def _open(path: Path) -> h5py.File | zarr.Group:
 
 def _walk_in_a_process_of_its_own(path: Path) -> None:
     """Find out whether HDF5 survives this file; what it says of damage is raised here."""
-    command = [sys.executable, "-I", probe.__file__, str(path)]
+    command = [sys.executable, "-P", probe.__file__, str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # wherever h5py was found here
+    options: dict[str, Any] = {"env": environment, "timeout": _PROBE_SECONDS}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PROBE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{path} is damaged: HDF5 was still reading it after {_PROBE_SECONDS} s. {_AGAIN}") from error
+    if done.returncode == probe.NO_H5PY:
+        return  # nothing is known of the file
     if done.returncode < 0:
         raise DataError(f"{path} is damaged: the HDF5 library crashed reading it (signal {-done.returncode}). {_AGAIN}")
     if done.returncode:
         raise DataError(f"{path} is damaged: {done.stderr.strip()[:300]}. {_AGAIN}")
 
 
-def _assemble(store: Any, layer: str | None, on_disk: bool) -> AnnData:
+def _assemble(path: Path, store: Any, layer: str | None, on_disk: bool) -> AnnData:
     if store.attrs.get("encoding-type") != "anndata":
         if isinstance(store, h5py.File) and "obs" in store:  # as anndata wrote them before 0.8
             return anndata.read_h5ad(store.filename)
         raise DataError(f"{_name(store)} holds no AnnData (it has {', '.join(map(repr, store)) or 'nothing'}).")
     values: dict[str | None, Any] = {None: store["X"]} if "X" in store else {}
     values |= {name: store["layers"][name] for name in store.get("layers", ())}
-    lazy = {name: _lazy(item) for name, item in values.items()}
     if layer not in values:
         refuse_layer(layer, [name for name in values if name is not None])
-    kept = lazy if on_disk else {layer: read_elem(values[layer])}
+    if on_disk:
+        kept = {name: _lazy(item) for name, item in values.items()}
+    else:
+        _lazy(values[layer])  # for what it says of missing chunks
+        kept = {layer: read_elem(values[layer])}
     adata = AnnData(X=kept.pop(None, None), obs=_frame(store, "obs"), var=_frame(store, "var"), layers=kept)
     if on_disk:
         adata.raw = _raw(store)
     else:
-        adata.uns[ORIGIN] = _name(store)
+        adata.uns[ORIGIN] = str(path.resolve())
         if isinstance(store, h5py.File):
             store.close()  # nobody waits for it
     return adata

@@ -124,8 +124,7 @@ def _in_memory_sparse(matrix: Any, place: str) -> Stored:
     )
     x = compressed.tocsr()
     if not (x.has_sorted_indices and x.has_canonical_format):
-        x = x.copy() if x is matrix else x  # the caller's array stays as it is
-        x.sum_duplicates()
+        x = _summed(x.copy() if x is matrix else x)  # the caller's array stays as it is
 
     def read(rows: Any) -> sp.csr_matrix:
         if not isinstance(rows, slice):
@@ -163,9 +162,15 @@ def _csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block):
         return _csr_of_dense(block)
     block = sp.csr_matrix(block)
-    if not block.has_canonical_format:
-        block.sum_duplicates()
-    return block
+    return block if block.has_canonical_format else _summed(block)
+
+
+def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
+    """Sort indices and add values of one place, where a sum of small integers cannot overflow."""
+    if x.dtype.kind in "biu" and x.dtype.itemsize < 4:
+        x = x.astype(np.int64)
+    x.sum_duplicates()
+    return x
 
 
 def _csr_of_dense(block: NDArray[Any]) -> sp.csr_matrix:

@@ -1,6 +1,7 @@
 """What values may be: every stored one is looked at, in one pass, and what is found is put into words."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from celbo.data.read import ORIGIN, left_on_disk
 from celbo.data.stored import Stored, place_of, stored_matrix, stored_values
+from celbo.errors import DataError
 
 __all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
 
@@ -186,7 +188,7 @@ def diagnose(stored: Stored, scan: Scan) -> str:
 
 def find_counts(adata: AnnData, layer: str | None) -> str:
     """Name another layer that holds counts, or ``raw``, and how to use it; an empty text if there is none."""
-    if ORIGIN not in adata.uns:
+    if ORIGIN not in adata.uns or not Path(adata.uns[ORIGIN]).exists():
         return _find_counts(adata, layer)
     with left_on_disk(adata.uns[ORIGIN], layer) as whole:
         return _find_counts(whole, layer)
@@ -194,13 +196,21 @@ def find_counts(adata: AnnData, layer: str | None) -> str:
 
 def _find_counts(adata: AnnData, layer: str | None) -> str:
     for name in adata.layers:
-        if name != layer and holds_counts(stored_values(adata, name)):
+        if name != layer and _are_counts(adata, name):
             return f"layers[{name!r}] holds whole numbers: use layer={name!r} (--layer {name})."
-    if layer is not None and adata.X is not None and holds_counts(stored_values(adata, None)):
+    if layer is not None and adata.X is not None and _are_counts(adata, None):
         return "X holds whole numbers: leave out layer (--layer)."
     if adata.raw is not None and holds_counts(stored_matrix(adata.raw.X, "raw.X")):
         return "raw.X holds whole numbers: use adata.raw.to_adata()."
     return ""
+
+
+def _are_counts(adata: AnnData, layer: str | None) -> bool:
+    """Whether a layer holds counts; no, if it cannot even be read."""
+    try:
+        return holds_counts(stored_values(adata, layer))
+    except DataError:
+        return False
 
 
 def _look(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
