@@ -598,6 +598,9 @@ def test_32_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(fit, f
         alive.wait()
     assert fit(file)[0] == 0
     assert not lock.exists()
+    lock.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))  # as of a former life in a container
+    assert fit(file)[0] == 0
+    assert not lock.exists()
     lock.write_text(json.dumps({"pid": alive.pid, "host": "another-host"}))
     code, _, err = fit(file)
     assert (code, "on another-host" in err, f"delete {lock}" in err) == (6, True, True)
