@@ -332,3 +332,10 @@ def test_a_hint_that_cannot_be_read_hides_nothing(tmp_path):
         assert moved.exists()
         with pytest.raises(DataError, match="not whole"):
             check_adata(read).accept()
+
+
+@pytest.mark.parametrize("options", [{"unseen": "refused"}, {"genes_present": 7}, {"genes_present": 0.0}])
+def test_words_and_shares_that_mean_nothing_are_refused(options):
+    cells = anndata.AnnData(COUNTS)
+    with pytest.raises(UsageError, match=r"choose one of refuse, nearest, marginal|it is a share"):
+        open_source(cells, schema_of(cells), **options)

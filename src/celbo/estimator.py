@@ -217,10 +217,6 @@ class ExpressionVAE:
         tuple
             ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``.
         """
-        if unseen not in ("refuse", "nearest", "marginal"):
-            raise UsageError(f"unseen is {unseen!r}; choose one of refuse, nearest, marginal.")
-        if not 0 < genes_present <= 1:
-            raise UsageError(f"genes_present={genes_present}; it is a share, above 0 and at most 1.")
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
         if unseen == "nearest":

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from celbo.data.conditions import Condition, as_text, make_condition, size_factors
+from celbo.data.conditions import UNSEEN, Condition, as_text, make_condition, size_factors
 from celbo.data.names import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
@@ -200,6 +200,10 @@ def check_query(
     -------
     Check
     """
+    if unseen not in UNSEEN:
+        raise UsageError(f"unseen is {unseen!r}; choose one of {', '.join(UNSEEN)}.")
+    if not 0 < genes_present <= 1:
+        raise UsageError(f"genes_present={genes_present}; it is a share, above 0 and at most 1.")
     check = Check(adata.n_obs, adata.n_vars, schema=schema)
     if not adata.n_obs:
         check.add("empty", "error", "these data have no cells.")

@@ -13,8 +13,8 @@ __all__ = ["UNSEEN", "Condition", "as_text", "make_condition", "size_factors"]
 
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 
-UNSEEN = ("refuse", "marginal")
-"""What to do with a level that fit did not see: refuse it, or read it as all known levels in equal parts."""
+UNSEEN = ("refuse", "nearest", "marginal")
+"""What to do with a level that fit did not see: refuse it, take the likeliest known one, or all in equal parts."""
 
 
 @dataclass(frozen=True)
