@@ -77,7 +77,7 @@ def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str
         return f"unknown option {shown!r} ({hint})"
     default = known[option]
     if default is None:
-        default = 0 if option in ("n_top_genes", "threads") else ""
+        default = 0 if option in ("n_top_genes", "max_epochs", "threads") else ""
         if value is None:  # as run.json has it
             return None
     if isinstance(default, list | tuple):

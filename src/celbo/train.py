@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,12 @@ __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settl
 _SECOND_CHANCES = 3
 # Fewer steps than this in an epoch, and the minibatches of a small data set are made smaller.
 _STEPS_PER_EPOCH = 8
+# Length of a run that nobody chose.
+_MOST_EPOCHS, _FEWEST_EPOCHS, _MOST_STEPS = 100, 10, 8000
+# Steps until the learning rate is the highest; of a short run, a tenth at most.
+_RISE_STEPS = 100
+# The average of the weights reaches back over about a share 1 / (this + 1) of the steps.
+_AVERAGED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +43,15 @@ class TrainConfig:
     20
     """
 
-    max_epochs: int = 200
-    """Passes over the training cells at most."""
+    max_epochs: int | None = None
+    """Passes over the training cells at most; None for 100, or for fewer where 8,000 steps are (but at least 10)."""
     batch_size: int = 128
     """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
-    learning_rate: float = 3e-3
-    """Of Adam."""
-    warmup_fraction: float = 0.25
-    """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
-    patience: int = 30
+    learning_rate: float = 1e-2
+    """Of Adam, after a rise over the first 100 steps."""
+    warmup_steps: int = 400
+    """Steps over which the KL weight rises from 0 to 1; of a short run, its first half at most."""
+    patience: int = 10
     """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
     validation_fraction: float = 0.1
     """Share of the cells held out, for stopping and for choosing the best weights."""
@@ -59,14 +66,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once."""
-        whole = ("max_epochs", "batch_size", "patience", "seed")
+        whole = (
+            "batch_size",
+            "warmup_steps",
+            "patience",
+            "seed",
+            *(["max_epochs"] if self.max_epochs is not None else []),
+        )
         if wrong := [f"{name}={getattr(self, name)!r}" for name in whole if not isinstance(getattr(self, name), int)]:
             raise UsageError(f"not whole numbers: {', '.join(wrong)}.")
         rules = {
-            "max_epochs": self.max_epochs >= 1,
+            "max_epochs": self.max_epochs is None or self.max_epochs >= 1,
             "batch_size": self.batch_size >= 1,
             "learning_rate": 0 < self.learning_rate < math.inf,
-            "warmup_fraction": 0 <= self.warmup_fraction <= 0.5,
+            "warmup_steps": self.warmup_steps >= 0,
             "patience": self.patience >= 1,
             "validation_fraction": 0 <= self.validation_fraction < 1,
             "gradient_clip": self.gradient_clip > 0,
@@ -76,7 +89,7 @@ class TrainConfig:
         if broken := [f"{name}={getattr(self, name)!r}" for name, kept in rules.items() if not kept]:
             raise UsageError(
                 f"out of range: {', '.join(broken)}. Counts are at least 1, learning_rate and gradient_clip above 0, "
-                "validation_fraction from 0 to below 1, warmup_fraction from 0 to 0.5, the seed at least 0."
+                "validation_fraction from 0 to below 1, warmup_steps and the seed at least 0."
             )
 
 
@@ -94,7 +107,10 @@ class Plan(NamedTuple):
     """Training cells."""
     epochs: int
     steps_per_epoch: int
+    rise_steps: int
+    """Until the learning rate is the highest."""
     warmup_steps: int
+    """Until the KL weight is 1."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +126,11 @@ class Epoch:
     seconds: float
     """Of this epoch, validation included."""
     train_elbo: float
-    """Over the epoch's minibatches as they came, with dropout."""
+    """Over the epoch's minibatches as they came, with dropout, and with the weights of each step."""
     train_reconstruction: float
     train_kl: float
     validation_elbo: float | None
-    """Over the held-out cells after the epoch, without dropout; None where no cells are held out."""
+    """Over the held-out cells, without dropout, with the averaged weights; None where no cells are held out."""
     validation_reconstruction: float | None
     validation_kl: float | None
     kl_per_dim: tuple[float, ...]
@@ -161,15 +177,17 @@ def plan_run(n_cells: int, config: TrainConfig) -> Plan:
 
     Examples
     --------
-    >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_fraction=0.2))
-    Plan(n_cells=1000, epochs=10, steps_per_epoch=10, warmup_steps=20)
+    >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_steps=20))
+    Plan(n_cells=1000, epochs=10, steps_per_epoch=10, rise_steps=10, warmup_steps=20)
     """
     # Minibatches are even and at least this large: there is never a last one of a single cell.
     batch_size = max(2, min(config.batch_size, n_cells // _STEPS_PER_EPOCH))
     steps_per_epoch = max(1, n_cells // batch_size)
-    return Plan(
-        n_cells, config.max_epochs, steps_per_epoch, int(config.warmup_fraction * config.max_epochs * steps_per_epoch)
-    )
+    n_epochs = config.max_epochs
+    if n_epochs is None:
+        n_epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, _MOST_STEPS // steps_per_epoch))
+    steps = n_epochs * steps_per_epoch
+    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), min(config.warmup_steps, steps // 2))
 
 
 def settle_device(name: str) -> torch.device:
@@ -198,9 +216,11 @@ def epochs(
 ) -> Iterator[Epoch]:
     """Train a model, epoch by epoch; when the last has been taken, the model has its best weights.
 
-    A step is ``loss = mean(weight * KL - reconstruction)``, Adam, gradient clipping. All its randomness comes from
+    A step is ``loss = mean(weight * KL - reconstruction)``, gradient clipping, Adam. All its randomness comes from
     ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand;
-    only from then on do held-out cells decide which weights are best and when to stop.
+    only from then on do held-out cells decide which weights are best and when to stop. What is measured and kept are
+    running averages of the weights, over about the last tenth of the steps: with a high learning rate the weights
+    themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824).
 
     Parameters
     ----------
@@ -229,9 +249,10 @@ def epochs(
     plan = plan_run(len(split.train), config)
     device = next(vae.parameters()).device
     weights = _as_one(vae)
-    optimizer = torch.optim.Adam([weights], lr=config.learning_rate, fused=True)
-    last_good, best, best_elbo, epochs_since_best = _weights(vae), None, -math.inf, 0
-    step, chances, kl_weight, history = 0, _SECOND_CHANCES, 0.0, list[Epoch]()
+    optimizer = torch.optim.Adam([weights], fused=True)
+    average = weights.detach().clone()
+    last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
+    step, chances, kl_weight, highest_rate, history = 0, _SECOND_CHANCES, 0.0, config.learning_rate, list[Epoch]()
 
     for epoch in range(plan.epochs):
         started = time.perf_counter()
@@ -246,18 +267,24 @@ def epochs(
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(weights, config.gradient_clip)
+            optimizer.param_groups[0]["lr"] = highest_rate * linear_warmup(step, plan.rise_steps)
             step += 1
             if not torch.isfinite(loss + norm):
-                chances -= 1
-                _second_chance(vae, optimizer, last_good, terms, rows, step, chances)
+                chances, highest_rate = chances - 1, highest_rate / 2
+                _go_back(vae, last_good, terms, rows, step, chances, highest_rate)
+                optimizer.state.clear()
+                average.copy_(weights.detach())
                 continue
             optimizer.step()
+            average.lerp_(weights.detach(), (_AVERAGED + 1) / (step + _AVERAGED))
             totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
             n_seen += len(rows)
 
         held_out = None
-        if split.validation.size:
-            held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
+        with _lent(average, weights):
+            averaged = _weights(vae)
+            if split.validation.size:
+                held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
         seconds = time.perf_counter() - started
         if held_out is not None and not np.isfinite(held_out.elbo).all():
             row = split.validation[~np.isfinite(held_out.elbo)][0]
@@ -272,15 +299,15 @@ def epochs(
 
         last_good = _weights(vae)
         if record.validation_elbo is None or step < plan.warmup_steps:
+            best = averaged
             continue
         epochs_since_best += 1
         if record.validation_elbo > best_elbo:
-            best, best_elbo, epochs_since_best = last_good, record.validation_elbo, 0
+            best, best_elbo, epochs_since_best = averaged, record.validation_elbo, 0
         if epochs_since_best >= config.patience:
             break
 
-    if best is not None:
-        vae.load_state_dict(best)
+    vae.load_state_dict(best, assign=True)  # parameters of their own again
 
 
 def _minibatches(rows: Rows, plan: Plan, seed: int, epoch: int) -> list[Rows]:
@@ -298,33 +325,51 @@ def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
 def _as_one(vae: VAE) -> Tensor:
     """One vector of all weights, of which the model's parameters become views; so do their gradients.
 
-    Clipping and Adam then are a few operations, however many parameters there are.
+    Clipping and Adam then are a few operations, however many parameters there are. A wide matrix is laid down by
+    columns: the product of sparse counts with the encoder's first wants the weights of a gene side by side.
     """
     parameters = list(vae.parameters())
-    weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    weights = torch.cat([_tall(parameter.detach()).reshape(-1) for parameter in parameters])
     gradient = torch.zeros_like(weights)
     sizes = [parameter.numel() for parameter in parameters]
-    for parameter, value, grad in zip(parameters, weights.split(sizes), gradient.split(sizes), strict=True):
-        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+    for parameter, *vectors in zip(parameters, weights.split(sizes), gradient.split(sizes), strict=True):
+        value, grad = (vector.view_as(_tall(parameter)) for vector in vectors)
+        as_it_was = value.shape == parameter.shape
+        parameter.data, parameter.grad = (value, grad) if as_it_was else (value.t(), grad.t())
     weights.requires_grad_().grad = gradient
     return weights
 
 
+def _tall(parameter: Tensor) -> Tensor:
+    """A wide matrix transposed; anything else as it is."""
+    return parameter.t() if parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0] else parameter
+
+
+@contextmanager
+def _lent(average: Tensor, weights: Tensor) -> Iterator[None]:
+    """Put the average in the place of the weights for a while."""
+    kept = weights.detach().clone()
+    weights.data.copy_(average)
+    try:
+        yield
+    finally:
+        weights.data.copy_(kept)
+
+
 def _weights(vae: VAE) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in vae.state_dict().items()}
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in vae.state_dict().items()}
 
 
-def _second_chance(
+def _go_back(
     vae: VAE,
-    optimizer: torch.optim.Adam,
     last_good: dict[str, Tensor],
     terms: ElboTerms,
     rows: Rows,
     step: int,
     chances: int,
+    learning_rate: float,
 ) -> None:
-    """Go back to the weights before this epoch, with half the learning rate; `DivergedError` when out of chances."""
-    learning_rate = optimizer.param_groups[0]["lr"]
+    """Go back to the weights before this epoch; `DivergedError` when out of chances."""
     if chances < 0:
         parts = {"reconstruction": terms.reconstruction, "KL": terms.kl.sum(-1)}
         bad = {name: ~torch.isfinite(values) for name, values in parts.items()}
@@ -335,12 +380,10 @@ def _second_chance(
         ]
         raise DivergedError(
             f"training diverged at step {step}: not finite are {'; '.join(where) or 'the gradients'}. "
-            f"Going back with half the learning rate {_SECOND_CHANCES} times (now {learning_rate:g}) did not help: "
-            "start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
+            f"Going back with half the learning rate {_SECOND_CHANCES} times ({2 * learning_rate:g} at last) did not "
+            "help: start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
         )
     vae.load_state_dict(last_good)
-    optimizer.state.clear()
-    optimizer.param_groups[0]["lr"] = learning_rate / 2
 
 
 def _record(

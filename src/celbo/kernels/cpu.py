@@ -5,6 +5,7 @@ log-likelihood, and products of its derivatives. `celbo.kernels.threads` says ho
 """
 
 from collections.abc import Iterator
+from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
     gradient = weights is not None
     weight = (torch.ones(n_cells) if weights is None else weights).numpy()
     value, d_library = np.empty((2, n_cells))
-    d_h = torch.empty_like(inputs.h)
+    d_h = torch.zeros_like(inputs.h)
     d_theta_by_cell = np.zeros((n_cells if by_cell else 0, n_genes), np.float32)
     n = n_threads()
     blocks = list(_blocks(n_cells, n))
@@ -146,13 +147,13 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
                 if not by_cell:
                     d_theta += torch.from_numpy(into[0])
             if gradient:
-                d_h[cells] = sum(d_out @ its_weight for d_out, its_weight in wide)
-                for (d_out, _), d_weight, d_bias in zip(wide, sums[::2], sums[1::2], strict=True):
+                for (d_out, its_weight), d_weight, d_bias in zip(wide, sums[::2], sums[1::2], strict=True):
+                    d_h[cells].addmm_(d_out, its_weight)
                     d_weight.addmm_(d_out.t(), h)
                     d_bias += d_out.sum(0)
         return [*sums, d_theta]
 
-    *sums, d_theta = (sum(parts) for parts in zip(*in_threads(work, n), strict=True))
+    *sums, d_theta = (reduce(torch.Tensor.add_, parts) for parts in zip(*in_threads(work, n), strict=True))
     found = torch.from_numpy(value).to(inputs.h.dtype)
     if not gradient:
         return found, []
@@ -166,8 +167,8 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
 def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:
     """Blocks of even size, at least one for each thread."""
     n_blocks = max(-(-n_cells // _BLOCK), min(n_threads, n_cells))
-    edges = np.linspace(0, n_cells, n_blocks + 1).astype(int)
-    yield from (slice(start, stop) for start, stop in pairwise(edges.tolist()))
+    edges = [turn * n_cells // n_blocks for turn in range(n_blocks + 1)]
+    yield from (slice(start, stop) for start, stop in pairwise(edges))
 
 
 def _thetas(log_theta: Tensor | None, n_genes: int) -> list[NDArray[Any]]:
