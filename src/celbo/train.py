@@ -66,14 +66,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once."""
-        whole = (
-            "batch_size",
-            "warmup_steps",
-            "patience",
-            "seed",
-            *(["max_epochs"] if self.max_epochs is not None else []),
-        )
-        if wrong := [f"{name}={getattr(self, name)!r}" for name in whole if not isinstance(getattr(self, name), int)]:
+        whole = {name: getattr(self, name) for name in ("batch_size", "warmup_steps", "patience", "seed")}
+        if self.max_epochs is not None:
+            whole["max_epochs"] = self.max_epochs
+        if wrong := [f"{name}={value!r}" for name, value in whole.items() if not isinstance(value, int)]:
             raise UsageError(f"not whole numbers: {', '.join(wrong)}.")
         rules = {
             "max_epochs": self.max_epochs is None or self.max_epochs >= 1,
@@ -220,7 +216,8 @@ def epochs(
     ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand;
     only from then on do held-out cells decide which weights are best and when to stop. What is measured and kept are
     running averages of the weights, over about the last tenth of the steps: with a high learning rate the weights
-    themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824).
+    themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824). The model has
+    them while a record is looked at.
 
     Parameters
     ----------
@@ -280,22 +277,22 @@ def epochs(
             totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
             n_seen += len(rows)
 
-        held_out = None
         with _lent(average, weights):
-            averaged = _weights(vae)
+            held_out = None
             if split.validation.size:
                 held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
-        seconds = time.perf_counter() - started
-        if held_out is not None and not np.isfinite(held_out.elbo).all():
-            row = split.validation[~np.isfinite(held_out.elbo)][0]
-            raise DivergedError(
-                f"after step {step} the ELBO of held-out cells is not finite, the first in row {row}: "
-                "look at this cell for extreme values, or lower the learning rate."
-            )
-        train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
-        record = _record(epoch, step, kl_weight, seconds, train.tolist(), held_out)
-        history.append(record)
-        yield record
+            seconds = time.perf_counter() - started
+            if held_out is not None and not np.isfinite(held_out.elbo).all():
+                row = split.validation[~np.isfinite(held_out.elbo)][0]
+                raise DivergedError(
+                    f"after step {step} the ELBO of held-out cells is not finite, the first in row {row}: "
+                    "look at this cell for extreme values, or lower the learning rate."
+                )
+            train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
+            record = _record(epoch, step, kl_weight, seconds, train.tolist(), held_out)
+            history.append(record)
+            yield record
+            averaged = _weights(vae)
 
         last_good = _weights(vae)
         if record.validation_elbo is None or step < plan.warmup_steps:
