@@ -74,7 +74,7 @@ class Poisson(Distribution):
     @cached_property
     def mu(self) -> Tensor:
         """Mean."""
-        return self.log_mu.exp()
+        return _mean(self)
 
     @cached_property
     def log_mu(self) -> Tensor:
@@ -156,7 +156,7 @@ class NegativeBinomial(Distribution):
     @cached_property
     def mu(self) -> Tensor:
         """Mean."""
-        return self.log_mu.exp()
+        return _mean(self)
 
     @cached_property
     def theta(self) -> Tensor:
@@ -292,6 +292,12 @@ def _set_one(to: Distribution, **forms: Tensor | Shares | None) -> torch.Size:
     to.__dict__.update(given)
     (value,) = given.values()
     return value.shape
+
+
+def _mean(p: Poisson | NegativeBinomial) -> Tensor:
+    if "shares" not in p.__dict__:
+        return p.log_mu.exp()
+    return p.shares.log_library.exp() * F.softmax(F.linear(*p.shares[:3]), dim=-1)
 
 
 def _log_mean(p: Poisson | NegativeBinomial) -> Tensor:
