@@ -63,7 +63,7 @@ def measure(tool: str, data: Path, likelihood: str, batch_size: int, threads: in
 
 
 def in_its_own_process(python: str, *arguments: object) -> float:
-    command = [python, __file__, "--measure", *map(str, arguments)]
+    command = [python, str(Path(__file__).resolve()), "--measure", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments[4])}
     found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(found.stdout.split()[-1])

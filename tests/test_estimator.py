@@ -293,7 +293,7 @@ def test_real_counts_are_fitted(real_data, name, conditions):
 
 
 def test_an_autoencoder_may_keep_any_epoch(cells):
-    config = TrainConfig(max_epochs=12, warmup_steps=48, patience=2, learning_rate=0.03)
+    config = TrainConfig(max_epochs=12, warmup_fraction=0.5, patience=2, learning_rate=0.03)
     model = ExpressionVAE(objective="autoencoder", dropout=0.0, train=config).fit(cells)
     assert all(epoch.kl_weight == 1 for epoch in model.history_)
 

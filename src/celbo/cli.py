@@ -196,7 +196,7 @@ def fit(
     dropout: Annotated[float, typer.Option(help="Share of hidden units zeroed in training.")] = 0.2,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the cells at most.  [default: 100, fewer (10 at least) beyond 8,000 steps]"),
+        typer.Option(help="Passes over the cells at most.  [default: 100; 10 to 200 by the number of cells]"),
     ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out ELBO before stopping.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Cells of a minibatch.")] = 128,

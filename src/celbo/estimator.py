@@ -153,7 +153,7 @@ class ExpressionVAE:
         vae.to(device)
         config = self.train
         if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
-            config = replace(config, warmup_steps=0)
+            config = replace(config, warmup_fraction=0.0)
         with kernels.threads(config.threads):
             run = epochs(vae, source, split, config, objective=objective, **({"track": track} if track else {}))
             self.history_ = History(run)
@@ -440,8 +440,7 @@ def load(path: str | Path) -> ExpressionVAE:
     try:
         options = dict(folder.document["options"])
         schema = Schema.from_json(folder.document["schema"])
-        train = _train_config(options["train"], folder.document["history"])
-        model = ExpressionVAE(**{**options, "train": train})
+        model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
         if len(model.hidden_dims) > len(folder.weights):
             raise ValueError(f"{len(model.hidden_dims)} hidden layers, but {len(folder.weights)} tensors")
         with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
@@ -467,15 +466,6 @@ def load(path: str | Path) -> ExpressionVAE:
     vae.load_state_dict(found, assign=True)
     model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
     return model
-
-
-def _train_config(options: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> TrainConfig:
-    """Options as they were saved; the warm-up of the first models was a share of the planned run."""
-    options = dict(options)
-    if "warmup_fraction" in options and history:
-        planned = options["max_epochs"] * history[0]["step"]
-        options["warmup_steps"] = int(options.pop("warmup_fraction") * planned)
-    return TrainConfig(**options)
 
 
 def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:

@@ -25,8 +25,6 @@ __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settl
 _SECOND_CHANCES = 3
 # Fewer steps than this in an epoch, and the minibatches of a small data set are made smaller.
 _STEPS_PER_EPOCH = 8
-# Length of a run that nobody chose.
-_MOST_EPOCHS, _FEWEST_EPOCHS, _MOST_STEPS = 100, 10, 8000
 # Steps until the learning rate is the highest; of a short run, a tenth at most.
 _RISE_STEPS = 100
 # The average of the weights reaches back over about a share 1 / (this + 1) of the steps.
@@ -44,13 +42,14 @@ class TrainConfig:
     """
 
     max_epochs: int | None = None
-    """Passes over the training cells at most; None for 100, or for fewer where 8,000 steps are (but at least 10)."""
+    """Passes over the training cells at most; None for 100, but up to 200 where they are fewer than 1,600 steps, and
+    down to 10 where they are more than 8,000."""
     batch_size: int = 128
     """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
     learning_rate: float = 1e-2
     """Of Adam, after a rise over the first 100 steps."""
-    warmup_steps: int = 400
-    """Steps over which the KL weight rises from 0 to 1; of a short run, its first half at most."""
+    warmup_fraction: float = 0.25
+    """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
     patience: int = 10
     """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
     validation_fraction: float = 0.1
@@ -66,7 +65,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all of them at once."""
-        whole = {name: getattr(self, name) for name in ("batch_size", "warmup_steps", "patience", "seed")}
+        whole = {name: getattr(self, name) for name in ("batch_size", "patience", "seed")}
         if self.max_epochs is not None:
             whole["max_epochs"] = self.max_epochs
         if wrong := [f"{name}={value!r}" for name, value in whole.items() if not isinstance(value, int)]:
@@ -75,7 +74,7 @@ class TrainConfig:
             "max_epochs": self.max_epochs is None or self.max_epochs >= 1,
             "batch_size": self.batch_size >= 1,
             "learning_rate": 0 < self.learning_rate < math.inf,
-            "warmup_steps": self.warmup_steps >= 0,
+            "warmup_fraction": 0 <= self.warmup_fraction <= 0.5,
             "patience": self.patience >= 1,
             "validation_fraction": 0 <= self.validation_fraction < 1,
             "gradient_clip": self.gradient_clip > 0,
@@ -85,7 +84,7 @@ class TrainConfig:
         if broken := [f"{name}={getattr(self, name)!r}" for name, kept in rules.items() if not kept]:
             raise UsageError(
                 f"out of range: {', '.join(broken)}. Counts are at least 1, learning_rate and gradient_clip above 0, "
-                "validation_fraction from 0 to below 1, warmup_steps and the seed at least 0."
+                "validation_fraction from 0 to below 1, warmup_fraction from 0 to 0.5, the seed at least 0."
             )
 
 
@@ -173,7 +172,7 @@ def plan_run(n_cells: int, config: TrainConfig) -> Plan:
 
     Examples
     --------
-    >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_steps=20))
+    >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_fraction=0.2))
     Plan(n_cells=1000, epochs=10, steps_per_epoch=10, rise_steps=10, warmup_steps=20)
     """
     # Minibatches are even and at least this large: there is never a last one of a single cell.
@@ -181,9 +180,10 @@ def plan_run(n_cells: int, config: TrainConfig) -> Plan:
     steps_per_epoch = max(1, n_cells // batch_size)
     n_epochs = config.max_epochs
     if n_epochs is None:
-        n_epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, _MOST_STEPS // steps_per_epoch))
+        n_epochs = min(200, max(100, 1600 // steps_per_epoch))
+        n_epochs = max(10, min(n_epochs, 8000 // steps_per_epoch))
     steps = n_epochs * steps_per_epoch
-    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), min(config.warmup_steps, steps // 2))
+    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), int(config.warmup_fraction * steps))
 
 
 def settle_device(name: str) -> torch.device:
