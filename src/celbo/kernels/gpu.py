@@ -77,6 +77,8 @@ def _fused(*inputs: Tensor) -> Tensor:
             f"the gpu kernels take tensors on a CUDA device, these are on {device}; use('auto') finds the kernels that"
             " fit, and with TRITON_INTERPRET=1 in the environment from the start Triton's interpreter takes them"
         )
+    if not torch.is_grad_enabled():
+        return _run(_Inputs(*inputs), want=False)[0]
     result: Tensor = _Fused.apply(*_Inputs(*inputs))  # type: ignore[no-untyped-call]
     return result
 
