@@ -35,7 +35,7 @@ def fit_celbo(adata, likelihood: str, batch_size: int, threads: int, n_epochs: i
     return time.perf_counter() - started
 
 
-def fit_scvi(adata, likelihood: str, batch_size: int, threads: int, n_epochs: int) -> float:
+def fit_scvi(adata, likelihood: str, batch_size: int, threads: int, n_epochs: int, accelerator: str = "cpu") -> float:
     import scvi
     import torch
 
@@ -44,7 +44,7 @@ def fit_scvi(adata, likelihood: str, batch_size: int, threads: int, n_epochs: in
     model = scvi.model.SCVI(adata, n_hidden=128, n_layers=1, n_latent=10, gene_likelihood=likelihood)
     options = {"enable_progress_bar": False, "logger": False, "enable_model_summary": False}
     started = time.perf_counter()
-    model.train(max_epochs=n_epochs, accelerator="cpu", train_size=1.0, batch_size=batch_size, **options)
+    model.train(max_epochs=n_epochs, accelerator=accelerator, train_size=1.0, batch_size=batch_size, **options)
     return time.perf_counter() - started
 
 

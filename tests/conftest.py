@@ -10,6 +10,9 @@ import torch
 
 import celbo
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy
+
 REAL_DATA = Path(os.environ.get("CELBO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 QUICK = celbo.TrainConfig(max_epochs=4, seed=0)
 

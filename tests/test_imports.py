@@ -70,7 +70,7 @@ def test_every_room_has_its_place():
         ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
         ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
         ("typer", {"cli"}),
-        ("triton", set()),
+        ("triton", {"kernels"}),
         ("matplotlib", {"report"}),
         ("h5py", {"data"}),
         ("zarr", {"data"}),

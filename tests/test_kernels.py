@@ -370,16 +370,35 @@ def test_zinb_with_the_gate_wide_open_is_a_certain_zero():
     assert log_prob[x > 0].max() < -60
 
 
-@pytest.mark.parametrize(("tier", "library"), [("reference", "torch"), ("cpu", "numba")])
-def test_fused_kernels_are_exact_too(tier, library, points):
-    pytest.importorskip(library)
-    log_mu, log_theta = leaf(points.mu.log()[:, None]), leaf(points.theta.log()[:, None])
-    kernels.use(tier)  # of one gene, whose share is 1
-    n_cells, layer = len(points.x), (torch.zeros(1, 2), torch.zeros(1))
-    value = kernels.softmax_nb(points.x[:, None], torch.zeros(n_cells, 2), *layer, log_mu, log_theta)
+def fused(tier, name, points, *parameters):
+    """Values of a fused function for cells of one gene, whose share is 1, and derivatives in log mu and the others."""
+    device = "cuda" if tier == "gpu" and torch.cuda.is_available() else "cpu"
+    leaves = [leaf(values[:, None].to(device)) for values in parameters]
+    n_cells, layer = len(points.x), (torch.zeros(1, 2, device=device), torch.zeros(1, device=device))
+    kernels.use(tier)
+    x, h = points.x[:, None].to(device), torch.zeros(n_cells, 2, device=device)
+    value = getattr(kernels, name)(x, h, *layer, *leaves)
     kernels.use("auto")
     value.sum().backward()
-    truth = nb_truth(points.x, exact_exp(log_mu[:, 0]), exact_exp(log_theta[:, 0]))
-    assert_close(value, truth.log_prob, points)
-    assert_close(log_mu.grad[:, 0], truth.d_log_mu, points)
-    assert_theta_gradient(log_theta.grad[:, 0], truth.d_log_theta, points)
+    return value.cpu(), *(values.grad[:, 0].cpu() for values in leaves)
+
+
+each_tier = pytest.mark.parametrize(("tier", "library"), [("reference", "torch"), ("cpu", "numba"), ("gpu", "triton")])
+
+
+@each_tier
+def test_fused_kernels_are_exact_too(tier, library, points, logs):
+    pytest.importorskip(library)
+    value, d_log_mu, d_log_theta = fused(tier, "softmax_nb", points, *logs[:2])
+    assert_close(value, logs[2].log_prob, points)
+    assert_close(d_log_mu, logs[2].d_log_mu, points)
+    assert_theta_gradient(d_log_theta, logs[2].d_log_theta, points)
+
+
+@each_tier
+def test_fused_poisson_is_exact_too(tier, library, points, logs):
+    pytest.importorskip(library)
+    value, d_log_mu = fused(tier, "softmax_poisson", points, logs[0])
+    truth, gradient = poisson_truth(points.x, exact_exp(logs[0]))
+    assert_close(value, truth, points)
+    assert_close(d_log_mu, gradient, points)

@@ -1,5 +1,8 @@
 """Every tier of kernels against the reference in float64, values and gradients."""
 
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +13,10 @@ import celbo
 from celbo import kernels
 from celbo.errors import UsageError
 from celbo.kernels import reference
-from celbo.minibatch import csr_tensor
+from celbo.minibatch import Minibatch, csr_tensor
 
-TIERS = {"cpu": "numba"}
+TIERS = {"cpu": "numba", "gpu": "triton"}
+CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the latter Triton's kernels are interpreted
 SHAPES = [(1, 1), (1, 7), (33, 2), (41, 1271), (130, 60)]
 FUSED = ["softmax_nb", "softmax_zinb", "softmax_poisson"]
 
@@ -70,11 +74,17 @@ def some_inputs(x, by_cell=False, seed=0):
 
 def run(module, name, x, inputs, weight, dtype):
     """Value of a fused function, and the gradient of its weighted sum in each input that it has."""
-    leaves = [part.detach().clone().to(dtype).requires_grad_() for part in take(name, inputs)]
-    h = torch.eye(len(x), dtype=dtype).requires_grad_()
-    value = getattr(module, name)(x, h, *leaves)
-    (value * weight.to(dtype)).sum().backward()
-    return value.detach(), [leaf.grad for leaf in (*leaves, h)]
+    device = where(module)
+    leaves = [part.detach().clone().to(device, dtype).requires_grad_() for part in take(name, inputs)]
+    h = torch.eye(len(x), dtype=dtype, device=device).requires_grad_()
+    value = getattr(module, name)(x.to(device), h, *leaves)
+    (value * weight.to(device, dtype)).sum().backward()
+    return value.detach().cpu(), [leaf.grad.cpu() for leaf in (*leaves, h)]
+
+
+def where(module):
+    """The device that a module of kernels computes on here."""
+    return CUDA if module is kernels and kernels._forced == "gpu" else torch.device("cpu")
 
 
 def to_csr(x):
@@ -124,17 +134,19 @@ def test_counts_that_are_not_whole_and_stored_zeros_are_taken_as_they_are(tier):
 def test_a_closed_gate_leaves_the_negative_binomial(tier):
     x = some_counts(20, 50)
     inputs = some_inputs(x)
-    h, inputs = torch.eye(20), inputs._replace(gates=torch.full_like(inputs.gates, -1e8))
-    shut = kernels.softmax_zinb(x, h, *inputs)
-    torch.testing.assert_close(shut, kernels.softmax_nb(x, h, *take("softmax_nb", inputs)), rtol=1e-6, atol=1e-5)
+    inputs = inputs._replace(gates=torch.full_like(inputs.gates, -1e8))
+    shut, _ = run(kernels, "softmax_zinb", x, inputs, torch.ones(20), torch.float32)
+    expected, _ = run(kernels, "softmax_nb", x, inputs, torch.ones(20), torch.float32)
+    torch.testing.assert_close(shut, expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_what_is_not_a_number_stays_so(tier, name):
-    x, h = some_counts(5, 9), torch.eye(5)
+    device, x = where(kernels), some_counts(5, 9)
+    h = torch.eye(5, device=device)
     h[3, 3] = torch.nan
-    weight, *others = take(name, some_inputs(x))
-    value = getattr(kernels, name)(x, h, weight.requires_grad_(), *others)
+    weight, *others = (part.to(device) for part in take(name, some_inputs(x)))
+    value = getattr(kernels, name)(x.to(device), h, weight.requires_grad_(), *others)
     value.sum().backward()
     assert value.isnan().tolist() == [False, False, False, True, False]
     assert weight.grad.isnan().any()
@@ -162,12 +174,14 @@ def test_a_sparse_product_equals_the_dense_one(tier, shape, density, units):
     generator = torch.Generator().manual_seed(1)
     kept = torch.rand(shape, generator=generator) < density
     x = torch.rand(shape, generator=generator) * kept
-    weight = torch.randn(units, shape[1] + 2, generator=generator)[:, : shape[1]].requires_grad_()
+    weight = torch.randn(units, shape[1] + 2, generator=generator)[:, : shape[1]]
     grad = torch.randn(shape[0], units, generator=generator)
-    out = kernels.sparse_linear(to_csr(x), weight)
-    (gradient,) = torch.autograd.grad(out, weight, grad)
-    torch.testing.assert_close(out, x @ weight.t(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, grad.t() @ x, rtol=1e-5, atol=1e-5)
+    device = where(kernels)
+    leaf = weight.to(device).requires_grad_()
+    out = kernels.sparse_linear(to_csr(x).to(device), leaf)
+    (gradient,) = torch.autograd.grad(out, leaf, grad.to(device))
+    torch.testing.assert_close(out.cpu(), x @ weight.t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.cpu(), grad.t() @ x, rtol=1e-5, atol=1e-5)
 
 
 def test_float64_is_the_references(tier):
@@ -182,14 +196,17 @@ def test_a_model_has_the_same_bound_and_gradients_under_every_tier(tier, likelih
     x = to_csr(some_counts(64, 80).clamp(max=50))
     torch.manual_seed(0)
     vae = celbo.VAE(80, 3, [16], likelihood=celbo.LIKELIHOODS[likelihood], context_dim=2, dropout=0.0)
-    noise = celbo.vae.draw_noise(vae, 64, torch.Generator().manual_seed(0))
     context, library = torch.eye(2)[torch.arange(64) % 2], x.to_dense().sum(1, keepdim=True)
     found = {}
     for name in ("reference", tier):
         kernels.use(name)
-        terms = celbo.elbo_terms(vae, x, context, library, noise)
+        device = where(kernels)
+        vae.to(device)
+        minibatch = Minibatch(x, context, library).to(device)
+        noise = celbo.vae.draw_noise(vae, 64, torch.Generator().manual_seed(0), device)
+        terms = celbo.elbo_terms(vae, *minibatch[:3], noise)
         gradients = torch.autograd.grad(terms.elbo.mean(), list(vae.parameters()))
-        found[name] = [terms.reconstruction, terms.kl, *gradients]
+        found[name] = [part.cpu() for part in (terms.reconstruction, terms.kl, *gradients)]
     for ours, expected in zip(found[tier], found["reference"], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.detach().abs().max().item())
 
@@ -197,6 +214,62 @@ def test_a_model_has_the_same_bound_and_gradients_under_every_tier(tier, likelih
 def test_an_unknown_tier_is_refused():
     with pytest.raises(UsageError, match="choose one of auto, reference, cpu, gpu"):
         kernels.use("fast")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_blocks_of_genes_and_cells_join_without_a_seam(name, monkeypatch):
+    pytest.importorskip("triton")
+    from celbo.kernels import gpu
+
+    x = some_counts(5, 40)
+    inputs, results = some_inputs(x), []
+    kernels.use("gpu")
+    for block, most_genes in ((512, 64), (32, 16), (32, 32)):
+        monkeypatch.setattr(gpu, "_BLOCK", block)
+        monkeypatch.setattr(gpu, "_MOST_GENES", most_genes)
+        value, gradients = run(kernels, name, x, inputs, torch.linspace(-1, 2, 5), torch.float32)
+        results.append([value, *gradients])
+    kernels.use("auto")
+    for whole, *parts in zip(*results, strict=True):
+        for part in parts:
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+
+
+def without_interpreter(code, folder):
+    """What a Python prints that has triton, but not its interpreter; what it compiles goes to the folder."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_the_gpu_kernels_refuse_tensors_that_are_not_there(tmp_path):
+    found = without_interpreter(
+        "import torch; from celbo import kernels\n"
+        "kernels.use('gpu')\n"
+        "kernels.softmax_poisson(*[torch.zeros(1, 1)] * 3, torch.zeros(1), torch.zeros(1, 1))",
+        tmp_path,
+    )
+    assert "UsageError: the gpu kernels take tensors on a CUDA device, these are on cpu" in found.stderr
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_gpu_kernels_can_be_compiled_where_there_is_no_gpu(capability, tmp_path):
+    found = without_interpreter(
+        "import triton\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from triton.compiler import ASTSource\n"
+        "from celbo.kernels import blocks\n"
+        "for kernel in (blocks.poisson, blocks.nb):\n"
+        "    names = kernel.arg_names\n"
+        "    types = {name: '*fp32' if name.endswith('_at') else 'i32' for name in names}\n"
+        "    constants = {'WANT': True, 'INFLATED': True, 'CELLS': 1, 'GENES': 512}\n"
+        "    constants = {name: value for name, value in constants.items() if name in names}\n"
+        "    source = ASTSource(kernel, types | dict.fromkeys(constants, 'constexpr'), constants)\n"
+        f"    triton.compile(source, target=GPUTarget('cuda', {capability}, 32))\n"
+        "    print(kernel.__name__)",
+        tmp_path,
+    )
+    assert found.stdout.split() == ["poisson", "nb"], found.stderr
 
 
 def test_without_numba_the_reference_serves(monkeypatch):
