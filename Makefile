@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench docs clean
+# Where real counts and an environment with scvi-tools 1.4.2 are, if they are there: make bench DATA=... SCVI=...
+DATA :=
+SCVI :=
+
+.PHONY: demo test check bench bench-full docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/celbo demo -o celbo-demo
@@ -17,9 +21,21 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/throughput.py
+bench: bench = --repeats 1 --epochs 6
+bench: seeds = 0
+bench: sets = $(if $(DATA),pbmc3k kang_ifnb) simulated_20k
+bench-full: bench = --repeats 3
+bench-full: seeds = 0 1 2
+bench-full: sets = pbmc3k kang_ifnb simulated_20k
+bench bench-full: $(VENV)/.installed-dev
+	mkdir -p benchmark-results
 	$(BIN)/python benchmarks/checking.py
+	$(BIN)/python benchmarks/throughput.py $(bench) $(if $(SCVI),--scvi-python $(SCVI)) --json benchmark-results/throughput.json
+	$(BIN)/python benchmarks/scaling.py --json benchmark-results/scaling.json
+	$(BIN)/python benchmarks/time_to_quality.py $(or $(DATA),.) --sets $(sets) --seeds $(seeds) $(if $(SCVI),--scvi-python $(SCVI)) \
+		--work benchmark-results --json benchmark-results/quality.json
+	$(BIN)/python benchmarks/picture.py benchmark-results docs/images/speed.svg
+	$(if $(and $(SCVI),$(findstring full,$@)),$(BIN)/python benchmarks/quality.py $(DATA) --scvi-python $(SCVI) --work benchmark-results)
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build

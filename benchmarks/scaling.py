@@ -85,22 +85,22 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where to write the figures for picture.py")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.memory:
         print(json.dumps(memory(options.memory)))
         return
-    times = training_times(options.cells, options.turns, options.threads)
+    times, rows = training_times(options.cells, options.turns, options.threads), []
     for n_cells, microseconds in times.items():
         command = [sys.executable, str(Path(__file__).resolve()), "--memory", str(n_cells)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        row = {
-            "cells": n_cells,
-            "us_a_cell": round(microseconds, 1),
-            "of_the_fewest": round(microseconds / times[options.cells[0]], 3),
-        }
-        print(json.dumps(row | found), flush=True)
+        of_the_fewest = microseconds / times[options.cells[0]]
+        rows.append({"cells": n_cells, "us_a_cell": microseconds, "of_the_fewest": of_the_fewest, **found})
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--scvi-python", help="python of the environment with scvi-tools")
+    parser.add_argument("--json", type=Path, help="where to write the figures for picture.py")
     parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -101,6 +102,7 @@ def main() -> None:
 
     import celbo
 
+    rows = []
     pythons = {"celbo": sys.executable} | ({"scvi": options.scvi_python} if options.scvi_python else {})
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "simulated.h5ad"
@@ -120,6 +122,9 @@ def main() -> None:
                 row["by_threads"] = {f"{tool} {threads}": round(s) for (tool, threads), s in medians.items()}
                 row["products_only"] = round(products_only(options.genes, batch_size, max(options.threads)))
                 print(json.dumps(row), flush=True)
+                rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
