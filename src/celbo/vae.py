@@ -306,8 +306,10 @@ def _first_layer(linear: nn.Module, values: Tensor, x: Tensor, context: Tensor |
     assert isinstance(linear, nn.Linear)
     scaled = csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape)
     n_genes = x.shape[-1]
-    h = kernels.sparse_linear(scaled, linear.weight[:, :n_genes]) + linear.bias
-    return h if context is None else h + context @ linear.weight[:, n_genes:].t()
+    if context is None:
+        return kernels.sparse_linear(scaled, linear.weight) + linear.bias
+    of_genes, of_context = linear.weight[:, :n_genes], linear.weight[:, n_genes:]
+    return kernels.sparse_linear(scaled, of_genes) + context @ of_context.t() + linear.bias
 
 
 def _run(

@@ -117,18 +117,16 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
     value, d_library = np.empty((2, n_cells))
     d_h = torch.zeros_like(inputs.h)
     d_theta_by_cell = np.zeros((n_cells if by_cell else 0, n_genes), np.float32)
-    n = n_threads()
-    blocks = list(_blocks(n_cells, n))
+    blocks = list(_blocks(n_cells, n_threads()))
+    n = min(n_threads(), len(blocks))
 
     @torch.no_grad()
     def work(turn: int) -> list[Tensor]:
         """Take this turn's blocks; returns its sums of the gradients in weight, bias, theta and gate."""
-        sums = [torch.zeros_like(part) for part in (inputs.weight, inputs.bias) if gradient]
-        sums += [
-            torch.zeros_like(part) for part in (inputs.gate_weight, inputs.gate_bias) if gradient and part is not None
-        ]
+        parts = (inputs.weight, inputs.bias, inputs.gate_weight, inputs.gate_bias) if gradient else ()
+        sums = [torch.empty_like(part) for part in parts if part is not None]
         d_theta = torch.zeros(n_genes, dtype=torch.float64)
-        for cells in blocks[turn::n]:
+        for number, cells in enumerate(blocks[turn::n]):
             h = inputs.h[cells]
             logits = torch.addmm(inputs.bias, h, inputs.weight.t())
             starts, columns, values = csr
@@ -151,8 +149,8 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
             if gradient:
                 for (d_out, its_weight), d_weight, d_bias in zip(wide, sums[::2], sums[1::2], strict=True):
                     d_h[cells].addmm_(d_out, its_weight)
-                    d_weight.addmm_(d_out.t(), h)
-                    d_bias += d_out.sum(0)
+                    d_weight.addmm_(d_out.t(), h, beta=min(number, 1))  # the first time into empty room
+                    d_bias.copy_(d_out.sum(0) if number == 0 else d_bias + d_out.sum(0))
         return [*sums, d_theta]
 
     *sums, d_theta = (reduce(torch.Tensor.add_, parts) for parts in zip(*in_threads(work, n), strict=True))
