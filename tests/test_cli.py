@@ -314,3 +314,17 @@ def test_the_demo_recovers_the_truth_and_names_a_picture(tmp_path):
     assert values["treatment effect"] > 0.75
     assert str(tmp_path / "demo" / "report.html") in done.stderr
     assert (tmp_path / "demo" / "latent.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_fitted_model_says_itself_is_refused_beside_it(fitted_run, data):
+    folder, _ = fitted_run
+    done = run("check", data, "--model", folder, "--condition", "batch", "--layer", "counts")
+    assert done.returncode == 2
+    assert "leave out --condition, --layer" in done.stderr
+
+
+def test_a_name_for_no_embedding_is_refused_before_any_work(fitted_run, tmp_path):
+    folder, _ = fitted_run
+    done = run("embed", folder, tmp_path / "not-there.h5ad", "-o", tmp_path / "z.txt")
+    assert done.returncode == 2
+    assert "z.txt is to be an .h5ad file" in done.stderr

@@ -302,3 +302,14 @@ def test_threads_are_given_back(cells):
     before = torch.get_num_threads()
     ExpressionVAE(train=TrainConfig(max_epochs=1, threads=before + 1)).fit(cells)
     assert torch.get_num_threads() == before
+
+
+def test_a_number_of_genes_may_be_numpys(cells, tmp_path):
+    model = ExpressionVAE(n_top_genes=np.int64(20), train=QUICK).fit(cells)
+    model.save(tmp_path / "model")
+    assert celbo.load(tmp_path / "model").n_top_genes == 20
+
+
+def test_letting_estimated_counts_through_is_for_likelihoods_of_counts(cells):
+    with pytest.raises(DataError, match=r"allow_noninteger .* leave it out"):
+        ExpressionVAE(likelihood="gaussian", allow_noninteger=True).fit(cells)

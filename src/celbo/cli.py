@@ -139,6 +139,7 @@ def check(
 
     try:
         if model is not None:
+            _refuse_options_of_fit(ctx)
             fitted = celbo.load(model)
             reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
             adata = _read(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
@@ -260,10 +261,11 @@ def embed(
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
     standard deviations); no counts.
     """
-    from celbo.runs import embedding, write_embedding
+    from celbo.runs import embedding, refuse_no_embedding, write_embedding
 
     if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
+    refuse_no_embedding(output)
     model = celbo.load(run)
     reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
@@ -335,6 +337,15 @@ def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, 
             if name in known:
                 chosen[table][name] = value
     return chosen, _Reading(**chosen["reading"])
+
+
+def _refuse_options_of_fit(ctx: typer.Context) -> None:
+    """Refuse options that a fitted model brings of its own, where it is named."""
+    of_fit = ("condition", "likelihood", "layer", "size_factor", "allow_noninteger", "config")
+    given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"with --model the model says what it reads; leave out {options}.")
 
 
 def _compare_with_record(

@@ -177,7 +177,9 @@ class ExpressionVAE:
         'not-whole'
         """
         likelihood = self._likelihood()
-        if self.n_top_genes is not None and (not isinstance(self.n_top_genes, int) or self.n_top_genes < 1):
+        if self.n_top_genes is not None and (
+            not isinstance(self.n_top_genes, int | np.integer) or self.n_top_genes < 1
+        ):
             raise UsageError(f"n_top_genes={self.n_top_genes!r}; give a whole number of at least 1, or None for all.")
         check = check_adata(
             read_adata(adata, layer=self.layer),
@@ -316,6 +318,7 @@ class ExpressionVAE:
         return {
             **chosen,
             "hidden_dims": [int(width) for width in self.hidden_dims],
+            "n_top_genes": self.n_top_genes and int(self.n_top_genes),
             "conditions": list(self.conditions),
             "train": asdict(self.train),
         }

@@ -32,6 +32,7 @@ __all__ = [
     "embedding",
     "fingerprint",
     "measure",
+    "refuse_no_embedding",
     "summarise",
     "write_embedding",
     "write_run",
@@ -213,11 +214,8 @@ def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", g
 
 def write_embedding(cells: AnnData, path: Path) -> None:
     """Write an embedding as ``.h5ad``, in one step or not at all; what is no embedding is not replaced."""
+    refuse_no_embedding(path)
     path = Path(os.path.realpath(path))  # where a link leads
-    if path.suffix != ".h5ad":
-        raise UsageError(f"{path} is to be an .h5ad file; name it so.")
-    if path.exists() and not _is_embedding(path):
-        raise UsageError(f"{path} is there, and is no embedding that celbo wrote; name another file with -o.")
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +231,15 @@ def write_embedding(cells: AnnData, path: Path) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def refuse_no_embedding(path: Path) -> None:
+    """Refuse a name that no embedding can be written to."""
+    path = Path(os.path.realpath(path))
+    if path.suffix != ".h5ad":
+        raise UsageError(f"{path} is to be an .h5ad file; name it so.")
+    if path.exists() and not _is_embedding(path):
+        raise UsageError(f"{path} is there, and is no embedding that celbo wrote; name another file with -o.")
 
 
 def _is_embedding(path: Path) -> bool:

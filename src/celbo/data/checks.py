@@ -158,8 +158,13 @@ def check_adata(
         check.stored = stored = stored_values(adata, layer)
         if values == "real" and (layer is None or holds_counts(stored)):
             values = "log_normalised"
-        if values == "counts" and allow_noninteger:
+        if allow_noninteger and values == "counts":
             values = "pseudo_counts"
+        elif allow_noninteger:
+            raise DataError(
+                "allow_noninteger (--allow-noninteger) lets estimated counts through to the likelihoods of counts (nb, "
+                "zinb, poisson); leave it out, and name a layer where the gaussian is to take real numbers."
+            )
         scan = _check_values(check, adata, layer, stored, values)
         _check_emptiness(check, adata, scan, values)
     library_scale = 1.0
