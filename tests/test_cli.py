@@ -53,6 +53,7 @@ def test_fit_writes_everything_under_one_folder(fitted_run):
         "metrics.json",
         "history.jsonl",
         "run.json",
+        "diagnosis.json",
         "latent.png",
         "report.html",
     }
@@ -146,11 +147,11 @@ def test_inspect_needs_no_torch(fitted_run):
 
 
 def test_the_command_lines_defaults_are_the_estimators():
-    names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs"}
+    names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs", "remedy": "remedies"}
     model = celbo.ExpressionVAE().options()
-    defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None}
+    defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None, "remedies": None}
     options = inspect.signature(cli.fit).parameters
-    for name in options.keys() - {"ctx", "data", "output", "keep_reference", "config", *READING}:
+    for name in options.keys() - {"ctx", "data", "output", "keep_reference", "auto_remedy", "config", *READING}:
         assert options[name].default == defaults[names.get(name, name)], name
 
 
@@ -159,7 +160,7 @@ def test_the_command_lines_defaults_are_the_estimators():
     [
         (["--likelihood", "negbin"], "choose one of gaussian, bernoulli, poisson, nb, zinb"),
         (["--norm", "group"], "choose one of none, layer, batch"),
-        (["--dispersion", "gene-cell", "--likelihood", "poisson"], "needs a likelihood with theta"),
+        (["--dispersion", "gene-cell", "--likelihood", "poisson"], "is for the likelihoods nb, zinb"),
         (["--epochs", "0"], "max_epochs=0"),
         (["--device", "warp9"], "use 'auto' or 'cpu'"),
         (["--latent-dim", "ten"], "ten"),

@@ -313,3 +313,18 @@ def test_a_number_of_genes_may_be_numpys(cells, tmp_path):
 def test_letting_estimated_counts_through_is_for_likelihoods_of_counts(cells):
     with pytest.raises(DataError, match=r"allow_noninteger .* leave it out"):
         ExpressionVAE(likelihood="gaussian", allow_noninteger=True).fit(cells)
+
+
+def test_log_normalised_cells_that_lack_abundant_genes_stay_where_they_are():
+    cells = celbo.simulate_cells(n_cells=600, n_genes=100, n_types=3, median_library=2000, seed=1)
+    train = TrainConfig(max_epochs=30, seed=0)
+    model = ExpressionVAE(likelihood="gaussian", latent_dim=3, hidden_dims=(32,), train=train).fit(cells)
+    whole = model.embed(cells)
+    abundant = np.argsort(-np.asarray(cells.X.sum(0)).ravel())[3:13]
+    query = cells[:, np.delete(np.arange(100), abundant)].copy()
+    assert 0.6 * cells.X.sum() < query.X.sum() < 0.85 * cells.X.sum()
+    with pytest.warns(UserWarning, match="fills them in"):
+        lacking = model.embed(query)
+    apart = np.sqrt(((lacking - whole) ** 2).sum(1).mean())
+    spread = np.sqrt(((whole - whole.mean(0)) ** 2).sum(1).mean())
+    assert apart < 0.5 * spread, (apart, spread)  # .55 where the counts that were not measured are left out of account

@@ -15,12 +15,13 @@ SOURCE = Path(celbo.__file__).parent
 ORDER = [
     ["cli"],
     ["config", "progress", "runs", "demo"],
+    ["curing"],
     ["report", "estimator", "simulate"],
-    ["train"],
-    ["inference", "checkpoint", "data"],
+    ["train", "evidence", "importance"],
+    ["inference", "checkpoint", "data", "diagnostics"],
     ["objective", "remedies"],
     ["vae"],
-    ["likelihoods"],
+    ["likelihoods", "priors"],
     ["distributions", "minibatch"],
     ["kernels"],
     ["errors", "__init__"],
@@ -67,7 +68,7 @@ def test_every_room_has_its_place():
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
+        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli", "curing"}),
         ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
         ("typer", {"cli"}),
         ("triton", {"kernels"}),

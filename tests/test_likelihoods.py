@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from celbo import LIKELIHOODS, VAE, NegativeBinomial, elbo_terms
-from celbo.likelihoods import DISPERSIONS
 from celbo.minibatch import Minibatch, gene_moments
 from celbo.vae import Noise
 
@@ -18,7 +17,7 @@ N_CELLS, N_GENES, LATENT = 96, 12, 3
 CASES = [
     pytest.param(row, dispersion, id=f"{row.name}-{dispersion}")
     for row in LIKELIHOODS.values()
-    for dispersion in (DISPERSIONS if row.has_theta else DISPERSIONS[:1])
+    for dispersion in row.dispersions
 ]
 each_case = pytest.mark.parametrize(("row", "dispersion"), CASES)
 each_row = pytest.mark.parametrize("row", LIKELIHOODS.values(), ids=LIKELIHOODS)
@@ -308,11 +307,11 @@ def test_every_level_and_cell_starts_with_the_theta_of_the_gene(dispersion):
     torch.testing.assert_close(found, theta_at_start(cells).expand_as(found))
 
 
-@pytest.mark.parametrize("name", [row.name for row in LIKELIHOODS.values() if row.has_theta])
+@pytest.mark.parametrize("name", [row.name for row in LIKELIHOODS.values() if "gene-cell" in row.dispersions])
 def test_theta_depends_on_the_condition_or_on_the_cell_as_told(name):
     cells = simulate_counts()
     thetas = {}
-    for dispersion in DISPERSIONS:
+    for dispersion in LIKELIHOODS[name].dispersions:
         vae = make_vae(LIKELIHOODS[name], dispersion, context_dim=2)
         for module, parameter in vae.head.named_parameters():
             if module.endswith("fc_theta.weight"):

@@ -394,7 +394,7 @@ def test_dropout_acts_in_training_and_not_in_use():
     [
         ({"likelihood": "nb"}, "likelihood is 'nb'", "LIKELIHOODS['nb'] (there are gaussian, bernoulli, poisson, nb"),
         ({"dispersion": "cell", "likelihood": NB}, "dispersion is 'cell'", "gene, gene-condition, gene-cell"),
-        ({"dispersion": "gene-cell"}, "'gene-cell' needs a likelihood with theta", "nb, zinb"),
+        ({"dispersion": "gene-cell"}, "'gene-cell' is for the likelihoods", "nb, zinb"),
         ({"dispersion": "gene-condition", "likelihood": NB}, "needs a condition", "name one, or use 'gene'"),
         ({"norm": "group"}, "norm is 'group'", "none, layer, batch"),
         ({"dropout": 1.0}, "dropout is 1.0", "from 0 to below 1"),

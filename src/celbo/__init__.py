@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from celbo.curing import cure
     from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
     from celbo.errors import (
         CelboError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from celbo.estimator import ExpressionVAE, load
     from celbo.likelihoods import LIKELIHOODS
     from celbo.objective import elbo_terms
+    from celbo.remedies import REMEDIES
     from celbo.simulate import simulate_cells
     from celbo.train import TrainConfig
     from celbo.vae import VAE
@@ -35,11 +37,13 @@ _HOME = {
     "ModelFileError": "errors",
     "NegativeBinomial": "distributions",
     "NotFittedError": "errors",
+    "REMEDIES": "remedies",
     "StorageError": "errors",
     "TrainConfig": "train",
     "UsageError": "errors",
     "VAE": "vae",
     "ZeroInflatedNegativeBinomial": "distributions",
+    "cure": "curing",
     "elbo_terms": "objective",
     "load": "estimator",
     "simulate_cells": "simulate",
@@ -47,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "LIKELIHOODS",
+    "REMEDIES",
     "VAE",
     "CelboError",
     "DataError",
@@ -60,6 +65,7 @@ __all__ = [
     "UsageError",
     "ZeroInflatedNegativeBinomial",
     "__version__",
+    "cure",
     "elbo_terms",
     "load",
     "simulate_cells",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from celbo.checkpoint import FolderDescription
+    from celbo.curing import Step
     from celbo.demo import Recovery
     from celbo.estimator import ExpressionVAE
     from celbo.minibatch import Rows
@@ -183,7 +184,9 @@ def fit(
     layer: Layer = None,
     size_factor: SizeFactor = None,
     allow_noninteger: AllowNoninteger = False,
-    dispersion: Annotated[str, typer.Option(help="Theta by gene, gene-condition or gene-cell (nb, zinb).")] = "gene",
+    dispersion: Annotated[
+        str, typer.Option(help="Theta by gene, gene-condition or gene-cell (nb, zinb); fixed: sigma = 1 (gaussian).")
+    ] = "gene",
     objective: Annotated[str, typer.Option(help="vae, or autoencoder: no KL, no sampling.")] = "vae",
     latent_dim: Annotated[int, typer.Option(help="Width of the latent space.")] = 10,
     hidden_dim: Annotated[
@@ -195,12 +198,16 @@ def fit(
     ] = False,
     norm: Annotated[str, typer.Option(help="Normalisation of hidden layers: none, layer or batch.")] = "layer",
     dropout: Annotated[float, typer.Option(help="Share of hidden units zeroed in training.")] = 0.2,
+    prior: Annotated[str, typer.Option(help="normal, conditional, mixture:20 or vamp:100.")] = "normal",
     epochs: Annotated[
         int | None,
         typer.Option(help="Passes over the cells at most.  [default: 100; 10 to 200 by the number of cells]"),
     ] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out ELBO before stopping.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Cells of a minibatch.")] = 128,
+    warmup_fraction: Annotated[
+        float, typer.Option(help="Share of the planned run over which the KL weight rises; half at most.")
+    ] = 0.25,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, after a rise over 100 steps.")] = 1e-2,
     validation_fraction: Annotated[float, typer.Option(help="Share of the cells held out.")] = 0.1,
     gene_column: GeneColumn = None,
@@ -212,6 +219,13 @@ def fit(
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    remedy: Annotated[
+        list[str] | None,
+        typer.Option(help="Remedy for posterior collapse, e.g. free_bits:0.1; repeat for more. 'list' shows them all."),
+    ] = None,
+    auto_remedy: Annotated[
+        bool, typer.Option("--auto-remedy", help="If the latent space collapsed, do what `celbo cure` does.")
+    ] = False,
     seed: Seed = 0,
     config: Config = None,
 ) -> None:
@@ -223,8 +237,14 @@ def fit(
     **metrics.json**, **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
     `--config run/run.json` does the same run again.
     """
+    if remedy == ["list"]:
+        from celbo.remedies import remedy_table
+
+        typer.echo(remedy_table())
+        return
     chosen, reading = _chosen_options(ctx, config)
     model = _make_model(chosen)
+    model.recipe()  # a remedy that is none is told before the data are read
     adata = _read(data, reading, model.layer, model.conditions)
     _compare_with_record(adata, model.layer, chosen, config)
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
@@ -238,6 +258,7 @@ def fit(
         path=data,
         reading={"path": str(data.absolute()), **reading._asdict()},
         keep_reference=keep_reference,
+        auto_remedy=auto_remedy,
     )
     _say(f"open {output / 'report.html'}")
 
@@ -273,6 +294,75 @@ def embed(
         cells = embedding(model, adata, unseen=unseen, genes_present=genes_present)
     write_embedding(cells, output)
     _say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
+
+
+DataOfRun = Annotated[
+    Path | None, typer.Argument(help="Cells: an .h5ad file or a .zarr folder; those of the run if not given.")
+]
+
+
+@app.command()
+def diagnose(
+    run: RunPath,
+    data: DataOfRun = None,
+    groupby: Annotated[
+        str | None, typer.Option(help="Column of obs with known types, within which conditions are looked for in z.")
+    ] = None,
+    on_disk: OnDisk = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for posterior collapse and its relatives, and say what to try.
+
+    `celbo diagnose run`
+
+    One line of verdict, then what was measured on held-out cells, worst first, then remedies in the order to try them.
+    """
+    model, adata, _, _ = _open_run(run, data, on_disk=on_disk)
+    with _shown_warnings():
+        found = model.diagnose(adata, groupby=groupby)
+    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else _plain(str(found)))
+
+
+@app.command()
+def cure(
+    run: RunPath,
+    output: OutFolder,
+    data: DataOfRun = None,
+    tolerance: Annotated[float, typer.Option(help="Nats per cell of held-out log p(x) that a remedy may cost.")] = 1.0,
+    tries: Annotated[int, typer.Option(help="Models to fit at most.")] = 3,
+    on_disk: OnDisk = False,
+    as_json: AsJson = False,
+) -> None:
+    """Diagnose a run, apply the first remedy that fits, fit again and compare, until the model is healthy.
+
+    `celbo cure run -o cured`
+
+    The folder gets what `celbo fit` writes, of the best model, and **cure.json**: the trail.
+    """
+    from celbo.progress import shown_progress
+    from celbo.runs import claimed_folder, write_run
+
+    model, adata, path, reading = _open_run(run, data, on_disk=on_disk)
+    with claimed_folder(output, path):
+        started = time.perf_counter()
+        with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+            cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=_ending_when_told(track))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write_run(
+                output,
+                cured,
+                adata,
+                seconds=time.perf_counter() - started,
+                source=path.name,
+                notes=notes,
+                reading={"path": str(path.absolute()), **reading._asdict()},
+                trail=trail,
+            )
+    _show_trail(trail)
+    if as_json:
+        typer.echo((output / "cure.json").read_text())
+    _say(f"open {output / 'report.html'}")
 
 
 @app.command()
@@ -316,7 +406,7 @@ class _Reading(NamedTuple):
 
 
 # Options of the command line that have another name in Python, or stand for one of several.
-_NAMES = {"condition": "conditions", "hidden_dim": "hidden_dims", "epochs": "max_epochs"}
+_NAMES = {"condition": "conditions", "hidden_dim": "hidden_dims", "epochs": "max_epochs", "remedy": "remedies"}
 
 
 def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], _Reading]:
@@ -374,6 +464,33 @@ def _read(data: Path, reading: _Reading, layer: str | None, conditions: "Sequenc
     return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
 
 
+def _open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, _Reading]":
+    """A fitted model and cells for it: those named, or those that its run was fitted to."""
+    from celbo.runs import record_of_run
+
+    model = celbo.load(run)
+    record = record_of_run(run)
+    recorded = record.get("reading", {})
+    reading = _Reading(**{name: recorded[name] for name in _Reading._fields if name in recorded})
+    reading = reading._replace(on_disk=on_disk or reading.on_disk)
+    if data is None:
+        if "path" not in recorded:
+            raise UsageError(f"{run} does not say which cells it was fitted to; name them.")
+        data = Path(recorded["path"])
+        if not data.exists():
+            raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
+    conditions = [condition.name for condition in model.schema_.conditions]
+    return model, _read(data, reading, model.schema_.layer, conditions), data, reading
+
+
+def _show_trail(trail: "Sequence[Step]") -> None:
+    """What was tried, in a line each."""
+    for step in trail:
+        typer.echo(_plain(f"{' + '.join(step.remedies) or 'no remedy'}: {step.verdict}"))
+        price = "" if step.difference is None else f" (s.e. {step.se:.2f})"
+        typer.echo(_plain(f"  {step.said}{price}"))
+
+
 def _fit_and_write(
     model: "ExpressionVAE",
     adata: "AnnData",
@@ -383,6 +500,7 @@ def _fit_and_write(
     path: Path | None = None,
     reading: dict[str, Any] | None = None,
     keep_reference: bool = True,
+    auto_remedy: bool = False,
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
@@ -395,6 +513,9 @@ def _fit_and_write(
         started = time.perf_counter()
         with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
             model.fit(adata, track=_ending_when_told(track))
+            trail = None
+            if auto_remedy:
+                model, trail = celbo.cure(model, adata, track=_ending_when_told(track))
         seconds = time.perf_counter() - started
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the data are was said before they were fitted
@@ -408,7 +529,10 @@ def _fit_and_write(
                 reading=reading,
                 recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
                 keep_reference=keep_reference,
+                trail=trail,
             )
+    if trail is not None:
+        _show_trail(trail)
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     of = "training" if elbo == "elbo_train" else "held-out"

@@ -18,11 +18,14 @@ from celbo.data import CellSource, Check, Schema, check_adata, make_source, open
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
-from celbo.errors import ModelFileError, NotFittedError, UsageError
-from celbo.inference import cell_terms, expected_values, posterior
+from celbo.diagnostics import LEAST_ABLATION, Diagnosis, condition_ablation, diagnose
+from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
+from celbo.evidence import gather
+from celbo.inference import cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.minibatch import gene_moments
+from celbo.minibatch import Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
+from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
 
@@ -30,6 +33,10 @@ __all__ = ["ExpressionVAE", "History", "Reference", "load"]
 
 _REFERENCE_CELLS = 50_000
 """Training cells whose posterior is kept with a model."""
+_CELLS_TO_DIAGNOSE = 10_000
+_CELLS_TO_ANNOUNCE = 1000
+_OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is not None)
+"""Parts of training that are a matter of the model."""
 _CELLS_TO_COMPARE = 200
 """Cells of a level that decide which known level is nearest to it."""
 
@@ -104,6 +111,19 @@ class ExpressionVAE:
     """Normalisation of hidden layers: "none", "layer" or "batch"."""
     dropout: float = 0.2
     """Share of hidden units zeroed in training."""
+    decoder_dims: Sequence[int] | None = None
+    """Widths of the decoder's hidden layers; None for the encoder's in reverse, empty for a linear decoder."""
+    decoder_dropout: float | None = None
+    """Dropout of the decoder; None for that of the encoder."""
+    context_skip: bool = False
+    """Give the conditions alone to every layer of the decoder."""
+    norm_mu: bool = False
+    """Normalise the posterior means over cells; see `celbo.vae.NormMu`."""
+    prior: str = "normal"
+    """A name in `celbo.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
+    remedies: Sequence[str] = ()
+    """Names in `celbo.REMEDIES`, with a number after a colon where they take one: "cyclical", "free_bits:0.1". What
+    they say of the model goes before the options above."""
     train: TrainConfig = TrainConfig()
     """How to train."""
 
@@ -135,7 +155,7 @@ class ExpressionVAE:
         DivergedError
             If training left the numbers and could not come back.
         """
-        objective = self._objective()
+        objective, recipe = self._objective(), self.recipe()
         if not isinstance(self.train, TrainConfig):
             raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
         device = settle_device(self.train.device)
@@ -150,15 +170,19 @@ class ExpressionVAE:
             torch.manual_seed(self.train.seed)
             vae = self._make_vae(schema)
         vae.head.initialise(vae.fc_out, gene_moments(source, split.train))
+        if vae.prior_size:
+            start = source.take(np.random.default_rng([self.train.seed, 11]).permutation(split.train)[: vae.prior_size])
+            vae.start_prior(start.x, context_of(vae, start))
         vae.to(device)
         config = self.train
         if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
             config = replace(config, warmup_fraction=0.0)
         with kernels.threads(config.threads):
-            run = epochs(vae, source, split, config, objective=objective, **({"track": track} if track else {}))
-            self.history_ = History(run)
+            watching = {"track": track} if track else {}
+            self.history_ = History(epochs(vae, source, split, config, objective=objective, recipe=recipe, **watching))
         self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
         self.reference_ = self._refer(adata, source)
+        self._announce(source)
         return self
 
     def check(self, adata: AnnData | str | Path) -> Check:
@@ -286,6 +310,99 @@ class ExpressionVAE:
         with kernels.threads(self.train.threads):
             return expected_values(self.vae_, source, context=context, library=libraries)
 
+    def diagnose(self, adata: AnnData | str | Path, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
+        """Look for posterior collapse and its relatives: a latent that says nothing, a condition that is ignored.
+
+        Everything is measured on the cells held out in fit, where these are the cells of fit; else on all of them (at
+        most 10,000), beside simpler models learned from the others.
+
+        Parameters
+        ----------
+        adata
+            The cells of fit, or others.
+        groupby
+            Column of obs with known types, within which a condition is looked for in z.
+        seed
+            Of all draws.
+
+        Returns
+        -------
+        celbo.diagnostics.Diagnosis
+            Prints its verdict in one line, then the findings, worst first, then remedies in the order to try them.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=500, n_genes=100, median_library=1000, seed=0)
+        >>> model = celbo.ExpressionVAE(latent_dim=4, train=celbo.TrainConfig(max_epochs=30)).fit(adata)
+        >>> model.diagnose(adata).collapsed
+        False
+        """
+        schema = self.schema_
+        adata = read_adata(adata, layer=schema.layer)
+        if groupby is not None and groupby not in adata.obs.columns:
+            raise UsageError(f"groupby={groupby!r} is no column of obs; it has {listed(adata.obs.columns)}.")
+        source, rows, training = self.cells_to_measure(adata)
+        if len(rows) < 2:
+            raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
+        codes, obs = schema.codes(adata.obs), adata.obs.iloc[rows]
+        conditions = {
+            condition.name: (
+                columns,
+                codes[rows, number] if condition.levels is None else codes[rows, number].astype(int),
+            )
+            for number, (condition, columns) in enumerate(zip(schema.conditions, schema.context_columns, strict=True))
+        }
+        with kernels.threads(self.train.threads):
+            evidence = gather(
+                self.vae_,
+                source,
+                rows,
+                training,
+                self._likelihood(),
+                objective=self._objective(),
+                conditions=conditions,
+                settings=self._settings(),
+                types=None if groupby is None else obs[groupby].astype(str).to_numpy(),
+                seed=seed,
+            )
+        return diagnose(evidence)
+
+    def recipe(self) -> Recipe:
+        """What the remedies come to; a `UsageError` with the table of them if they cannot be used."""
+        recipe = combine(self.remedies)
+        trained = any(REMEDIES[text.partition(":")[0]].part not in _OF_MODEL for text in self.remedies)
+        if self.objective == "autoencoder" and trained:
+            raise UsageError(
+                "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training.\n"
+                + remedy_table()
+            )
+        return recipe
+
+    def cells_to_measure(self, adata: AnnData | str | Path) -> tuple[CellSource, Rows, Rows]:
+        """A source of these cells; which of them to measure a model on, and which simpler ones may learn from.
+
+        Those held out in fit and those learned from, if these are the cells of fit; else all, and all.
+        """
+        adata = read_adata(adata, layer=self.schema_.layer)
+        source = self._source(adata)
+        every: Rows = np.arange(source.n_cells)
+        split = self.__dict__.get("split_")
+        if (
+            split is None and (held := self.reference_) is not None
+        ):  # the same split, if it gives the same held-out cells
+            is_level = [condition.levels is not None for condition in self.schema_.conditions]
+            levels = self.schema_.codes(adata.obs)[:, is_level]
+            guess = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
+            if np.array_equal(source.library[guess.validation], held.library[held.held_out]):
+                split = guess
+        is_of_fit = split is not None and len(split.train) + len(split.validation) == source.n_cells
+        if split is None or not is_of_fit or len(split.validation) < 2:
+            some = np.random.default_rng([self.train.seed, 12]).permutation(every)[:_CELLS_TO_DIAGNOSE]
+            return source, np.sort(some), every
+        rows = np.random.default_rng([self.train.seed, 12]).permutation(split.validation)[:_CELLS_TO_DIAGNOSE]
+        return source, np.sort(rows), split.train
+
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
 
@@ -320,6 +437,8 @@ class ExpressionVAE:
             "hidden_dims": [int(width) for width in self.hidden_dims],
             "n_top_genes": self.n_top_genes and int(self.n_top_genes),
             "conditions": list(self.conditions),
+            "decoder_dims": None if self.decoder_dims is None else [int(width) for width in self.decoder_dims],
+            "remedies": list(self.remedies),
             "train": asdict(self.train),
         }
 
@@ -341,19 +460,63 @@ class ExpressionVAE:
             raise UsageError(f"objective is {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         return OBJECTIVES[self.objective]
 
+    def _options_of_vae(self) -> dict[str, Any]:
+        """The options above, and what the remedies make of them."""
+        names = ["dispersion", "encode_context", "skip", "norm", "dropout"]
+        names += ["decoder_dims", "decoder_dropout", "context_skip", "norm_mu", "prior"]
+        return {name: getattr(self, name) for name in names} | dict(self.recipe().options)
+
     def _make_vae(self, schema: Schema) -> VAE:
-        return VAE(
-            input_dim=len(schema.genes),
-            latent_dim=self.latent_dim,
-            hidden_dims=self.hidden_dims,
-            likelihood=self._likelihood(),
-            dispersion=self.dispersion,
-            context_dim=schema.context_dim,
-            encode_context=self.encode_context,
-            skip=self.skip,
-            norm=self.norm,
-            dropout=self.dropout,
-        )
+        try:
+            return VAE(
+                input_dim=len(schema.genes),
+                latent_dim=self.latent_dim,
+                hidden_dims=self.hidden_dims,
+                likelihood=self._likelihood(),
+                context_dim=schema.context_dim,
+                **self._options_of_vae(),
+            )
+        except UsageError as error:
+            if not self.recipe().options:
+                raise
+            raise UsageError(
+                f"remedies {listed(self.remedies)} do not fit this model: {error}\n{remedy_table()}"
+            ) from error
+
+    def _settings(self) -> dict[str, Any]:
+        """What advice depends on."""
+        options = self._options_of_vae()
+        n_hidden = len(self.hidden_dims if options["decoder_dims"] is None else options["decoder_dims"])
+        return {
+            "likelihood": self.likelihood,
+            "objective": self.objective,
+            "warmup_fraction": self.train.warmup_fraction,
+            "remedies": list(self.remedies),
+            "beta": self.recipe().beta,
+            "kl_weight": self.history_[-1].kl_weight,
+            "n_hidden": n_hidden,
+            **{name: options[name] for name in ("dispersion", "norm", "norm_mu", "prior")},
+        }
+
+    def _announce(self, source: CellSource) -> None:
+        """Warn of a decoder that does not listen to z, or to a condition."""
+        held_out = self.split_.validation if len(self.split_.validation) >= 2 else self.split_.train
+        rows = held_out[:_CELLS_TO_ANNOUNCE]
+        if len(rows) < 2 or self.objective == "autoencoder":
+            return
+        with kernels.threads(self.train.threads):
+            use = use_of_latent(self.vae_, source, rows, of_context=self.schema_.context_columns, seed=self.train.seed)
+        advice = "model.diagnose(adata) (celbo diagnose RUN) says why, and what to try."
+        if (nats := float(use.lost[0].mean())) < LEAST_ABLATION:
+            warnings.warn(
+                f"posterior collapse: the decoder loses {nats:.2f} nats per cell without z, so that the latent space "
+                f"shows a blob without separation; {advice}",
+                stacklevel=3,
+            )
+        for condition, lost in zip(self.schema_.conditions, use.lost[1:], strict=True):
+            found = condition_ablation(condition.name, lost)
+            if found.verdict == "bad":
+                warnings.warn(f"{found.meaning}; {advice}", stacklevel=3)
 
     def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read

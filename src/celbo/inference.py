@@ -1,7 +1,7 @@
 """A fitted model over a Source, in chunks of bounded memory; torch in, numpy out."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +11,19 @@ from torch import Tensor
 
 from celbo.kernels.threads import in_threads, n_threads
 from celbo.minibatch import Minibatch, Rows, Source, in_chunks
-from celbo.objective import Objective, elbo_terms
+from celbo.objective import Objective, elbo_terms, log_prob_of_cells
 from celbo.vae import VAE, Noise
 
-__all__ = ["CellTerms", "cell_terms", "context_of", "expected_values", "posterior"]
+__all__ = [
+    "CellTerms",
+    "UseOfLatent",
+    "cell_terms",
+    "context_of",
+    "expected_values",
+    "posterior",
+    "sensitivity",
+    "use_of_latent",
+]
 
 _CHUNK = 1024
 """Cells computed together: enough to keep the processor busy, few enough to stay in its cache."""
@@ -22,6 +31,10 @@ _CHUNK = 1024
 
 _FILLING_ROUNDS = 5
 """Rounds of filling in genes that a query lacks: of a fifth missing, each takes the error down about fivefold."""
+
+
+_MOST_FILLED_IN = 0.9
+"""Share of a cell's counts that may be thought to lie in genes that were not measured."""
 
 
 class CellTerms(NamedTuple):
@@ -124,6 +137,142 @@ def expected_values(
     return means
 
 
+class UseOfLatent(NamedTuple):
+    """What the decoder makes of z and of the conditions, for each cell, in numpy."""
+
+    mu_z: NDArray[np.float32]
+    """``(cells, latent_dim)``, as ``logvar_z``."""
+    logvar_z: NDArray[np.float32]
+    reconstruction: NDArray[np.float32]
+    """With each cell's own z, ``(cells,)``, nats."""
+    lost: NDArray[np.float32]
+    """Reconstruction lost, ``(parts, cells)``, nats: all of z permuted; each of its dimensions, if asked for; each set
+    of context columns."""
+
+
+def use_of_latent(
+    vae: VAE,
+    source: Source,
+    rows: Rows | None = None,
+    *,
+    by_dimension: bool = False,
+    of_context: Sequence[slice] = (),
+    sample: bool = True,
+    seed: int = 0,
+) -> UseOfLatent:
+    """Reconstruction of each cell, and what it loses when z, or the context, is another cell's.
+
+    z is drawn from the posterior once, and permuted among cells of the same context; the context is permuted among all.
+
+    Parameters
+    ----------
+    vae
+        The model; dropout is off meanwhile.
+    source
+        The cells.
+    rows
+        Which of them; all if None.
+    by_dimension
+        Whether to permute each dimension of z by itself, too.
+    of_context
+        Columns of the context to permute together: those of one condition, for example.
+    sample
+        Whether to draw z; else it is mu_z.
+    seed
+        Of the draws and permutations.
+
+    Returns
+    -------
+    UseOfLatent
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    mu_z, logvar_z = (np.empty((len(rows), vae.latent_dim), np.float32) for _ in range(2))
+    context = np.empty((len(rows), vae.context_dim), np.float32)
+
+    def encode(cells: Minibatch, here: slice) -> None:
+        found = vae.encode(cells.x, context_of(vae, cells))
+        mu_z[here], logvar_z[here] = found[0].cpu().numpy(), found[1].cpu().numpy()
+        context[here] = cells.context.cpu().numpy()[:, : vae.context_dim]
+
+    _for_chunks(vae, source, rows, encode)
+    rng = np.random.default_rng([seed, 5])
+    eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
+    z = mu_z + np.exp(0.5 * logvar_z) * eps
+    within, among = _permutation(context, rng), _permutation(context[:, :0], rng)
+    of_z = [slice(None), *(slice(j, j + 1) for j in range(vae.latent_dim) if by_dimension)]
+    reconstruction, lost = (
+        np.empty(len(rows), np.float32),
+        np.empty((len(of_z) + len(of_context), len(rows)), np.float32),
+    )
+
+    def decode(cells: Minibatch, here: slice) -> None:
+        def log_prob(z: NDArray[np.float32], context: NDArray[np.float32]) -> NDArray[np.float32]:
+            parts = (torch.from_numpy(part).to(cells.x.device) for part in (z, context))
+            p = vae.likelihood(next(parts), context=next(parts) if vae.context_dim else None, library=cells.library)
+            values: NDArray[np.float32] = log_prob_of_cells(p, cells.x, cells.observed).cpu().numpy()
+            return values
+
+        reconstruction[here] = log_prob(z[here], context[here])
+        for number, columns in enumerate([*of_z, *of_context]):
+            z_there, context_there = z[here].copy(), context[here].copy()
+            if number < len(of_z):
+                z_there[:, columns] = z[within[here]][:, columns]
+            else:
+                context_there[:, columns] = context[among[here]][:, columns]
+            lost[number, here] = reconstruction[here] - log_prob(z_there, context_there)
+
+    _for_chunks(vae, source, rows, decode)
+    return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
+
+
+def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[np.float64]:
+    """How far each latent dimension moves the decoded mean, against the likelihood's own noise; ``(latent_dim,)``.
+
+    ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information about z_j that
+    its genes carry, in units of what z_j varies. Forward-mode derivatives.
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    mu_z, _ = posterior(vae, source, rows)
+    total = torch.zeros(vae.latent_dim, dtype=torch.float64)
+    device = next(vae.parameters()).device
+    was_training = vae.training
+    vae.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), _CHUNK):
+            cells = source.take(rows[start : start + _CHUNK]).to(device)
+            z = torch.from_numpy(mu_z[start : start + _CHUNK]).to(device)
+
+            def mean(z: Tensor, cells: Minibatch = cells) -> Tensor:
+                return vae.decode(z, context_of(vae, cells), cells.library)
+
+            variance = vae.likelihood(z, context=context_of(vae, cells), library=cells.library).variance
+            for j in range(vae.latent_dim):
+                along = torch.zeros_like(z)
+                along[:, j] = 1
+                slope: Tensor = torch.func.jvp(mean, (z,), (along,))[1]
+                total[j] += (slope.double().square() / variance.double().clamp(min=1e-30)).sum().cpu()
+    vae.train(was_training)
+    found: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
+    return found
+
+
+def _permutation(context: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.intp]:
+    """For each cell another one of the same context, each once; among all cells where contexts hardly recur."""
+    groups = np.zeros(len(context), np.intp)
+    if context.shape[1]:
+        groups = np.unique(context, axis=0, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(groups, minlength=1)
+    if 2 * len(sizes) > len(context):
+        groups = np.zeros_like(groups)
+    else:
+        groups[sizes[groups] < 2] = -1
+    other = np.empty(len(context), np.intp)
+    for group in np.unique(groups):
+        members = rng.permutation(np.flatnonzero(groups == group))
+        other[members] = np.roll(members, 1)
+    return other
+
+
 def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatch, slice], None]) -> None:
     """Read these cells in chunks and call ``compute(cells, where they belong)``; threads take chunks by turns."""
     device = next(vae.parameters()).device
@@ -137,7 +286,7 @@ def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibat
                 with reading:
                     cells = source.take(pieces[number]).to(device)
                 if cells.observed is not None:
-                    cells = _fill_in(vae, cells, cells.observed, source.library_is_sum)
+                    cells = _fill_in(vae, cells, cells.observed, source)
                 compute(cells, slice(number * _CHUNK, number * _CHUNK + len(pieces[number])))
 
     vae.eval()  # no dropout
@@ -147,19 +296,24 @@ def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibat
         vae.train(was_training)
 
 
-def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, library_is_sum: bool) -> Minibatch:
+def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, source: Source) -> Minibatch:
     """Give genes that were not measured the values the model expects of them, so that they pull a cell nowhere.
 
     Zeros would be read as measurements. Encode, decode, fill in, and again: each round starts from a better guess. A
-    library that is a sum over the model's genes grows by what was filled in.
+    library that is a sum over the model's genes grows by what was filled in; where counts were scaled to the same
+    library and logged, those that were measured shrink instead.
     """
     measured, library, context = cells.x.to_dense(), cells.library, context_of(vae, cells)
     x = measured
     for _ in range(_FILLING_ROUNDS):
         mu_z, _logvar_z = vae.encode(x, context)
         x = torch.where(observed, measured, vae.decode(mu_z, context, library))
-        if library_is_sum:
-            library = cells.library + x[:, ~observed].sum(-1, keepdim=True)
+        filled_in = x[:, ~observed]
+        if source.scaled_to is None and source.library_is_sum:
+            library = cells.library + filled_in.sum(-1, keepdim=True)
+        elif source.scaled_to is not None:
+            share = (filled_in.expm1().sum(-1, keepdim=True) / source.scaled_to).clamp(0, _MOST_FILLED_IN)
+            measured = torch.where(observed, (cells.x.to_dense().expm1() * (1 - share)).log1p(), 0.0)
     return cells._replace(x=x, library=library)
 
 

@@ -26,8 +26,9 @@ __all__ = [
     "ZeroInflatedNegativeBinomialHead",
 ]
 
-DISPERSIONS = ("gene", "gene-condition", "gene-cell")
-"""What theta of a negative binomial depends on: the gene; the gene and the condition's level; the gene and the cell."""
+DISPERSIONS = ("gene", "gene-condition", "gene-cell", "fixed")
+"""What theta of a negative binomial depends on: the gene; the gene and the condition's level; the gene and the cell.
+A Gaussian's sigma depends on the gene, or is fixed at 1: the squared error of many a textbook, and a trap."""
 
 # An empty cell has library 0; its mean then is 1e-8 counts, where every likelihood of a zero is 1 to float precision.
 _SMALLEST_LIBRARY = 1e-8
@@ -56,11 +57,14 @@ class Head(Protocol):
 
 
 class GaussianHead(nn.Module):
-    """Reals: ``x ~ N(out, sigma**2)``, one learned sigma per gene (Rybkin 2021, arXiv 2006.13202)."""
+    """Reals: ``x ~ N(out, sigma**2)``, one learned sigma per gene (Rybkin 2021, arXiv 2006.13202).
+
+    With ``dispersion="fixed"`` sigma is 1, and minus the log-likelihood half the squared error.
+    """
 
     def __init__(self, n_genes: int, width: int, context_dim: int, dispersion: str):
         super().__init__()
-        self.log_sigma = nn.Parameter(torch.zeros(n_genes))
+        self.log_sigma = None if dispersion == "fixed" else nn.Parameter(torch.zeros(n_genes))
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """X itself."""
@@ -68,8 +72,8 @@ class GaussianHead(nn.Module):
 
     def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Normal:
         """``N(out, sigma**2)``; the library size plays no part."""
-        sigma = _SMALLEST_SIGMA + self.log_sigma.exp()
         mean = fc_out(h)
+        sigma = mean.new_ones(()) if self.log_sigma is None else _SMALLEST_SIGMA + self.log_sigma.exp()
         return Normal(mean, sigma.expand_as(mean), validate_args=False)
 
     @torch.no_grad()
@@ -78,6 +82,8 @@ class GaussianHead(nn.Module):
         mean = moments.x / moments.n_cells
         variance = moments.x_squared / moments.n_cells - mean.square()
         fc_out.bias.copy_(mean)
+        if self.log_sigma is None:
+            return
         sd = variance.clamp(min=0).sqrt()
         self.log_sigma.copy_((sd - _SMALLEST_SIGMA).clamp(min=_SMALLEST_SIGMA / 100).log())
 
@@ -200,19 +206,24 @@ class Likelihood(NamedTuple):
     """``(n_genes, width of h, context_dim, dispersion)`` to a head."""
     values: str
     """What x is: "counts", "detected" (counts > 0), or "real" (log-normalised counts, or a layer of reals)."""
-    has_theta: bool
+    dispersions: tuple[str, ...]
+    """Which of `DISPERSIONS` it can have."""
     meaning: str
     """One line for people."""
 
 
+_OF_THETA = ("gene", "gene-condition", "gene-cell")
+
 LIKELIHOODS: dict[str, Likelihood] = {
     row.name: row
     for row in (
-        Likelihood("gaussian", GaussianHead, "real", False, "log-normalised counts, or a layer of real numbers"),
-        Likelihood("bernoulli", BernoulliHead, "detected", False, "whether a gene was detected at all"),
-        Likelihood("poisson", PoissonHead, "counts", False, "counts whose only noise is counting"),
-        Likelihood("nb", NegativeBinomialHead, "counts", True, "counts that vary more than counting explains"),
-        Likelihood("zinb", ZeroInflatedNegativeBinomialHead, "counts", True, "such counts with additional zeros"),
+        Likelihood(
+            "gaussian", GaussianHead, "real", ("gene", "fixed"), "log-normalised counts, or a layer of real numbers"
+        ),
+        Likelihood("bernoulli", BernoulliHead, "detected", ("gene",), "whether a gene was detected at all"),
+        Likelihood("poisson", PoissonHead, "counts", ("gene",), "counts whose only noise is counting"),
+        Likelihood("nb", NegativeBinomialHead, "counts", _OF_THETA, "counts that vary more than counting explains"),
+        Likelihood("zinb", ZeroInflatedNegativeBinomialHead, "counts", _OF_THETA, "such counts with additional zeros"),
     )
 }
 """Every likelihood by name."""

@@ -47,7 +47,9 @@ class Source(Protocol):
     n_cells: int
     n_genes: int
     library_is_sum: bool
-    """Whether the library is the sum of x, and not a size factor."""
+    """Whether the library is the sum of the counts, and not a size factor."""
+    scaled_to: float | None
+    """Library to which counts were scaled before the logarithm; None where x is no such thing."""
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""

@@ -1,5 +1,6 @@
 """The evidence lower bound and its terms: the only place that sums over genes and over latent dimensions."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,9 +9,19 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from celbo.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from celbo.priors import StandardPrior
 from celbo.vae import VAE, Noise, reparameterize
 
-__all__ = ["OBJECTIVES", "ElboTerms", "Objective", "autoencoder_terms", "elbo_terms", "kl_divergence"]
+__all__ = [
+    "OBJECTIVES",
+    "ElboTerms",
+    "Objective",
+    "autoencoder_terms",
+    "elbo_terms",
+    "kl_divergence",
+    "kl_to_prior",
+    "log_prob_of_cells",
+]
 
 
 class ElboTerms(NamedTuple):
@@ -20,6 +31,8 @@ class ElboTerms(NamedTuple):
     """``log p(x | z, c)``, summed over genes: ``(cells,)``, nats."""
     kl: Tensor
     """``KL(q(z_j | x, c) || p(z_j))``: ``(cells, latent_dim)``, nats."""
+    z: Tensor | None = None
+    """The sample of the latent that was decoded, ``(cells, latent_dim)``, for penalties on it."""
 
     @property
     def elbo(self) -> Tensor:
@@ -129,11 +142,48 @@ def _terms(
     mu_z, logvar_z = vae.encode(x, context, masks=noise and noise.encoder)
     z = reparameterize(mu_z, logvar_z, noise and noise.eps) if sample else mu_z
     likelihood = vae.likelihood(z, context=context, library=library, masks=noise and noise.decoder)
-    kl = kl_divergence(mu_z, logvar_z)
-    return ElboTerms(_log_prob_of_cells(likelihood, x, observed), kl if sample else torch.zeros_like(kl))
+    kl = kl_to_prior(vae, mu_z, logvar_z, z, context) if sample else torch.zeros_like(mu_z)
+    return ElboTerms(log_prob_of_cells(likelihood, x, observed), kl, z)
 
 
-def _log_prob_of_cells(p: Distribution, x: Tensor, observed: Tensor | None) -> Tensor:
+def kl_to_prior(vae: VAE, mu_z: Tensor, logvar_z: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+    """Divergence of the posterior from the model's prior p(z | c), per latent dimension.
+
+    In closed form where the prior is one normal distribution. Of a mixture it is the estimate ``log q(z_j | x, c) -
+    log p(z_j | z_1 ... z_j-1, c)`` from the sample z, which sums to ``log q(z | x, c) - log p(z | c)`` over dimensions.
+
+    Parameters
+    ----------
+    vae
+        The model, for its prior.
+    mu_z, logvar_z
+        Of the posterior, ``(cells, latent_dim)``.
+    z
+        Sample of it, ``(cells, latent_dim)``.
+    context
+        ``(cells, context_dim)``, where the model has one.
+
+    Returns
+    -------
+    Tensor
+        ``(cells, latent_dim)``, nats.
+    """
+    if isinstance(vae.prior, StandardPrior):
+        return kl_divergence(mu_z, logvar_z)
+    prior = vae.prior_components(z, context)
+    if len(prior.log_weights) == 1:
+        mu, logvar = prior.mu[:, 0], prior.logvar[:, 0]
+        return kl_divergence((mu_z - mu) * (-0.5 * logvar).exp(), logvar_z - logvar)
+    log_joint = _log_normal(z[:, None], prior.mu, prior.logvar).cumsum(-1) + prior.log_weights[:, None]
+    log_prior = log_joint.logsumexp(1).diff(dim=-1, prepend=z.new_zeros(len(z), 1))
+    return _log_normal(z, mu_z, logvar_z) - log_prior
+
+
+def _log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * ((z - mu).square() * (-logvar).exp() + logvar + math.log(2 * math.pi))
+
+
+def log_prob_of_cells(p: Distribution, x: Tensor, observed: Tensor | None) -> Tensor:
     """``log p(x)`` of each cell: summed over the genes that were measured, in one pass where p knows how."""
     if observed is not None:
         return torch.where(observed, p.log_prob(x.to_dense()), 0).sum(-1)

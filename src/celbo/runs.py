@@ -18,8 +18,10 @@ from anndata import AnnData, read_h5ad, settings
 from numpy.typing import NDArray
 
 from celbo import __version__, report
+from celbo.curing import Step
 from celbo.data.sources import sum_of_genes
 from celbo.data.stored import stored_values
+from celbo.diagnostics import ACTIVE, Diagnosis
 from celbo.errors import DataError, StorageError, UsageError
 from celbo.estimator import ExpressionVAE
 
@@ -32,20 +34,24 @@ __all__ = [
     "embedding",
     "fingerprint",
     "measure",
+    "record_of_run",
     "refuse_no_embedding",
     "summarise",
     "write_embedding",
     "write_run",
 ]
 
-WRITTEN = ("model", "embedding.h5ad", "metrics.json", "history.jsonl", "run.json", "latent.png", "report.html")
+WRITTEN = (
+    *("model", "embedding.h5ad", "metrics.json", "history.jsonl", "run.json", "diagnosis.json", "cure.json"),
+    *("latent.png", "report.html"),
+)
 """What a run writes into its folder."""
 _LOCK = ".celbo-lock"
-_ACTIVE = 0.01
-"""Variance of a posterior mean over cells below which a latent dimension is called inactive (Burda 2016)."""
 _MOST_LEVELS = 60
 """A column of obs with more levels than this is no help as a colour of the latent picture."""
 _MOST_COLOURS = 6
+_FEWEST_TO_DIAGNOSE = 20
+"""Held-out cells below which no diagnosis is made unasked."""
 _LIBRARIES = ("anndata", "numpy", "pandas", "safetensors", "scipy", "torch")
 
 
@@ -155,7 +161,7 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
     train, validation = terms.iloc[model.split_.train], terms.iloc[model.split_.validation]
     held_out = validation if len(validation) else None
     kl_per_dim = (train if held_out is None else held_out).filter(regex=r"^kl_\d+$").mean()
-    active = mu_z.var(axis=0) > _ACTIVE
+    active = mu_z.var(axis=0) > ACTIVE
     history = model.history_
     return {
         "n_cells": adata.n_obs,
@@ -175,6 +181,7 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
         "kl_per_dim": [float(value) for value in kl_per_dim],
         "active_units": int(active.sum()),
         "kl_weight_final": history[-1].kl_weight,
+        "ablation": history[-1].ablation,
     }
 
 
@@ -264,6 +271,7 @@ def write_run(
     reading: Mapping[str, Any] | None = None,
     recovery: Sequence[Mapping[str, Any]] | None = None,
     keep_reference: bool = True,
+    trail: Sequence[Step] | None = None,
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
@@ -287,6 +295,8 @@ def write_run(
         How well a simulated truth was recovered, where there is one.
     keep_reference
         Whether the model folder keeps the latent positions of the cells.
+    trail
+        What was tried to cure it, for ``cure.json``.
 
     Returns
     -------
@@ -296,6 +306,7 @@ def write_run(
     model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
     cells = embedding(model, adata)
     metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
+    diagnosis = _diagnose(model, adata)
     run = {
         "options": model.options(),
         "versions": {
@@ -312,21 +323,38 @@ def write_run(
     summary = {
         "title": f"celbo: {source}",
         "celbo_version": __version__,
-        "verdict": _verdict(metrics),
-        "notes": list(notes),
+        "verdict": _verdict(metrics) if diagnosis is None else diagnosis.verdict,
+        "notes": [*notes, *_notes(model)],
         "metrics": metrics,
+        "diagnosis": None if diagnosis is None else diagnosis.to_json(),
         "run": run,
         "history": history,
         "latent": summarise(cells, seed=model.train.seed, first=model.conditions),
         "recovery": None if recovery is None else list(recovery),
     }
     write_embedding(cells, folder / "embedding.h5ad")
+    if trail is not None:
+        _write(folder / "cure.json", _json([asdict(step) for step in trail]))
     _write(folder / "metrics.json", _json(metrics))
     _write(folder / "history.jsonl", "".join(_json(epoch, indent=None) for epoch in history))
+    if diagnosis is not None:
+        _write(folder / "diagnosis.json", _json(diagnosis.to_json()))
     _write(folder / "run.json", _json(run))
     _write(folder / "latent.png", report.to_png(report.latent_figure(summary)))
     _write(folder / "report.html", report.render(summary))
     return summary
+
+
+def record_of_run(run: Path) -> dict[str, Any]:
+    """The ``run.json`` of a run, or of the run whose model folder this is; empty if there is none."""
+    for folder in (run, run.parent):
+        try:
+            found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("reading", {}), dict):
+            return found
+    return {}
 
 
 def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[str, Any]:
@@ -351,6 +379,22 @@ def _colour(column: "pd.Series[Any]") -> dict[str, Any] | None:
     if not 2 <= column.nunique() <= _MOST_LEVELS:
         return None
     return {"kind": "categorical", "values": [None if pd.isna(value) else str(value) for value in column]}
+
+
+def _diagnose(model: ExpressionVAE, adata: AnnData) -> Diagnosis | None:
+    """None for so few cells that nothing can be said of them, and for a plain autoencoder."""
+    few = min(len(model.split_.train), len(model.split_.validation) or _FEWEST_TO_DIAGNOSE) < _FEWEST_TO_DIAGNOSE
+    return None if few or model.objective == "autoencoder" else model.diagnose(adata, seed=model.train.seed)
+
+
+def _notes(model: ExpressionVAE) -> list[str]:
+    """Say so where training was on something else than the ELBO."""
+    if model.recipe().is_bound:
+        return []
+    return [
+        f"trained with {', '.join(model.remedies)}: what was maximised is not the ELBO itself. All figures here are "
+        "those of the ELBO, unweighted."
+    ]
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celbo.diagnostics import ACTIVE, mutual_information
 from celbo.errors import DivergedError, UsageError
-from celbo.inference import CellTerms, cell_terms, context_of
+from celbo.inference import CellTerms, UseOfLatent, cell_terms, context_of, use_of_latent
 from celbo.minibatch import Rows, Source
 from celbo.objective import ElboTerms, Objective, elbo_terms
-from celbo.remedies import linear_warmup
+from celbo.remedies import Recipe, linear_warmup
 from celbo.vae import VAE, draw_noise
 
 __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
@@ -29,6 +30,13 @@ _STEPS_PER_EPOCH = 8
 _RISE_STEPS = 100
 # The average of the weights reaches back over about a share 1 / (this + 1) of the steps.
 _AVERAGED = 8
+# Of the held-out cells, as many are watched after each epoch as keep that below a hundredth of its time.
+_WATCHED_SHARE, _FEWEST_WATCHED, _MOST_WATCHED = 0.02, 32, 512
+# Training cells over which means and variances of batch norms are taken for the averaged weights.
+_CELLS_FOR_NORMS = 2048
+# Nats by which the mutual information must rise for another epoch of steps of the encoder alone.
+_RISE_OF_INFORMATION = 0.01
+_NO_REMEDY = Recipe()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,10 @@ class Epoch:
     validation_kl: float | None
     kl_per_dim: tuple[float, ...]
     """Per latent dimension, of the held-out cells if there are any."""
+    active_units: int | None = None
+    """Latent dimensions whose posterior mean varies (variance above 0.01) over a fixed sample of held-out cells."""
+    ablation: float | None = None
+    """Reconstruction lost, nats per cell, when z is permuted over that sample: what the decoder hears of z."""
 
 
 Track = Callable[[Iterable[Rows], Plan, list[Epoch]], Iterable[Rows]]
@@ -167,7 +179,7 @@ def split_cells(
     return Split(np.sort(order[n_validation:]), np.sort(order[:n_validation]))
 
 
-def plan_run(n_cells: int, config: TrainConfig) -> Plan:
+def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> Plan:
     """Fix the number of epochs, steps and warm-up steps for this many training cells.
 
     Examples
@@ -183,7 +195,8 @@ def plan_run(n_cells: int, config: TrainConfig) -> Plan:
         n_epochs = min(200, max(100, 1600 // steps_per_epoch))
         n_epochs = max(10, min(n_epochs, 8000 // steps_per_epoch))
     steps = n_epochs * steps_per_epoch
-    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), int(config.warmup_fraction * steps))
+    warmup_steps = recipe.warmup_steps(config.warmup_fraction, steps)
+    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps)
 
 
 def settle_device(name: str) -> torch.device:
@@ -208,13 +221,15 @@ def epochs(
     config: TrainConfig,
     *,
     objective: Objective = elbo_terms,
+    recipe: Recipe = _NO_REMEDY,
     track: Track = lambda minibatches, plan, history: minibatches,
 ) -> Iterator[Epoch]:
     """Train a model, epoch by epoch; when the last has been taken, the model has its best weights.
 
     A step is ``loss = mean(weight * KL - reconstruction)``, gradient clipping, Adam. All its randomness comes from
-    ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand;
-    only from then on do held-out cells decide which weights are best and when to stop. What is measured and kept are
+    ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand, if
+    no remedy changes that; only from then on do held-out cells decide which weights are best and when to stop, by
+    their ELBO, whatever was trained with. What is measured and kept are
     running averages of the weights, over about the last tenth of the steps: with a high learning rate the weights
     themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824). The model has
     them while a record is looked at.
@@ -231,6 +246,8 @@ def epochs(
         Of the run.
     objective
         What to maximise.
+    recipe
+        Remedies, as `celbo.remedies.combine` makes them one.
     track
         Watches the minibatches go by.
 
@@ -243,13 +260,18 @@ def epochs(
     DivergedError
         If the loss or its gradient is not finite, and halving the learning rate three times did not help.
     """
-    plan = plan_run(len(split.train), config)
+    plan = plan_run(len(split.train), config, recipe)
     device = next(vae.parameters()).device
+    if recipe.prepare is not None:
+        recipe.prepare(vae)
     weights = _as_one(vae)
     optimizer = torch.optim.Adam([weights], fused=True)
     average = weights.detach().clone()
     last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
     step, chances, kl_weight, highest_rate, history = 0, _SECOND_CHANCES, 0.0, config.learning_rate, list[Epoch]()
+    watched = _watched(split, config.seed)
+    memory: Tensor | None = None  # of the penalty
+    encoder_first, most_information = recipe.encoder_steps, 0.0
 
     for epoch in range(plan.epochs):
         started = time.perf_counter()
@@ -257,10 +279,14 @@ def epochs(
         vae.train()
         for rows in track(_minibatches(split.train, plan, config.seed, epoch), plan, history):
             minibatch = source.take(rows).to(device)
-            noise = draw_noise(vae, len(rows), _generator(config.seed, epoch, step), device)
+            generator = _generator(config.seed, epoch, step)
+            noise = draw_noise(vae, len(rows), generator, device)
             terms = objective(vae, minibatch.x, context_of(vae, minibatch), minibatch.library, noise)
-            kl_weight = linear_warmup(step, plan.warmup_steps)
-            loss = (kl_weight * terms.kl.sum(-1) - terms.reconstruction).mean()
+            kl_weight = recipe.kl_weight(step, plan.warmup_steps)
+            penalty, remembered = recipe.penalty(terms.kl, kl_weight, memory)
+            loss = penalty - terms.reconstruction.mean()
+            if recipe.pull is not None and terms.z is not None:
+                loss = loss + recipe.pull(terms.z, generator)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(weights, config.gradient_clip)
@@ -272,16 +298,18 @@ def epochs(
                 optimizer.state.clear()
                 average.copy_(weights.detach())
                 continue
-            optimizer.step()
+            memory = remembered
+            with _encoder_alone(vae, weights, step % (encoder_first + 1) != 0):
+                optimizer.step()
             average.lerp_(weights.detach(), (_AVERAGED + 1) / (step + _AVERAGED))
             totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
             n_seen += len(rows)
 
         with _lent(average, weights):
+            _settle_norms(vae, source, split)
             held_out = None
             if split.validation.size:
                 held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
-            seconds = time.perf_counter() - started
             if held_out is not None and not np.isfinite(held_out.elbo).all():
                 row = split.validation[~np.isfinite(held_out.elbo)][0]
                 raise DivergedError(
@@ -289,11 +317,19 @@ def epochs(
                     "look at this cell for extreme values, or lower the learning rate."
                 )
             train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
-            record = _record(epoch, step, kl_weight, seconds, train.tolist(), held_out)
+            use = use_of_latent(vae, source, watched, seed=config.seed) if len(watched) else None
+            shown_weight = kl_weight if memory is None else kl_weight * float(memory.mean())
+            seconds = time.perf_counter() - started
+            record = _record(epoch, step, shown_weight, seconds, train.tolist(), held_out, use)
             history.append(record)
             yield record
             averaged = _weights(vae)
 
+        if encoder_first:  # as long as it tells the encoder more
+            information = 0.0 if use is None else mutual_information(use.mu_z, use.logvar_z)
+            rises = information > most_information + _RISE_OF_INFORMATION
+            encoder_first = encoder_first if rises and step < plan.warmup_steps else 0
+            most_information = information
         last_good = _weights(vae)
         if record.validation_elbo is None or step < plan.warmup_steps:
             best = averaged
@@ -342,6 +378,55 @@ def _tall(parameter: Tensor) -> Tensor:
     return parameter.t() if parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0] else parameter
 
 
+def _watched(split: Split, seed: int) -> Rows:
+    """A sample of the held-out cells, small beside the training cells."""
+    n = min(_MOST_WATCHED, max(_FEWEST_WATCHED, round(_WATCHED_SHARE * len(split.train))))
+    return np.sort(np.random.default_rng([seed, 4]).permutation(split.validation)[:n])
+
+
+@contextmanager
+def _encoder_alone(vae: VAE, weights: Tensor, wanted: bool) -> Iterator[None]:
+    """Let a step of the optimiser move the encoder only, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    rest = sum(value.numel() for name, value in vae.named_parameters() if not name.startswith(_OF_ENCODER))
+    others = weights.detach()[len(weights) - rest :]  # parameters come in the order in which the model has them
+    assert weights.grad is not None
+    weights.grad[len(weights) - rest :] = 0
+    kept = others.clone()
+    yield
+    others.copy_(kept)
+
+
+_OF_ENCODER = ("encoder.", "fc_mu.", "fc_logvar.", "norm_mu.")
+
+
+def _settle_norms(vae: VAE, source: Source, split: Split) -> None:
+    """Take means and variances of batch norms anew: those they ran with belong to weights before averaging."""
+    norms = [layer for layer in vae.modules() if isinstance(layer, torch.nn.BatchNorm1d)]
+    if not norms:
+        return
+    momentum = [layer.momentum for layer in norms]
+    dropouts = [layer for layer in vae.modules() if isinstance(layer, torch.nn.Dropout)]
+    vae.train()
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # plain means over what follows
+    for dropout in dropouts:
+        dropout.eval()
+    device = next(vae.parameters()).device
+    rows = split.train[:: max(1, len(split.train) // _CELLS_FOR_NORMS)]
+    with torch.no_grad():
+        for piece in np.array_split(rows, max(1, len(rows) // 512)):
+            cells = source.take(piece).to(device)
+            mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
+            vae.likelihood(mu_z, context=context_of(vae, cells), library=cells.library)
+    for layer, before in zip(norms, momentum, strict=True):
+        layer.momentum = before
+    vae.eval()
+
+
 @contextmanager
 def _lent(average: Tensor, weights: Tensor) -> Iterator[None]:
     """Put the average in the place of the weights for a while."""
@@ -384,7 +469,13 @@ def _go_back(
 
 
 def _record(
-    epoch: int, step: int, kl_weight: float, seconds: float, train: list[float], held_out: CellTerms | None
+    epoch: int,
+    step: int,
+    kl_weight: float,
+    seconds: float,
+    train: list[float],
+    held_out: CellTerms | None,
+    use: UseOfLatent | None,
 ) -> Epoch:
     train_reconstruction, *train_kl = train
     reconstruction = kl = None
@@ -403,4 +494,6 @@ def _record(
         validation_reconstruction=reconstruction,
         validation_kl=None if kl is None else sum(kl),
         kl_per_dim=tuple(train_kl if kl is None else kl),
+        active_units=None if use is None else int((use.mu_z.var(0) > ACTIVE).sum()),
+        ablation=None if use is None else float(use.lost[0].mean()),
     )

@@ -1,5 +1,6 @@
 """The variational autoencoder: encoder, reparameterisation, decoder, likelihood head."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from celbo import kernels
 from celbo.errors import UsageError
 from celbo.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
 from celbo.minibatch import csr_tensor
+from celbo.priors import Components, VampPrior, make_prior
 
-__all__ = ["NORMS", "VAE", "Noise", "draw_noise", "mlp", "reparameterize"]
+__all__ = ["NORMS", "VAE", "Noise", "NormMu", "draw_noise", "mlp", "reparameterize"]
 
 NORMS = {"none": None, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 """Normalisations of a hidden layer, by name."""
@@ -48,6 +50,16 @@ class VAE(nn.Module):
         Normalisation of hidden layers: "none", "layer" or "batch".
     dropout
         Share of hidden units zeroed in training.
+    decoder_dims
+        Widths of the decoder's hidden layers; None for the encoder's in reverse, empty for a linear decoder.
+    decoder_dropout
+        Dropout of the decoder; None for that of the encoder.
+    context_skip
+        Give the context alone to every hidden layer of the decoder; needs two.
+    norm_mu
+        Normalise mu_z over the minibatch; see `NormMu`.
+    prior
+        p(z | c): a name in `celbo.priors.PRIORS`, with a number of components after a colon where it has some.
 
     Examples
     --------
@@ -78,28 +90,52 @@ class VAE(nn.Module):
         skip: bool = False,
         norm: str = "none",
         dropout: float = 0.2,
+        decoder_dims: Sequence[int] | None = None,
+        decoder_dropout: float | None = None,
+        context_skip: bool = False,
+        norm_mu: bool = False,
+        prior: str = "normal",
     ):
         super().__init__()
         likelihood = LIKELIHOODS["gaussian"] if likelihood is None else likelihood
         _check_widths(input_dim=[input_dim], latent_dim=[latent_dim], hidden_dims=hidden_dims)
-        _check_options(likelihood, dispersion, context_dim, norm, dropout, skip, len(hidden_dims))
+        decoder_dims = hidden_dims[::-1] if decoder_dims is None else decoder_dims
+        _check_widths(decoder_dims=decoder_dims)
+        _check_options(likelihood, dispersion, context_dim, norm)
+        for name, share in {"dropout": dropout, "decoder_dropout": decoder_dropout or 0.0}.items():
+            if not 0 <= share < 1:
+                raise UsageError(f"{name} is {share}; it is the share of hidden units zeroed, from 0 to below 1")
+        if (skip or context_skip) and len(decoder_dims) < 2:
+            raise UsageError(
+                f"{'skip' if skip else 'context_skip'}=True joins something to the decoder's layers after its first, "
+                f"and it has {len(decoder_dims)} hidden layers; give hidden_dims at least two widths, or leave it out"
+            )
+        if prior.startswith("vamp") and (norm == "batch" or norm_mu):
+            raise UsageError("prior='vamp' sends pseudo-cells through the encoder, which batch norms do not allow")
         self.input_dim = input_dim
         self.latent_dim = latent_dim
         self.context_dim = context_dim
         self.encode_context = encode_context
         self.skip = skip
+        self.context_skip = context_skip
 
         seen_dim = input_dim + (context_dim if encode_context else 0)
         self.encoder, width = mlp(seen_dim, hidden_dims, norm=norm, dropout=dropout)
         self.fc_mu = nn.Linear(width, latent_dim)
         self.fc_logvar = nn.Linear(width, latent_dim)
+        self.norm_mu = NormMu(latent_dim) if norm_mu else None
 
         code_dim = latent_dim + context_dim
         self.decoder, width = mlp(
-            code_dim, hidden_dims[::-1], norm=norm, dropout=dropout, extra_dim=code_dim if skip else 0
+            code_dim,
+            decoder_dims,
+            norm=norm,
+            dropout=dropout if decoder_dropout is None else decoder_dropout,
+            extra_dim=code_dim if skip else context_dim if context_skip else 0,
         )
         self.fc_out = nn.Linear(width, input_dim)
         self.head = likelihood.make_head(input_dim, width, context_dim, dispersion)
+        self.prior = make_prior(prior, latent_dim, context_dim, hidden_dims[0] if len(hidden_dims) else 0)
 
     def encode(
         self, x: Tensor, context: Tensor | None = None, *, masks: Iterable[Tensor] | None = None
@@ -129,7 +165,35 @@ class VAE(nn.Module):
         else:
             h = self.head.encoder_input(x.to_dense())
             h = _run(self.encoder, h if seen is None else torch.cat([h, seen], dim=-1), masks=masks)
-        return self.fc_mu(h), self.fc_logvar(h)
+        return self._posterior_of(h)
+
+    def prior_components(self, z: Tensor, context: Tensor | None = None) -> Components:
+        """Components of p(z | c) for the cells of z, ``(cells, latent_dim)``; see `celbo.priors`."""
+
+        def encode(first: Tensor) -> tuple[Tensor, Tensor]:
+            return self._posterior_of(_run(list(self.encoder)[1:], first, masks=itertools.repeat(first.new_ones(()))))
+
+        components: Components = self.prior(z, context, encode)
+        return components
+
+    @property
+    def prior_size(self) -> int:
+        """Cells that `start_prior` wants."""
+        return len(self.prior.pseudo_cells) if isinstance(self.prior, VampPrior) else 0
+
+    @torch.no_grad()
+    def start_prior(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Let the pseudo-cells of a `celbo.priors.VampPrior` start as these cells; x and context as in `encode`."""
+        if isinstance(self.prior, VampPrior):
+            first = self.encoder[0]
+            h = self.head.encoder_input(x.to_dense())
+            seen = h if context is None or not self.encode_context else torch.cat([h, context], dim=-1)
+            cells, size = first(seen), self.prior_size
+            self.prior.pseudo_cells.copy_(cells[torch.arange(size, device=cells.device) % len(cells)])
+
+    def _posterior_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        mu_z = self.fc_mu(h)
+        return mu_z if self.norm_mu is None else self.norm_mu(mu_z), self.fc_logvar(h)
 
     def reparameterize(self, mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
         """Sample z from q(z | x); see `celbo.vae.reparameterize`."""
@@ -167,7 +231,8 @@ class VAE(nn.Module):
         if library is not None and library.shape != (*z.shape[:-1], 1):
             raise UsageError(f"library has shape {tuple(library.shape)}; pass one number per cell, (cells, 1)")
         code = z if context is None else torch.cat([z, context], dim=-1)
-        h = _run(self.decoder, code, extra=code if self.skip else None, masks=masks)
+        extra = code if self.skip else context if self.context_skip else None
+        h = _run(self.decoder, code, extra=extra, masks=masks)
         return self.head(h, self.fc_out, context, library)
 
     def decode(self, z: Tensor, context: Tensor | None = None, library: Tensor | None = None) -> Tensor:
@@ -189,6 +254,25 @@ class VAE(nn.Module):
                 f"the model was made with context_dim={self.context_dim}, and was given a context of width {found}; "
                 "pass context=(cells, context_dim), as schema_.encode(obs) makes it"
             )
+
+
+class NormMu(nn.Module):
+    r"""``mu_z -> gamma (mu_z - mean) / sd + beta`` over the minibatch, gamma fixed at .6, beta learned, per dimension.
+
+    No dimension can then fall silent: its KL, averaged over cells, is at least ``gamma**2 / 2`` (Zhu 2020, arXiv
+    2004.12585). After training, mean and sd are those of the training cells.
+    """
+
+    gamma = 0.6
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.standardise = nn.BatchNorm1d(latent_dim, affine=False)
+        self.beta = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, mu_z: Tensor) -> Tensor:
+        """``(cells, latent_dim)`` to the same shape."""
+        return self.gamma * self.standardise(mu_z) + self.beta
 
 
 def reparameterize(mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -332,9 +416,7 @@ def _check_widths(**widths: Sequence[int]) -> None:
             raise UsageError(f"{name} has {bad[0]!r}; a width is a whole number of at least 1")
 
 
-def _check_options(
-    likelihood: Likelihood, dispersion: str, context_dim: int, norm: str, dropout: float, skip: bool, n_hidden: int
-) -> None:
+def _check_options(likelihood: Likelihood, dispersion: str, context_dim: int, norm: str) -> None:
     if not isinstance(likelihood, Likelihood):
         raise UsageError(
             f"likelihood is {likelihood!r}; pass a row of the table, e.g. celbo.LIKELIHOODS['nb'] "
@@ -342,21 +424,12 @@ def _check_options(
         )
     if dispersion not in DISPERSIONS:
         raise UsageError(f"dispersion is {dispersion!r}; choose one of {', '.join(DISPERSIONS)}")
-    if dispersion != "gene" and not likelihood.has_theta:
-        with_theta = ", ".join(row.name for row in LIKELIHOODS.values() if row.has_theta)
-        raise UsageError(
-            f"dispersion={dispersion!r} needs a likelihood with theta ({with_theta}), not {likelihood.name!r}"
-        )
+    if dispersion not in likelihood.dispersions:
+        able = ", ".join(row.name for row in LIKELIHOODS.values() if dispersion in row.dispersions)
+        raise UsageError(f"dispersion={dispersion!r} is for the likelihoods {able}, not {likelihood.name!r}")
     if not isinstance(context_dim, int | np.integer) or context_dim < 0:
         raise UsageError(f"context_dim is {context_dim!r}; it is a whole number, 0 for no conditions")
-    if skip and n_hidden < 2:
-        raise UsageError(
-            f"skip=True joins z to the decoder's layers after its first, and there are {n_hidden} hidden layers; "
-            "give hidden_dims at least two widths, or leave skip out"
-        )
     if dispersion == "gene-condition" and context_dim == 0:
         raise UsageError("dispersion='gene-condition' needs a condition to depend on; name one, or use 'gene'")
     if norm not in NORMS:
         raise UsageError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
-    if not 0 <= dropout < 1:
-        raise UsageError(f"dropout is {dropout}; it is the share of hidden units zeroed, from 0 to below 1")

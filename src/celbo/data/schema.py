@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,12 @@ class Schema:
             for condition in self.conditions
         ]
         return torch.from_numpy(np.concatenate([np.empty((len(obs), 0), np.float32), *columns], axis=1))
+
+    @property
+    def context_columns(self) -> list[slice]:
+        """Columns of the context that each condition has."""
+        ends = np.cumsum([0, *(condition.dim for condition in self.conditions)])
+        return [slice(int(start), int(end)) for start, end in pairwise(ends)]
 
     def codes(self, obs: pd.DataFrame) -> NDArray[np.float32]:
         """Number of the level, or the standardised value, of each condition: ``(cells, conditions)`` float32."""

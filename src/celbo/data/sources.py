@@ -38,7 +38,7 @@ class CellSource:
     values
         One of `celbo.data.schema.VALUES`: what a minibatch's x is made to be.
     library_is_sum
-        Whether the library is the sum of the values.
+        Whether the library is the sum of the counts.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class CellSource:
         self.context = context
         self.library = library
         self.library_is_sum = library_is_sum
+        self.scaled_to = _COUNTS_PER_CELL if values == "log_normalised" else None
         self._observed = torch.from_numpy(columns >= 0) if (columns < 0).any() else None
         self._values = values
         self._columns = columns

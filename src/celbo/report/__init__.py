@@ -9,7 +9,9 @@ that does not apply is ``null`` or absent. ELBO terms are unweighted, nats per c
 ``metrics``
     ``n_cells, n_genes, likelihood, latent_dim, epochs, steps, seconds, cells_per_second, peak_memory_mb,
     elbo_train, elbo_validation, reconstruction_validation, kl_validation, kl_per_dim, active_units,
-    kl_weight_final``.
+    kl_weight_final, ablation``.
+``diagnosis``
+    ``findings`` (each ``name, verdict, meaning, try_next``) and ``remedies`` (each ``command, why``).
 ``run``
     ``options``, ``versions`` and ``data`` (objects), ``seed``.
 ``history``

@@ -109,6 +109,7 @@ def render(summary: Mapping[str, Any]) -> str:
         n_cells_shown=number(latent.get("n_cells_shown")),
         n_cells=number(latent.get("n_cells")),
         training_pictures=[*history_pictures(history), *kl_pictures(summary.get("metrics") or {})],
+        diagnosis=diagnosis(summary),
         recovery=recovery(summary),
         facts=facts(summary.get("run") or {}),
     )
@@ -147,7 +148,7 @@ def cards(metrics: Mapping[str, Any]) -> list[Card]:
             "Active latent dimensions",
             number(get("active_units")),
             f"of {number(get('latent_dim'))}",
-            "the others do not vary between cells",
+            f"without z the decoder loses {number(get('ablation'))} nats per cell",
         ),
         Card("Data", number(get("n_cells")), "cells", f"{number(get('n_genes'))} genes"),
         Card("Training", duration(get("seconds")), "", f"{number(get('epochs'))} epochs, {number(get('steps'))} steps"),
@@ -210,6 +211,16 @@ def recovery(summary: Mapping[str, Any]) -> list[Finding]:
         Finding(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
         for row in summary.get("recovery") or []
     ]
+
+
+def diagnosis(summary: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """What was found about the latent space, and what to try; empty where nobody looked."""
+    found = summary.get("diagnosis") or {}
+    columns = {"findings": ("name", "verdict", "meaning", "try_next"), "remedies": ("command", "why")}
+    return {
+        part: [{name: str(row.get(name) or "") for name in names} for row in found.get(part) or []]
+        for part, names in columns.items()
+    }
 
 
 def facts(run: Mapping[str, Any]) -> list[Facts]:

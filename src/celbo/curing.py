@@ -1,0 +1,170 @@
+"""Cure a collapsed model: diagnose, apply the first remedy that fits, fit again, compare, until it is healthy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo import kernels
+from celbo.data import read_adata
+from celbo.diagnostics import Advice, Diagnosis
+from celbo.errors import UsageError
+from celbo.estimator import ExpressionVAE
+from celbo.importance import log_prob
+from celbo.remedies import REMEDIES
+from celbo.train import Track
+
+__all__ = ["Step", "cure", "is_healthy"]
+
+_CELLS_TO_COMPARE = 300
+_SAMPLES = 200
+_BACK = 0.5
+"""Nats per cell of ablation, or one dimension, by which a remedy has to help at least."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model on the trail."""
+
+    remedies: tuple[str, ...]
+    verdict: str
+    collapsed: bool
+    active_units: int
+    ablation: float
+    """Reconstruction lost without z, nats per held-out cell."""
+    log_p: float
+    """Refined log p(x) of held-out cells, mean, nats."""
+    difference: float | None
+    """Log p(x) less that of the model before it, paired; None for the first."""
+    se: float | None
+    """Its standard error."""
+    kept: bool
+    """Whether the search went on from here."""
+    said: str
+    """Why, in words."""
+
+
+def is_healthy(diagnosis: Diagnosis) -> bool:
+    """Whether the decoder listens to z, and z uses the dimensions that the data show, or its whole width."""
+    expected = [each for each in diagnosis.findings if each.name == "expected dimensions"]
+    return not diagnosis.collapsed and all(each.verdict == "good" for each in expected)
+
+
+def cure(
+    model: ExpressionVAE,
+    adata: AnnData | str | Path,
+    *,
+    tolerance: float = 1.0,
+    tries: int = 3,
+    track: Track | None = None,
+) -> tuple[ExpressionVAE, list[Step]]:
+    """Apply remedies to a fitted model, one after another, as long as it is not healthy.
+
+    Each try fits a new model with one more remedy, from the same seed. It is kept if z says more than before, and if
+    the refined log p(x) of held-out cells fell by no more than ``tolerance``; what is not kept is on the trail, too.
+
+    Parameters
+    ----------
+    model
+        Fitted to these cells; left as it is.
+    adata
+        The cells.
+    tolerance
+        Nats per cell of held-out log p(x) that a remedy may cost.
+    tries
+        Models to fit at most.
+    track
+        Watches the minibatches go by; see `celbo.train.epochs`.
+
+    Returns
+    -------
+    tuple
+        The best model (the same one, if nothing helped), and the trail: a `Step` for each.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> adata = celbo.simulate_cells(n_cells=500, n_genes=100, median_library=1000, seed=0)
+    >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=30)).fit(adata)
+    >>> cured, trail = celbo.cure(model, adata)
+    >>> [step.kept for step in trail]
+    [True]
+    """
+    if tries < 1 or tolerance < 0:
+        raise UsageError(
+            f"tries={tries}, tolerance={tolerance}; give at least 1 try, and a tolerance of 0 nats or more."
+        )
+    adata = read_adata(adata, layer=model.layer)
+    diagnosis, log_p = model.diagnose(adata), _log_p(model, adata)
+    trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]
+    tried: set[str] = set()
+    while not is_healthy(diagnosis) and len(trail) <= tries:
+        advice = next((each for each in diagnosis.remedies if each.remedy and each.remedy not in tried), None)
+        if advice is None:
+            break
+        tried.add(advice.remedy)
+        changed = replace(model, remedies=_joined(model.remedies, advice)).fit(adata, track=track)
+        found, its_log_p = changed.diagnose(adata), _log_p(changed, adata)
+        kept, said = _is_better(found, diagnosis, its_log_p - log_p, tolerance)
+        trail.append(_step(changed, found, its_log_p, log_p, kept, said))
+        if kept:
+            model, diagnosis, log_p = changed, found, its_log_p
+    return model, trail
+
+
+def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
+    """The remedies and one more, in the place of one that changes the same part."""
+    part = REMEDIES[advice.remedy.partition(":")[0]].part
+    return (*(each for each in remedies if REMEDIES[each.partition(":")[0]].part != part), advice.remedy)
+
+
+def _log_p(model: ExpressionVAE, adata: AnnData) -> NDArray[np.float64]:
+    source, rows, _ = model.cells_to_measure(adata)
+    with kernels.threads(model.train.threads):
+        found = log_prob(model.vae_, source, rows[:_CELLS_TO_COMPARE], n_samples=_SAMPLES, seed=model.train.seed)
+    return found.log_p
+
+
+def _is_better(
+    found: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], tolerance: float
+) -> tuple[bool, str]:
+    mean = float(difference.mean())
+    more = _ablation(found) - _ablation(before)
+    says_more = (before.collapsed and not found.collapsed) or more > _BACK or found.active_units > before.active_units
+    price = f"log p(x) of held-out cells changes by {mean:+.2f} nats"
+    if not says_more:
+        return False, f"not kept: z says no more than before; {price}"
+    if mean < -tolerance:
+        return False, f"not kept: z says more, but {price}, beyond the tolerance of {tolerance:g}"
+    return True, f"kept: z says more; {price}"
+
+
+def _ablation(diagnosis: Diagnosis) -> float:
+    return float(diagnosis.finding("latent ablation").value[0]["nats"])
+
+
+def _step(
+    model: ExpressionVAE,
+    diagnosis: Diagnosis,
+    log_p: NDArray[np.float64],
+    before: NDArray[np.float64] | None,
+    kept: bool,
+    said: str,
+) -> Step:
+    difference: Any = None if before is None else log_p - before
+    return Step(
+        remedies=tuple(model.remedies),
+        verdict=diagnosis.verdict,
+        collapsed=diagnosis.collapsed,
+        active_units=diagnosis.active_units,
+        ablation=_ablation(diagnosis),
+        log_p=float(log_p.mean()),
+        difference=None if difference is None else float(difference.mean()),
+        se=None if difference is None else float(difference.std(ddof=1) / np.sqrt(len(difference))),
+        kept=kept,
+        said=said,
+    )

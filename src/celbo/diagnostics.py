@@ -1,0 +1,557 @@
+"""Posterior collapse and its relatives: numpy arrays in, findings out. No torch, no AnnData.
+
+Layout of every array: cells first, ``(cells, latent_dim)``; nats. Each function measures one thing and returns a
+`Finding` that says what was seen, what a healthy model shows, and what to try. `diagnose` asks them all.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+__all__ = [
+    "ACTIVE",
+    "Advice",
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "active_units",
+    "aggregated_gap",
+    "condition_ablation",
+    "condition_leakage",
+    "decoder_sensitivity",
+    "diagnose",
+    "energy_distance",
+    "expected_dimensions",
+    "gain",
+    "kl_by_dimension",
+    "lasting_collapse",
+    "latent_ablation",
+    "latent_information",
+    "mutual_information",
+]
+
+Floats = NDArray[np.floating[Any]]
+
+ACTIVE = 0.01
+"""Variance of a posterior mean over cells below which a latent dimension is called inactive (Burda 2016)."""
+DEAD, WEAK = 0.01, 0.1
+"""KL of a dimension, nats, below which it is called dead, or weak."""
+EPSILON = DELTA = 0.01
+"""(epsilon, delta)-collapse: KL below epsilon in a share of at least 1 - delta of the cells (Lucas 2019)."""
+LEAST_ABLATION = 1.0
+"""Nats per cell that a decoder which listens to z loses without it, at least."""
+HEALTHY_SHARE = 0.05
+"""And at least this share of what the model gains over one that knows only gene means and library sizes."""
+LITTLE_INFORMATION = 0.5
+"""Mutual information of cells and z, nats, below which little is known of a cell."""
+WIDE_GAP = 1.0
+"""KL less mutual information, nats, above which samples from the prior are not like cells."""
+ANCHORS = 5000
+"""Cells among which mutual information is measured; log of their number caps it."""
+LEAKS = 0.3
+"""Share of the way from chance to certainty at which a condition, told from z, is called leaking."""
+DECODER_LISTENS = 0.01
+"""Nats per cell that a condition, or a dimension of z, is worth at least where the decoder makes use of it."""
+HARDLY = 0.5
+"""Nats per cell that a condition is worth at most where it is called ignored."""
+
+_GRAVITY = {"good": 0, "watch": 1, "bad": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was measured."""
+
+    name: str
+    value: Any
+    """A number, or one for each dimension."""
+    expected: str
+    """What a healthy model shows."""
+    verdict: str
+    """"good", "watch" or "bad"."""
+    meaning: str
+    """In words, with the figures."""
+    try_next: str = ""
+    """What to do about it; empty where nothing need be done."""
+
+
+class Advice(NamedTuple):
+    """A remedy that fits the findings."""
+
+    remedy: str
+    """As ``--remedy`` and ``remedies=[...]`` take it; empty where it is another option."""
+    why: str
+    command: str
+    """Options to add to ``celbo fit``."""
+    keyword: str
+    """The same for `celbo.ExpressionVAE`."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found in a fitted model, and what to do about it."""
+
+    collapsed: bool
+    """Whether the decoder makes next to nothing of z."""
+    active_units: int
+    """Dimensions of z that vary and that the decoder listens to."""
+    verdict: str
+    """One line."""
+    findings: list[Finding] = field(default_factory=list)
+    """Worst first."""
+    remedies: list[Advice] = field(default_factory=list)
+    """The one to try first comes first."""
+
+    def finding(self, name: str) -> Finding:
+        """The finding of this name; `KeyError` if it was not measured."""
+        return {each.name: each for each in self.findings}[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        document = asdict(self)
+        document["remedies"] = [advice._asdict() for advice in self.remedies]
+        plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain))
+        return plain
+
+    def __str__(self) -> str:
+        """Verdict, findings, remedies, in lines."""
+        lines = [self.verdict, ""]
+        for each in self.findings:
+            lines.append(f"{each.verdict:<6}{each.name}: {each.meaning}")
+            if each.try_next:
+                lines.append(f"      try: {each.try_next}")
+        if self.remedies:
+            lines += ["", "What to try, in this order:"]
+            lines += [f"{n}. {advice.command}  ({advice.why})" for n, advice in enumerate(self.remedies, start=1)]
+        return "\n".join(lines)
+
+
+class Evidence(NamedTuple):
+    """What is measured on a model and its cells, best on cells that it did not learn from."""
+
+    mu_z: Floats
+    """``(cells, latent_dim)``."""
+    logvar_z: Floats
+    anchors: tuple[Floats, Floats]
+    """``mu_z, logvar_z`` of as many cells as there are, for what is measured between cells: `ANCHORS` at most."""
+    kl: Floats
+    """``(cells, latent_dim)``."""
+    lost: Floats
+    """Reconstruction lost when all of z, and each of its dimensions, is permuted: ``(1 + latent_dim, cells)``."""
+    elbo: Floats
+    """``(cells,)``, as ``reconstruction``."""
+    reconstruction: Floats
+    gene_means: Floats
+    """Log-likelihood of gene means x library size, ``(cells,)``."""
+    components: Floats | None
+    """Log-likelihood by as many principal components as z has dimensions, ``(cells,)``."""
+    expected_dim: int | None
+    """Dimensions that the data show above their noise."""
+    sensitivity: Floats
+    """``(latent_dim,)``."""
+    lost_by_condition: Mapping[str, Floats]
+    """Reconstruction lost when a condition is permuted, ``(cells,)``."""
+    conditions: Mapping[str, NDArray[Any]]
+    """Each cell's level, or value, ``(cells,)``."""
+    types: NDArray[Any] | None = None
+    """Known types of the cells, within which leakage is looked for."""
+    settings: Mapping[str, Any] = {}
+    """What matters of how the model was trained: see `diagnose`."""
+
+
+# One thing each.
+
+
+def active_units(mu_z: Floats) -> Finding:
+    """``Var_x(E_q[z_j | x])`` of each dimension (Burda 2016, arXiv 1509.00519): active above 0.01."""
+    variance = mu_z.var(0, dtype=np.float64)
+    n, total = int((variance > ACTIVE).sum()), len(variance)
+    dead = [int(j) for j in np.flatnonzero(variance <= ACTIVE)]
+    verdict = "bad" if n == 0 else "watch" if dead else "good"
+    meaning = f"{n} of {total} dimensions vary between cells (variance of mu_z above {ACTIVE})"
+    meaning += f"; {_named(dead)} do not: a picture of them is a blob without separation" if dead else ""
+    return Finding("active units", variance.tolist(), f"variance above {ACTIVE} in each", verdict, meaning)
+
+
+def kl_by_dimension(kl: Floats) -> Finding:
+    """KL of each dimension with its 5, 50 and 95 % over cells: dead below .01, weak below .1 nats."""
+    mean = kl.mean(0, dtype=np.float64)
+    low, middle, high = np.quantile(kl, [0.05, 0.5, 0.95], axis=0)
+    dead, weak = np.flatnonzero(mean < DEAD), np.flatnonzero((mean >= DEAD) & (mean < WEAK))
+    verdict = "bad" if len(dead) == len(mean) else "watch" if len(dead) or len(weak) else "good"
+    meaning = f"the KL is {mean.sum():.2f} nats per cell; dead dimensions {len(dead)}, weak {len(weak)} of {len(mean)}"
+    values = [
+        {"mean": float(m), "5%": float(a), "50%": float(b), "95%": float(c)}
+        for m, a, b, c in zip(mean, low, middle, high, strict=True)
+    ]
+    return Finding("KL by dimension", values, f"above {WEAK} nats in each", verdict, meaning)
+
+
+def lasting_collapse(kl: Floats) -> Finding:
+    """Share of cells with ``KL_j < epsilon``: collapsed where it is ``1 - delta`` (Lucas 2019, arXiv 1911.02469)."""
+    share = (kl < EPSILON).mean(0, dtype=np.float64)
+    collapsed = [int(j) for j in np.flatnonzero(share >= 1 - DELTA)]
+    verdict = "bad" if len(collapsed) == len(share) else "watch" if collapsed else "good"
+    meaning = f"{len(collapsed)} of {len(share)} dimensions say nothing of {1 - DELTA:.0%} of the cells or more"
+    return Finding("(0.01, 0.01)-collapse", share.tolist(), f"below {1 - DELTA} in each", verdict, meaning)
+
+
+def mutual_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0, anchors: int = ANCHORS) -> float:
+    """``I_q(x; z) = E log q(z | x) - log mean_i q(z | x_i)``, nats (Hoffman & Johnson 2016).
+
+    One z for each of at most ``anchors`` cells, the mean over the same cells, its own included: never above log of
+    their number; small negatives are noise of the draw.
+
+    Examples
+    --------
+    Two clusters that are told apart with certainty:
+
+    >>> mu_z = np.repeat([[-9.0], [9.0]], 500, axis=0)
+    >>> round(mutual_information(mu_z, np.full_like(mu_z, -2.0)), 3)  # log 2
+    0.693
+    """
+    rng = np.random.default_rng([seed, 6])
+    rows = rng.permutation(len(mu_z))[:anchors]
+    mu, logvar = mu_z[rows].astype(np.float64), logvar_z[rows].astype(np.float64)
+    mu = mu - mu.mean(0)  # so that squares lose nothing
+    z = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape)
+    own = -0.5 * (((z - mu) ** 2) * np.exp(-logvar) + logvar).sum(1)
+    among = np.empty(len(rows))
+    precision = np.exp(-logvar)
+    constant = -0.5 * (mu**2 * precision + logvar).sum(1)
+    for start in range(0, len(rows), 500):
+        here = z[start : start + 500]
+        log_q = -0.5 * here**2 @ precision.T + here @ (mu * precision).T + constant
+        among[start : start + 500] = logsumexp(log_q, axis=1) - math.log(len(rows))
+    return float((own - among).mean())
+
+
+def latent_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
+    """`mutual_information`, called capped within 3 nats of log of the number of cells it is measured among."""
+    n = min(len(mu_z), ANCHORS)
+    value, cap = mutual_information(mu_z, logvar_z, seed=seed), math.log(n)
+    capped = value > cap - 3
+    meaning = f"z holds {value:.2f} nats about a cell"
+    if capped:
+        meaning += f", or more: among {n:,} cells nothing above {cap:.2f} can be seen, and figures near it are capped"
+    verdict = "bad" if value < LITTLE_INFORMATION else "good"
+    return Finding("mutual information", value, f"above {LITTLE_INFORMATION} nats", verdict, meaning)
+
+
+def aggregated_gap(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
+    """``KL(q(z) || N(0, I)) = E KL - I(x; z)``: how far all cells together are from the prior.
+
+    Where the KL is within 3 nats of the cap of `mutual_information` the difference says nothing; then it is the energy
+    distance of z ~ q(z) to as many draws of N(0, I), and the largest 1-D divergence of a dimension.
+    """
+    kl = 0.5 * (mu_z.astype(np.float64) ** 2 + np.expm1(logvar_z.astype(np.float64)) - logvar_z)
+    total, cap = float(kl.sum(1).mean()), math.log(min(len(mu_z), ANCHORS))
+    advice = "before sampling new cells, a prior that follows the cells: remedy vamp_prior or mixture_prior"
+    if total <= cap - 3:
+        gap = total - mutual_information(mu_z, logvar_z, seed=seed)
+        bad = gap > WIDE_GAP
+        meaning = f"all cells together lie {gap:.2f} nats from the prior"
+        meaning += ": samples from the prior are not like these cells" if bad else ""
+        return Finding(
+            "gap to the prior", gap, f"below {WIDE_GAP} nats", "watch" if bad else "good", meaning, advice * bad
+        )
+    rng = np.random.default_rng([seed, 7])
+    rows = rng.permutation(len(mu_z))[:2000]
+    z = mu_z[rows] + np.exp(0.5 * logvar_z[rows]) * rng.standard_normal((len(rows), mu_z.shape[1]))
+    apart = energy_distance(z, rng.standard_normal(z.shape))
+    # What two samples of the prior itself show, and its spread.
+    none = [energy_distance(*rng.standard_normal((2, *z.shape))) for _ in range(5)]
+    worst = float(_divergence_1d(z).max())
+    bad = apart > 0.1 and apart > max(none) * 2
+    meaning = (
+        f"the KL of {total:.1f} nats is too near the cap for a difference; the energy distance of all cells together "
+        f"to the prior is {apart:.3f} (two samples of the prior: {np.mean(none):.3f}), the worst dimension "
+        f"{worst:.2f} nats from it"
+    )
+    return Finding("gap to the prior", apart, "below 0.1", "watch" if bad else "good", meaning, advice * bad)
+
+
+def energy_distance(a: Floats, b: Floats) -> float:
+    """``sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`` of two samples, each ``(n, dimensions)``; 0 for one distribution.
+
+    Examples
+    --------
+    >>> a = np.zeros((4, 2))
+    >>> energy_distance(a, a), energy_distance(a, a + [3, 4])
+    (0.0, 3.1622776601683795)
+    """
+    from scipy.spatial.distance import cdist
+
+    between, within_a, within_b = cdist(a, b).mean(), cdist(a, a).mean(), cdist(b, b).mean()
+    return float(np.sqrt(max(0.0, 2 * between - within_a - within_b)))
+
+
+def latent_ablation(lost: Floats, elbo: Floats, gene_means: Floats) -> Finding:
+    """Reconstruction lost, nats per cell, when all of z, and each dimension, is that of another cell; paired s.e."""
+    mean, se = lost.mean(1, dtype=np.float64), _se(lost)
+    gained = float((elbo - gene_means).mean(dtype=np.float64))
+    enough = max(LEAST_ABLATION, HEALTHY_SHARE * gained)
+    verdict = "bad" if mean[0] < enough else "good"
+    meaning = f"the decoder loses {mean[0]:.2f} +- {se[0]:.2f} nats per cell without z"
+    deaf = [int(j) for j in np.flatnonzero(~_listens(lost[1:]))]
+    if verdict == "bad":
+        meaning += ": it does not listen to z, which shows a blob dominated by the prior"
+    elif deaf:
+        verdict, meaning = "watch", f"{meaning}; it does not hear {_named(deaf)}"
+    values = [{"nats": float(m), "se": float(s)} for m, s in zip(mean, se, strict=True)]
+    expected = f"above {enough:.2f} nats for all of z"
+    return Finding("latent ablation", values, expected, verdict, meaning)
+
+
+def decoder_sensitivity(sensitivity: Floats) -> Finding:
+    """Fisher information of the genes about z_j times the variance of mu_z_j: near 0 where the decoder is deaf."""
+    silent = [int(j) for j in np.flatnonzero(sensitivity < 0.01 * max(sensitivity.max(initial=0), 1e-12))]
+    none = bool(sensitivity.max(initial=0) < WEAK)
+    verdict = "bad" if none else "watch" if silent else "good"
+    of = f"; next to nothing moves with {_named(silent)}" if silent and not none else ""
+    meaning = (
+        "no dimension moves the decoded cells" if none else f"the liveliest dimension has {sensitivity.max():.1f}{of}"
+    )
+    return Finding("decoder sensitivity", sensitivity.tolist(), "well above 0 in each", verdict, meaning)
+
+
+def gain(name: str, model: Floats, other: Floats, than: str) -> Finding:
+    """Nats per cell that a model is ahead of a simpler one on the same cells, with the paired s.e."""
+    difference = (model - other)[None]
+    mean, se = float(difference.mean(dtype=np.float64)), float(_se(difference)[0])
+    verdict = "good" if mean > 2 * se else "watch"
+    meaning = f"{mean:+.2f} +- {se:.2f} nats per cell beside {than}"
+    if verdict == "watch":
+        meaning += ": there is little to learn in these cells, or it was not learned"
+    return Finding(name, mean, "above 0", verdict, meaning)
+
+
+def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
+    """Number of active dimensions beside what the data show above their noise (`expected`), z's width at most."""
+    reachable = min(expected, latent_dim)
+    meaning = f"{expected} dimensions of the data stand out of their noise; {found} of {latent_dim} in z are in use"
+    if found < reachable:
+        return Finding("expected dimensions", found, f"{reachable}", "watch", meaning, "remedy soft_free_bits")
+    if found < latent_dim:
+        return Finding("expected dimensions", found, f"{reachable}", "good", f"{meaning}: fine, fewer would do")
+    return Finding("expected dimensions", found, f"{reachable}", "good", meaning)
+
+
+def condition_ablation(name: str, lost: Floats) -> Finding:
+    """Reconstruction lost when a condition is another cell's: near 0, a counterfactual is void."""
+    mean, se = float(lost.mean(dtype=np.float64)), float(_se(lost[None])[0])
+    meaning = f"the decoder loses {mean:.2f} +- {se:.2f} nats per cell without condition {name!r}"
+    expected = f"above {DECODER_LISTENS} nats"
+    if mean > max(DECODER_LISTENS, 2 * se):
+        return Finding(f"ablation of {name}", mean, expected, "good", meaning)
+    if mean + 2 * se > HARDLY:
+        return Finding(f"ablation of {name}", mean, expected, "watch", f"{meaning}: too few cells to say more")
+    meaning += ": it ignores it, and asking for another level changes nothing"
+    what = "remedy conditional_prior, or context_skip with two hidden layers"
+    return Finding(f"ablation of {name}", mean, expected, "bad", meaning, what)
+
+
+def condition_leakage(
+    name: str, mu_z: Floats, levels: NDArray[Any], types: NDArray[Any] | None = None, *, seed: int = 0
+) -> Finding:
+    """How well a condition is told from mu_z, within types where they are known; 0 at chance, 1 with certainty.
+
+    Balanced accuracy of 15 nearest neighbours over 5 folds, ``(accuracy - 1/L) / (1 - 1/L)``; of a continuous
+    condition the share of its variance that they explain.
+    """
+    rows = np.random.default_rng([seed, 8]).permutation(len(mu_z))[:3000]
+    groups = np.zeros(len(rows), int) if types is None else np.unique(types[rows].astype(str), return_inverse=True)[1]
+    scores, sizes = [], []
+    for group in np.unique(groups):
+        members = rows[groups == group]
+        score = _told(mu_z[members], levels[members], seed)
+        if score is not None:
+            scores.append(score)
+            sizes.append(len(members))
+    value = float(np.average(scores, weights=sizes)) if scores else 0.0
+    where = "" if types is None else " within types"
+    verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
+    meaning = f"{name!r} is told from z{where} {max(value, 0):.0%} of the way from chance to certainty"
+    if verdict == "bad":
+        meaning += ": z carries it, so that decoding under another level will not move the whole cell"
+    what = "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
+    return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, what)
+
+
+# All together.
+
+
+def diagnose(evidence: Evidence) -> Diagnosis:
+    """Ask everything of the evidence, and rank what was found and what to do.
+
+    ``settings`` may hold ``likelihood, dispersion, norm, n_hidden, warmup_fraction, remedies, beta, kl_weight,
+    objective, prior, context_dim``: what the advice depends on.
+    """
+    e = evidence
+    variance_alive = e.mu_z.var(0, dtype=np.float64) > ACTIVE
+    alive = int((variance_alive & _listens(e.lost[1:]) & (e.kl.mean(0) >= DEAD)).sum())
+    if e.settings.get("objective") == "autoencoder":
+        alive = int((variance_alive & _listens(e.lost[1:])).sum())
+    ablation = latent_ablation(e.lost, e.elbo, e.gene_means)
+    findings = [
+        ablation,
+        active_units(e.mu_z),
+        decoder_sensitivity(e.sensitivity),
+        gain("gain over gene means", e.elbo, e.gene_means, "gene means x library size"),
+    ]
+    if e.settings.get("objective") != "autoencoder":
+        findings += [
+            kl_by_dimension(e.kl),
+            lasting_collapse(e.kl),
+            latent_information(*e.anchors),
+        ]
+        if e.settings.get("prior", "normal") == "normal":
+            findings.append(aggregated_gap(*e.anchors))
+    if e.components is not None:
+        than = "as many principal components (reconstruction)"
+        findings.append(gain("gain over principal components", e.reconstruction, e.components, than))
+    if e.expected_dim is not None:
+        findings.append(expected_dimensions(alive, e.expected_dim, e.mu_z.shape[1]))
+    for name, lost in e.lost_by_condition.items():
+        findings.append(condition_ablation(name, lost))
+        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types))
+    if (weight := e.settings.get("kl_weight", 1.0)) != 1 and e.settings.get("objective") != "autoencoder":
+        meaning = f"the KL weight ended at {weight:.3g}: what was trained is not the ELBO; the terms here are"
+        findings.append(Finding("KL weight", weight, "1", "watch", meaning))
+    collapsed = ablation.verdict == "bad" or alive == 0
+    findings.sort(key=lambda each: -_GRAVITY[each.verdict])  # stable: within a verdict as above
+    return Diagnosis(
+        collapsed=collapsed,
+        active_units=alive,
+        verdict=_verdict(e, collapsed, alive),
+        findings=findings,
+        remedies=_advise(e, collapsed, alive, {each.name: each for each in findings}),
+    )
+
+
+def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
+    nats, total = float(e.lost[0].mean()), e.mu_z.shape[1]
+    gained = float((e.elbo - e.gene_means).mean())
+    if collapsed and e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION:
+        return (
+            f"Nothing in z: the decoder loses {nats:.1f} nats per cell without it. These cells hardly show more than "
+            f"gene means and library sizes ({e.expected_dim} dimensions above their noise): there is little to find."
+        )
+    if collapsed:
+        return (
+            f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions carry "
+            "information; the latent space shows a blob without separation."
+        )
+    verb = "dimension carries" if alive == 1 else "dimensions carry"
+    return f"{alive} of {total} {verb} information; the decoder loses {nats:.0f} nats per cell without them."
+
+
+def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
+    """Remedies in the order in which to try them; what a run has already is not advised again."""
+    settings, advice = e.settings, list[Advice]()
+    had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())}
+
+    def add(remedy: str, why: str) -> None:
+        if remedy.partition(":")[0] not in had | {each.remedy.partition(":")[0] for each in advice}:
+            advice.append(Advice(remedy, why, f"--remedy {remedy}", f"remedies=[{remedy!r}]"))
+
+    latent_dim, expected = e.mu_z.shape[1], e.expected_dim
+    falls_short = expected is not None and alive < min(expected, latent_dim)
+    nothing_there = expected is not None and expected == 0
+    if settings.get("objective") == "autoencoder":
+        return advice
+    if collapsed or falls_short:
+        if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
+            add("learned_sigma", "sigma is fixed at 1, which drowns what z could say")
+        if settings.get("beta", 1.0) > 1:
+            add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it")
+        if settings.get("warmup_fraction", 1.0) == 0 and not had & {"linear", "sigmoid", "cosine", "cyclical"}:
+            add("linear", "the KL weighs in full from the first step, before the encoder says anything")
+    if collapsed and not nothing_there:
+        if settings.get("norm") == "none":
+            add("layer_norm", "without a norm, deep stacks settle before the encoder says anything")
+        add("autoencoder_start", "the decoder learns to listen before the KL weighs")
+        add("norm_mu", "no dimension can fall silent")
+        add("aggressive", "the encoder gets ahead of the decoder; the last resort")
+    elif falls_short:
+        add("soft_free_bits", f"the data show {expected} dimensions above their noise, z uses {alive}")
+        add("norm_mu", "no dimension can fall silent")
+    elif expected is not None and 0 < alive < latent_dim:
+        why = f"{alive} dimensions are in use, and the data show no more: the same with fewer"
+        advice.append(Advice("", why, f"--latent-dim {alive}", f"latent_dim={alive}"))
+    gap = findings.get("gap to the prior")
+    if gap is not None and gap.verdict != "good" and not collapsed:
+        add("vamp_prior", "before sampling: the prior follows the cells")
+    for name in e.lost_by_condition:
+        if findings[f"ablation of {name}"].verdict == "bad":
+            add("conditional_prior", f"the decoder ignores {name!r}")
+            if settings.get("n_hidden", 1) >= 2:
+                add("context_skip", f"the decoder ignores {name!r}")
+    return advice
+
+
+def _listens(lost: Floats) -> NDArray[np.bool_]:
+    """Whether each row of what was lost is above nothing, beyond doubt and to any effect."""
+    mean: NDArray[np.float64] = lost.mean(1, dtype=np.float64)
+    return mean > np.maximum(DECODER_LISTENS, 2 * _se(lost))
+
+
+def _se(values: Floats) -> NDArray[np.float64]:
+    """Standard error of the mean of each row."""
+    n = values.shape[1]
+    found: NDArray[np.float64] = (
+        values.std(1, ddof=1, dtype=np.float64) / math.sqrt(n) if n > 1 else np.zeros(len(values))
+    )
+    return found
+
+
+def _divergence_1d(z: Floats) -> NDArray[np.float64]:
+    """KL of each dimension's histogram over 40 equal parts of N(0, 1) from that; nats."""
+    from scipy.stats import norm
+
+    parts = 40
+    bins = np.clip((norm.cdf(z) * parts).astype(int), 0, parts - 1)
+    share = np.stack([np.bincount(column, minlength=parts) for column in bins.T]) / len(z)
+    return np.sum(np.where(share > 0, share * np.log(np.maximum(share, 1e-12) * parts), 0.0), axis=1)
+
+
+def _told(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
+    """How well neighbours in z tell the level, or the value; None where there is nothing to tell."""
+    from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+
+    if np.issubdtype(levels.dtype, np.floating):
+        if len(levels) < 50 or np.ptp(levels) == 0:
+            return None
+        folds = KFold(5, shuffle=True, random_state=seed)
+        found = cross_val_predict(KNeighborsRegressor(15), mu_z, levels, cv=folds)
+        return float(1 - np.mean((found - levels) ** 2) / levels.var())
+    names, counts = np.unique(levels.astype(str), return_counts=True)
+    keep = np.isin(levels.astype(str), names[counts >= 10])
+    if len(names[counts >= 10]) < 2:
+        return None
+    truth = levels.astype(str)[keep]
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    found = cross_val_predict(KNeighborsClassifier(15), mu_z[keep], truth, cv=folds)
+    each = [(found[truth == name] == name).mean() for name in np.unique(truth)]
+    chance = 1 / len(each)
+    return float((np.mean(each) - chance) / (1 - chance))
+
+
+def _named(dimensions: Sequence[int], most: int = 6) -> str:
+    shown = ", ".join(f"z_{j}" for j in dimensions[:most])
+    return shown + (f" and {len(dimensions) - most} more" if len(dimensions) > most else "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
