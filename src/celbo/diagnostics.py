@@ -58,6 +58,8 @@ LEAKS = 0.3
 """Share of the way from chance to certainty at which a condition, told from z, is called leaking."""
 DECODER_LISTENS = 0.01
 """Nats per cell that a condition, or a dimension of z, is worth at least where the decoder makes use of it."""
+IN_USE = 0.6
+"""Share of the dimensions that the data show which a healthy z uses, at least."""
 HARDLY = 0.5
 """Nats per cell that a condition is worth at most where it is called ignored."""
 
@@ -332,13 +334,19 @@ def gain(name: str, model: Floats, other: Floats, than: str) -> Finding:
     return Finding(name, mean, "above 0", verdict, meaning)
 
 
+def falls_short(found: int, expected: int, latent_dim: int) -> bool:
+    """Whether far fewer dimensions are in use than the data show."""
+    reachable = min(expected, latent_dim)
+    return found + 1 < reachable and found < IN_USE * reachable
+
+
 def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
     """Number of active dimensions beside what the data show above their noise (`expected`), z's width at most."""
     reachable = min(expected, latent_dim)
     meaning = f"{expected} dimensions of the data stand out of their noise; {found} of {latent_dim} in z are in use"
-    if found < reachable:
-        return Finding("expected dimensions", found, f"{reachable}", "watch", meaning, "remedy soft_free_bits")
-    if found < latent_dim:
+    if falls_short(found, expected, latent_dim):
+        return Finding("expected dimensions", found, f"{reachable}", "watch", meaning, "the remedies below")
+    if expected <= found < latent_dim:
         return Finding("expected dimensions", found, f"{reachable}", "good", f"{meaning}: fine, fewer would do")
     return Finding("expected dimensions", found, f"{reachable}", "good", meaning)
 
@@ -449,7 +457,10 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
             "information; the latent space shows a blob without separation."
         )
     verb = "dimension carries" if alive == 1 else "dimensions carry"
-    return f"{alive} of {total} {verb} information; the decoder loses {nats:.0f} nats per cell without them."
+    said = f"{alive} of {total} {verb} information; the decoder loses {nats:.0f} nats per cell without them."
+    if e.expected_dim is not None and falls_short(alive, e.expected_dim, total):
+        return f"Partly collapsed: {said} The data show {e.expected_dim} above their noise."
+    return said
 
 
 def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
@@ -462,27 +473,29 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
             advice.append(Advice(remedy, why, f"--remedy {remedy}", f"remedies=[{remedy!r}]"))
 
     latent_dim, expected = e.mu_z.shape[1], e.expected_dim
-    falls_short = expected is not None and alive < min(expected, latent_dim)
+    is_short = expected is not None and falls_short(alive, expected, latent_dim)
     nothing_there = expected is not None and expected == 0
     if settings.get("objective") == "autoencoder":
         return advice
-    if collapsed or falls_short:
+    if collapsed or is_short:
         if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
             add("learned_sigma", "sigma is fixed at 1, which drowns what z could say")
         if settings.get("beta", 1.0) > 1:
             add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it")
+        if max(settings.get("n_hidden", (1, 1))) > 1:
+            add("shallow", "deep stacks learn to do without z; one hidden layer explains single cells as well")
         if settings.get("warmup_fraction", 1.0) == 0 and not had & {"linear", "sigmoid", "cosine", "cyclical"}:
             add("linear", "the KL weighs in full from the first step, before the encoder says anything")
-    if collapsed and not nothing_there:
         if settings.get("norm") == "none":
-            add("layer_norm", "without a norm, deep stacks settle before the encoder says anything")
+            add("layer_norm", "without a norm, training settles before the encoder says anything")
+    if collapsed and not nothing_there:
         add("autoencoder_start", "the decoder learns to listen before the KL weighs")
         add("norm_mu", "no dimension can fall silent")
         add("aggressive", "the encoder gets ahead of the decoder; the last resort")
-    elif falls_short:
+    elif is_short:
         add("soft_free_bits", f"the data show {expected} dimensions above their noise, z uses {alive}")
         add("norm_mu", "no dimension can fall silent")
-    elif expected is not None and 0 < alive < latent_dim:
+    elif expected is not None and 0 < expected <= alive < latent_dim:
         why = f"{alive} dimensions are in use, and the data show no more: the same with fewer"
         advice.append(Advice("", why, f"--latent-dim {alive}", f"latent_dim={alive}"))
     gap = findings.get("gap to the prior")
@@ -491,7 +504,7 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
     for name in e.lost_by_condition:
         if findings[f"ablation of {name}"].verdict == "bad":
             add("conditional_prior", f"the decoder ignores {name!r}")
-            if settings.get("n_hidden", 1) >= 2:
+            if settings.get("n_hidden", (1, 1))[1] >= 2:
                 add("context_skip", f"the decoder ignores {name!r}")
     return advice
 

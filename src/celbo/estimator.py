@@ -462,7 +462,7 @@ class ExpressionVAE:
 
     def _options_of_vae(self) -> dict[str, Any]:
         """The options above, and what the remedies make of them."""
-        names = ["dispersion", "encode_context", "skip", "norm", "dropout"]
+        names = ["hidden_dims", "dispersion", "encode_context", "skip", "norm", "dropout"]
         names += ["decoder_dims", "decoder_dropout", "context_skip", "norm_mu", "prior"]
         return {name: getattr(self, name) for name in names} | dict(self.recipe().options)
 
@@ -471,7 +471,6 @@ class ExpressionVAE:
             return VAE(
                 input_dim=len(schema.genes),
                 latent_dim=self.latent_dim,
-                hidden_dims=self.hidden_dims,
                 likelihood=self._likelihood(),
                 context_dim=schema.context_dim,
                 **self._options_of_vae(),
@@ -486,7 +485,7 @@ class ExpressionVAE:
     def _settings(self) -> dict[str, Any]:
         """What advice depends on."""
         options = self._options_of_vae()
-        n_hidden = len(self.hidden_dims if options["decoder_dims"] is None else options["decoder_dims"])
+        hidden, decoder = options["hidden_dims"], options["decoder_dims"]
         return {
             "likelihood": self.likelihood,
             "objective": self.objective,
@@ -494,7 +493,7 @@ class ExpressionVAE:
             "remedies": list(self.remedies),
             "beta": self.recipe().beta,
             "kl_weight": self.history_[-1].kl_weight,
-            "n_hidden": n_hidden,
+            "n_hidden": (len(hidden), len(hidden if decoder is None else decoder)),
             **{name: options[name] for name in ("dispersion", "norm", "norm_mu", "prior")},
         }
 

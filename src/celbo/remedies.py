@@ -230,6 +230,10 @@ REMEDIES: dict[str, Remedy] = {
             options=lambda _: {"context_skip": True},
         ),
         Remedy(
+            *("shallow", "decoder", 128, "one hidden layer of this width on either side, with layer norm", ""),
+            options=lambda width: {"hidden_dims": (int(width),), "decoder_dims": None, "norm": "layer", "skip": False},
+        ),
+        Remedy(
             *("linear_decoder", "decoder", None, "a decoder without hidden layers", "Svensson 2020"),
             options=lambda _: {"decoder_dims": ()},
         ),
@@ -261,7 +265,7 @@ REMEDIES: dict[str, Remedy] = {
 }
 """Every remedy by name; ``free_bits:0.1`` gives it a number."""
 
-_WHOLE = {"cyclical", "aggressive", "narrow_decoder", "vamp_prior", "mixture_prior"}
+_WHOLE = {"cyclical", "aggressive", "shallow", "narrow_decoder", "vamp_prior", "mixture_prior"}
 
 
 class Recipe(NamedTuple):
