@@ -197,8 +197,8 @@ def table(records: list[dict[str, Any]]) -> str:
             }
             active = ", ".join(str(row["active_units"]) for row in rows)
             lines.append(
-                f"| {what} | {active} | {mean['mutual_information']:.2f} | {mean['ablation']:.1f} | {mean['log_p']:.1f} "
-                f"| {100 * np.mean([row['knn'] for row in rows]):.1f} | {np.mean([row['seconds'] for row in rows]):.0f} |"
+                f"| {what} | {active} | {mean['mutual_information']:.2f} | {mean['ablation']:.1f} "
+                f"| {mean['log_p']:.1f} | {100 * mean['knn']:.1f} | {mean['seconds']:.0f} |"
             )
     return "\n".join(lines)
 

@@ -94,7 +94,7 @@ def cure(
     >>> [step.kept for step in trail]
     [True]
     """
-    if tries < 1 or tolerance < 0:
+    if tries < 1 or not tolerance >= 0:
         raise UsageError(
             f"tries={tries}, tolerance={tolerance}; give at least 1 try, and a tolerance of 0 nats or more."
         )

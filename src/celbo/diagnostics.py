@@ -444,7 +444,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 
 
 def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
-    nats, total = float(e.lost[0].mean()), e.mu_z.shape[1]
+    nats, total = max(0.0, float(e.lost[0].mean())), e.mu_z.shape[1]
     gained = float((e.elbo - e.gene_means).mean())
     if collapsed and e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION:
         return (
@@ -466,7 +466,7 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
 def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
     """Remedies in the order in which to try them; what a run has already is not advised again."""
     settings, advice = e.settings, list[Advice]()
-    had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())}
+    had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())} - {"beta"}
 
     def add(remedy: str, why: str) -> None:
         if remedy.partition(":")[0] not in had | {each.remedy.partition(":")[0] for each in advice}:
