@@ -192,9 +192,8 @@ def table(records: list[dict[str, Any]]) -> str:
         ]
         for what in dict.fromkeys(record["what"] for record in of_setup):
             rows = [record for record in of_setup if record["what"] == what]
-            mean = {
-                key: float(np.mean([row[key] for row in rows])) for key in ("mutual_information", "ablation", "log_p")
-            }
+            keys = ("mutual_information", "ablation", "log_p", "knn", "seconds")
+            mean = {key: float(np.mean([row[key] for row in rows])) for key in keys}
             active = ", ".join(str(row["active_units"]) for row in rows)
             lines.append(
                 f"| {what} | {active} | {mean['mutual_information']:.2f} | {mean['ablation']:.1f} "
