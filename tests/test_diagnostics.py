@@ -341,6 +341,17 @@ def test_cells_without_structure_are_explained(many):
     assert "there is little to find" in found.verdict
 
 
+def test_a_collapse_in_part_is_announced(many):
+    cells = celbo.simulate_cells(n_cells=1000, n_genes=300, n_types=6, median_library=1500, seed=1)
+    deep = {"hidden_dims": (128, 128, 128), "norm": "none"}
+    train = celbo.TrainConfig(seed=0, warmup_fraction=0.0, max_epochs=40)
+    with pytest.warns(UserWarning, match="posterior collapse"):
+        model = celbo.ExpressionVAE(**deep, train=train).fit(cells)
+    found = model.diagnose(cells)
+    assert found.verdict.startswith(("Partly collapsed", "Collapsed"))
+    assert [advice.remedy for advice in found.remedies][:2] == ["shallow", "linear"]
+
+
 # How it is asked.
 
 

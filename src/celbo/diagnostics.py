@@ -28,6 +28,7 @@ __all__ = [
     "diagnose",
     "energy_distance",
     "expected_dimensions",
+    "falls_short",
     "gain",
     "kl_by_dimension",
     "lasting_collapse",

@@ -18,9 +18,9 @@ from celbo.data import CellSource, Check, Schema, check_adata, make_source, open
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
-from celbo.diagnostics import LEAST_ABLATION, Diagnosis, condition_ablation, diagnose
+from celbo.diagnostics import ACTIVE, LEAST_ABLATION, Diagnosis, condition_ablation, diagnose, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
-from celbo.evidence import gather
+from celbo.evidence import expected_dim, gather
 from celbo.inference import cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.likelihoods import LIKELIHOODS, Likelihood
 from celbo.minibatch import Rows, gene_moments
@@ -512,6 +512,15 @@ class ExpressionVAE:
                 f"shows a blob without separation; {advice}",
                 stacklevel=3,
             )
+        elif 2 * (active := int((use.mu_z.var(0) > ACTIVE).sum())) < self.latent_dim:  # else not worth looking
+            some = self.split_.train[:_CELLS_TO_ANNOUNCE]
+            expected = expected_dim(source, some, is_counts=self._likelihood().values == "counts")
+            if falls_short(active, expected, self.latent_dim):
+                warnings.warn(
+                    f"posterior collapse in part: {active} of {self.latent_dim} latent dimensions vary between cells, "
+                    f"where the data show {expected} above their noise; {advice}",
+                    stacklevel=3,
+                )
         for condition, lost in zip(self.schema_.conditions, use.lost[1:], strict=True):
             found = condition_ablation(condition.name, lost)
             if found.verdict == "bad":
