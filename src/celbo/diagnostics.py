@@ -447,6 +447,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
     nats, total = max(0.0, float(e.lost[0].mean())), e.mu_z.shape[1]
     gained = float((e.elbo - e.gene_means).mean())
+    if gained < 0 and collapsed:
+        return (
+            f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them by {-gained:.0f} nats "
+            "worse than gene means and library sizes do; there may be too few cells to learn from, or to measure on."
+        )
     if collapsed and e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION:
         return (
             f"Nothing in z: the decoder loses {nats:.1f} nats per cell without it. These cells hardly show more than "
@@ -457,8 +462,9 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
             f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions carry "
             "information; the latent space shows a blob without separation."
         )
-    verb = "dimension carries" if alive == 1 else "dimensions carry"
-    said = f"{alive} of {total} {verb} information; the decoder loses {nats:.0f} nats per cell without them."
+    carries, them = ("carries", "it") if alive == 1 else ("carry", "them")
+    said = f"{alive} of {total} dimensions {carries} information; the decoder loses {nats:.0f} nats per cell "
+    said += f"without {them}."
     if e.expected_dim is not None and falls_short(alive, e.expected_dim, total):
         return f"Partly collapsed: {said} The data show {e.expected_dim} above their noise."
     return said
