@@ -449,8 +449,9 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
     gained = float((e.elbo - e.gene_means).mean())
     if gained < 0 and collapsed:
         return (
-            f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them by {-gained:.0f} nats "
-            "worse than gene means and library sizes do; there may be too few cells to learn from, or to measure on."
+            f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them "
+            f"{-gained:.0f} nats worse than gene means and library sizes do; there may be too few cells to learn from, "
+            "or to measure on."
         )
     if collapsed and e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION:
         return (

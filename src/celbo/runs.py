@@ -181,7 +181,7 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
         "kl_per_dim": [float(value) for value in kl_per_dim],
         "active_units": int(active.sum()),
         "kl_weight_final": history[-1].kl_weight,
-        "ablation": history[-1].ablation,
+        "ablation": next((epoch.ablation for epoch in reversed(history) if epoch.ablation is not None), None),
     }
 
 

@@ -32,6 +32,8 @@ _RISE_STEPS = 100
 _AVERAGED = 8
 # Of the held-out cells, as many are watched after each epoch as keep that below a hundredth of its time.
 _WATCHED_SHARE, _FEWEST_WATCHED, _MOST_WATCHED = 0.02, 32, 512
+# Steps after which they are looked at, at least: short epochs pass by unwatched.
+_STEPS_TO_FOLLOW = 20
 # Training cells over which means and variances of batch norms are taken for the averaged weights.
 _CELLS_FOR_NORMS = 2048
 # Nats by which the mutual information must rise for another epoch of steps of the encoder alone.
@@ -139,7 +141,8 @@ class Epoch:
     kl_per_dim: tuple[float, ...]
     """Per latent dimension, of the held-out cells if there are any."""
     active_units: int | None = None
-    """Latent dimensions whose posterior mean varies (variance above 0.01) over a fixed sample of held-out cells."""
+    """Latent dimensions whose posterior mean varies (variance above 0.01) over a fixed sample of held-out cells; None
+    where nothing is held out, and in epochs so short that only some of them are looked at."""
     ablation: float | None = None
     """Reconstruction lost, nats per cell, when z is permuted over that sample: what the decoder hears of z."""
 
@@ -269,7 +272,7 @@ def epochs(
     average = weights.detach().clone()
     last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
     step, chances, kl_weight, highest_rate, history = 0, _SECOND_CHANCES, 0.0, config.learning_rate, list[Epoch]()
-    watched = _watched(split, config.seed)
+    watched, follow_every = _watched(split, config.seed), -(-_STEPS_TO_FOLLOW // plan.steps_per_epoch)
     memory: Tensor | None = None  # of the penalty
     encoder_first, most_information = recipe.encoder_steps, 0.0
 
@@ -317,7 +320,9 @@ def epochs(
                     "look at this cell for extreme values, or lower the learning rate."
                 )
             train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
-            use = use_of_latent(vae, source, watched, seed=config.seed) if len(watched) else None
+            use = None
+            if len(watched) and (encoder_first or (epoch + 1) % follow_every == 0):
+                use = use_of_latent(vae, source, watched, seed=config.seed)
             shown_weight = kl_weight if memory is None else kl_weight * float(memory.mean())
             seconds = time.perf_counter() - started
             record = _record(epoch, step, shown_weight, seconds, train.tolist(), held_out, use)
