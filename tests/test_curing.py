@@ -64,9 +64,9 @@ def test_what_costs_more_than_the_tolerance_is_not_kept(blob, many, monkeypatch)
 
     honest, calls = curing._log_p, []
 
-    def worse(model, adata):
+    def worse(model, adata, rows):
         calls.append(model)
-        return honest(model, adata) - (5 + 20 if len(calls) > 1 else 0)
+        return honest(model, adata, rows) - (25 if len(calls) > 1 else 0)
 
     monkeypatch.setattr(curing, "_log_p", worse)
     cured, trail = celbo.cure(blob, many, tries=1, tolerance=1)
@@ -81,6 +81,39 @@ def test_what_costs_more_than_the_tolerance_is_not_kept(blob, many, monkeypatch)
 def test_impossible_limits_are_refused(blob, many, bad):
     with pytest.raises(celbo.UsageError, match="at least 1 try"):
         celbo.cure(blob, many, **bad)
+
+
+def test_a_remedy_that_the_model_cannot_take_is_on_the_trail(blob, many, monkeypatch):
+    from celbo.diagnostics import Advice
+
+    honest = celbo.ExpressionVAE.diagnose
+
+    def advise_the_impossible(self, adata, **options):
+        found = honest(self, adata, **options)
+        found.remedies.insert(0, Advice("skip", "", "", ""))
+        return found
+
+    monkeypatch.setattr(celbo.ExpressionVAE, "diagnose", advise_the_impossible)
+    cured, trail = celbo.cure(blob, many)
+    assert "at least two widths" in trail[1].said
+    assert not trail[1].kept
+    assert trail[2].kept
+    assert cured is not blob
+
+
+def test_other_cells_and_models_without_reference_are_refused(blob, many, tmp_path):
+    with pytest.raises(celbo.UsageError, match="not the cells the model was fitted to"):
+        celbo.cure(blob, many[::-1].copy())
+    blob.save(tmp_path / "model", keep_reference=False)
+    with pytest.raises(celbo.UsageError, match="keep_reference"):
+        celbo.cure(celbo.load(tmp_path / "model"), many)
+
+
+def test_what_was_said_of_models_that_were_given_up_is_not_repeated(blob, many):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        celbo.cure(blob, many)
+    assert not [each for each in said if "posterior collapse" in str(each.message)]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +164,19 @@ def test_cure_writes_a_run_and_its_trail(blob_run):
     assert not json.loads((folder / "cured" / "diagnosis.json").read_text())["collapsed"]
 
 
+def test_curing_what_is_cured_changes_nothing_and_speaks_json(blob_run):
+    folder, _ = blob_run
+    if not (folder / "cured").exists():
+        pytest.skip("needs the run that the test before wrote")
+    done = run("cure", folder / "cured", "-o", folder / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    trail = json.loads(done.stdout)
+    assert len(trail) == 1
+    assert (folder / "again" / "model" / "weights.safetensors").read_bytes() == (
+        folder / "cured" / "model" / "weights.safetensors"
+    ).read_bytes()
+
+
 def test_auto_remedy_cures_before_anything_is_written(blob_run):
     folder, _ = blob_run
     done = run(
@@ -140,6 +186,7 @@ def test_auto_remedy_cures_before_anything_is_written(blob_run):
     assert done.returncode == 0, done.stderr
     assert not json.loads((folder / "auto" / "diagnosis.json").read_text())["collapsed"]
     assert json.loads((folder / "auto" / "cure.json").read_text())[0]["collapsed"]
+    assert "posterior collapse: the decoder" not in (folder / "auto" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

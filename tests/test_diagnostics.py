@@ -275,10 +275,13 @@ def test_live_dimensions_are_counted(healthy, many, k):
     assert found.verdict.startswith(f"{k} of 3")
 
 
-def test_a_floor_under_the_kl_is_no_information(healthy, many):
-    """Dimensions that vary, with a KL of nats, to which the decoder does not listen."""
-    model = copy_of(healthy, many)
-    decoder_input(model)[:, :3] = 0
+def test_a_floor_under_the_kl_is_no_information(many):
+    """Dimensions that a norm makes vary, with a KL of nats, to which the decoder does not listen."""
+    train = celbo.TrainConfig(max_epochs=10, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = celbo.ExpressionVAE(latent_dim=3, hidden_dims=(32,), remedies=["norm_mu"], train=train).fit(many)
+    decoder_input(model)[:] = 0
     found = model.diagnose(many)
     assert found.finding("active units").verdict == "good"
     assert found.finding("KL by dimension").verdict == "good"
@@ -395,3 +398,69 @@ def test_models_of_real_cells_are_called_healthy(name, real_data):
     assert not found.collapsed
     gained = found.finding("gain over gene means").value
     assert found.finding("latent ablation").value[0]["nats"] > 0.05 * gained
+
+
+# Whatever the order and the kind of the cells.
+
+
+def test_a_condition_of_one_level_cannot_be_measured(healthy, many):
+    some = many[(many.obs["batch"] == many.obs["batch"].iloc[0]).to_numpy()]
+    found = healthy.diagnose(some)
+    for name in ("ablation of batch", "leakage of batch"):
+        assert found.finding(name).verdict == "watch"
+        assert "cannot be measured" in found.finding(name).meaning
+    assert not any(advice.remedy == "conditional_prior" for advice in found.remedies)
+
+
+def test_a_rare_level_counts_by_its_own_cells(healthy, many):
+    """Only cells whose level changes tell what the condition is worth."""
+    source, rows, _ = healthy.cells_to_measure(many)
+    batch = source.context.numpy().argmax(1)
+    rare = np.concatenate([rows[batch[rows] == 0], rows[batch[rows] == 1][:3]])
+    lost = use_of_latent(healthy.vae_, source, rare, of_context=[slice(0, 2)]).lost[-1]
+    assert 2 <= (~np.isnan(lost)).sum() <= 6
+    assert condition_ablation("batch", lost[~np.isnan(lost)]).value > 1
+
+
+def test_the_same_cells_in_another_order_are_not_taken_for_those_of_fit(healthy, many):
+    _, rows, training = healthy.cells_to_measure(many[::-1])
+    assert len(rows) == len(training) == many.n_obs
+
+
+def test_norms_do_not_depend_on_the_order_of_the_cells(many):
+    """Cells sorted by type, as files often are: mu_z still has the spread that the norm gives it."""
+    order = np.argsort(many.obs["cell_type"].astype(str).to_numpy(), kind="stable")
+    model = celbo.ExpressionVAE(
+        latent_dim=3, hidden_dims=(32,), remedies=["norm_mu"], train=celbo.TrainConfig(max_epochs=20, seed=0)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(many[order].copy())
+    mu_z = model.embed(many[order])[model.split_.train]
+    np.testing.assert_allclose(mu_z.std(0), 0.6, rtol=0.05)
+
+
+def test_an_autoencoder_is_followed_as_it_is(many):
+    train = celbo.TrainConfig(max_epochs=12, seed=0)
+    model = celbo.ExpressionVAE(latent_dim=3, hidden_dims=(32,), objective="autoencoder", train=train).fit(many)
+    last = [epoch.ablation for epoch in model.history_ if epoch.ablation is not None][-1]
+    found = model.diagnose(many).finding("latent ablation").value[0]
+    assert abs(last - found["nats"]) < 4 * found["se"] + 0.2 * found["nats"]
+
+
+def test_an_estimated_kl_is_not_quoted_cell_by_cell(many):
+    train = celbo.TrainConfig(max_epochs=12, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = celbo.ExpressionVAE(latent_dim=3, hidden_dims=(32,), prior="mixture:5", train=train).fit(many)
+    names = {each.name for each in model.diagnose(many).findings}
+    assert "KL by dimension" not in names
+    assert "gap to the prior" not in names
+    assert "mutual information" in names
+
+
+def test_a_diagnosis_leaves_torchs_randomness_alone(healthy, many):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    healthy.diagnose(many)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -144,6 +144,8 @@ def test_one_text_in_place_of_a_list_is_refused():
         ({"remedies": ["conditional_prior"]}, "needs a condition"),
         ({"remedies": ["free_bits"], "objective": "autoencoder"}, "has no KL"),
         ({"remedies": ["vamp_prior", "norm_mu"]}, "batch norms do not allow"),
+        ({"remedies": ["learned_sigma"]}, "is for likelihood='gaussian'"),
+        ({"remedies": ["mmd"], "prior": "mixture:3"}, "the prior is another"),
     ],
 )
 def test_a_remedy_that_the_model_cannot_take_is_refused_with_the_table(options, said, cells):
@@ -177,11 +179,13 @@ def test_the_encoder_alone_moves_where_that_is_wanted():
     weights.grad.fill_(1)
     optimizer = torch.optim.Adam([weights], fused=True)
     before = {name: value.detach().clone() for name, value in vae.named_parameters()}
-    with _encoder_alone(vae, weights, wanted=True):
+    with _encoder_alone(vae, optimizer, wanted=True):
         optimizer.step()
     moved = {name for name, value in vae.named_parameters() if not torch.equal(value, before[name])}
+    n_moved = sum(value.numel() for name, value in vae.named_parameters() if name in moved)
+    assert not optimizer.state[weights]["exp_avg"][n_moved:].any()  # nor does the decoder remember it
     assert moved == {name for name in before if name.split(".")[0] in ("encoder", "fc_mu", "fc_logvar", "norm_mu")}
-    with _encoder_alone(vae, weights, wanted=False):
+    with _encoder_alone(vae, optimizer, wanted=False):
         optimizer.step()
     assert not any(torch.equal(value, before[name]) for name, value in vae.named_parameters() if value.grad.any())
 

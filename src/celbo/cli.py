@@ -359,9 +359,10 @@ def cure(
                 reading={"path": str(path.absolute()), **reading._asdict()},
                 trail=trail,
             )
-    _show_trail(trail)
     if as_json:
         typer.echo((output / "cure.json").read_text())
+    else:
+        _show_trail(trail)
     _say(f"open {output / 'report.html'}")
 
 
@@ -515,7 +516,10 @@ def _fit_and_write(
             model.fit(adata, track=_ending_when_told(track))
             trail = None
             if auto_remedy:
-                model, trail = celbo.cure(model, adata, track=_ending_when_told(track))
+                fitted, of_it = model, len(notes)
+                model, trail = celbo.cure(fitted, adata, track=_ending_when_told(track))
+                if model is not fitted:  # what was said of the model that was given up is no longer true
+                    del notes[:of_it]
         seconds = time.perf_counter() - started
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the data are was said before they were fitted

@@ -1,5 +1,6 @@
 """Cure a collapsed model: diagnose, apply the first remedy that fits, fit again, compare, until it is healthy."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from celbo import kernels
 from celbo.data import read_adata
 from celbo.diagnostics import Advice, Diagnosis
-from celbo.errors import UsageError
+from celbo.errors import DivergedError, UsageError
 from celbo.estimator import ExpressionVAE
 from celbo.importance import log_prob
+from celbo.minibatch import Rows
 from celbo.remedies import REMEDIES
 from celbo.train import Track
 
@@ -65,7 +67,8 @@ def cure(
     """Apply remedies to a fitted model, one after another, as long as it is not healthy.
 
     Each try fits a new model with one more remedy, from the same seed. It is kept if z says more than before, and if
-    the refined log p(x) of held-out cells fell by no more than ``tolerance``; what is not kept is on the trail, too.
+    the refined log p(x) of held-out cells fell by no more than ``tolerance`` since the first model; what is not kept is
+    on the trail, too.
 
     Parameters
     ----------
@@ -74,7 +77,7 @@ def cure(
     adata
         The cells.
     tolerance
-        Nats per cell of held-out log p(x) that a remedy may cost.
+        Nats per cell of held-out log p(x) that all remedies together may cost.
     tries
         Models to fit at most.
     track
@@ -99,7 +102,18 @@ def cure(
             f"tries={tries}, tolerance={tolerance}; give at least 1 try, and a tolerance of 0 nats or more."
         )
     adata = read_adata(adata, layer=model.layer)
-    diagnosis, log_p = model.diagnose(adata), _log_p(model, adata)
+    _, split = model.split_again(adata)
+    if split is None:
+        raise UsageError(
+            "these are not the cells the model was fitted to, in their order, or it keeps no reference to tell by "
+            "(keep_reference); cure needs to know which cells were held out. Fit it again with these cells."
+        )
+    if "split_" not in model.__dict__:
+        model.split_ = split  # which a loaded model has lost
+    held_out = split.validation if len(split.validation) >= 2 else split.train
+    rows = np.sort(np.random.default_rng([model.train.seed, 15]).permutation(held_out)[:_CELLS_TO_COMPARE])
+    diagnosis, log_p = model.diagnose(adata), _log_p(model, adata, rows)
+    first, said_of_kept = log_p, list[warnings.WarningMessage]()
     trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]
     tried: set[str] = set()
     while not is_healthy(diagnosis) and len(trail) <= tries:
@@ -107,12 +121,22 @@ def cure(
         if advice is None:
             break
         tried.add(advice.remedy)
-        changed = replace(model, remedies=_joined(model.remedies, advice)).fit(adata, track=track)
-        found, its_log_p = changed.diagnose(adata), _log_p(changed, adata)
-        kept, said = _is_better(found, diagnosis, its_log_p - log_p, tolerance)
+        changed = replace(model, remedies=_joined(model.remedies, advice))
+        try:
+            with warnings.catch_warnings(record=True) as said_of_it:
+                warnings.simplefilter("always")
+                changed.fit(adata, track=track)
+        except (UsageError, DivergedError) as error:
+            said = f"not kept: {str(error).splitlines()[0]}"
+            trail.append(replace(trail[-1], remedies=tuple(changed.remedies), kept=False, said=said))
+            continue
+        found, its_log_p = changed.diagnose(adata), _log_p(changed, adata, rows)
+        kept, said = _is_better(found, diagnosis, its_log_p - log_p, float((its_log_p - first).mean()), tolerance)
         trail.append(_step(changed, found, its_log_p, log_p, kept, said))
         if kept:
-            model, diagnosis, log_p = changed, found, its_log_p
+            model, diagnosis, log_p, said_of_kept = changed, found, its_log_p, said_of_it
+    for each in said_of_kept:  # of the models that were given up nobody needs to hear
+        warnings.warn(each.message, each.category, stacklevel=2)
     return model, trail
 
 
@@ -122,15 +146,14 @@ def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
     return (*(each for each in remedies if REMEDIES[each.partition(":")[0]].part != part), advice.remedy)
 
 
-def _log_p(model: ExpressionVAE, adata: AnnData) -> NDArray[np.float64]:
-    source, rows, _ = model.cells_to_measure(adata)
+def _log_p(model: ExpressionVAE, adata: AnnData, rows: Rows) -> NDArray[np.float64]:
+    source, _ = model.split_again(adata)
     with kernels.threads(model.train.threads):
-        found = log_prob(model.vae_, source, rows[:_CELLS_TO_COMPARE], n_samples=_SAMPLES, seed=model.train.seed)
-    return found.log_p
+        return log_prob(model.vae_, source, rows, n_samples=_SAMPLES, seed=model.train.seed).log_p
 
 
 def _is_better(
-    found: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], tolerance: float
+    found: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], in_all: float, tolerance: float
 ) -> tuple[bool, str]:
     mean = float(difference.mean())
     more = _ablation(found) - _ablation(before)
@@ -138,8 +161,9 @@ def _is_better(
     price = f"log p(x) of held-out cells changes by {mean:+.2f} nats"
     if not says_more:
         return False, f"not kept: z says no more than before; {price}"
-    if mean < -tolerance:
-        return False, f"not kept: z says more, but {price}, beyond the tolerance of {tolerance:g}"
+    if in_all < -tolerance:
+        since = "" if in_all == mean else f" ({in_all:+.2f} since the first model)"
+        return False, f"not kept: z says more, but {price}{since}, beyond the tolerance of {tolerance:g}"
     return True, f"kept: z says more; {price}"
 
 

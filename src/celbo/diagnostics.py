@@ -27,6 +27,7 @@ __all__ = [
     "decoder_sensitivity",
     "diagnose",
     "energy_distance",
+    "enough_ablation",
     "expected_dimensions",
     "falls_short",
     "gain",
@@ -64,6 +65,7 @@ IN_USE = 0.6
 HARDLY = 0.5
 """Nats per cell that a condition is worth at most where it is called ignored."""
 
+_SCHEDULES = {"linear", "sigmoid", "cosine", "cyclical", "autoencoder_start"}
 _GRAVITY = {"good": 0, "watch": 1, "bad": 2}
 
 
@@ -119,7 +121,7 @@ class Diagnosis:
         """As plain values."""
         document = asdict(self)
         document["remedies"] = [advice._asdict() for advice in self.remedies]
-        plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain))
+        plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain), parse_constant=lambda _: None)
         return plain
 
     def __str__(self) -> str:
@@ -298,8 +300,7 @@ def energy_distance(a: Floats, b: Floats) -> float:
 def latent_ablation(lost: Floats, elbo: Floats, gene_means: Floats) -> Finding:
     """Reconstruction lost, nats per cell, when all of z, and each dimension, is that of another cell; paired s.e."""
     mean, se = lost.mean(1, dtype=np.float64), _se(lost)
-    gained = float((elbo - gene_means).mean(dtype=np.float64))
-    enough = max(LEAST_ABLATION, HEALTHY_SHARE * gained)
+    enough = enough_ablation(float((elbo - gene_means).mean(dtype=np.float64)))
     verdict = "bad" if mean[0] < enough else "good"
     meaning = f"the decoder loses {mean[0]:.2f} +- {se[0]:.2f} nats per cell without z"
     deaf = [int(j) for j in np.flatnonzero(~_listens(lost[1:]))]
@@ -310,6 +311,11 @@ def latent_ablation(lost: Floats, elbo: Floats, gene_means: Floats) -> Finding:
     values = [{"nats": float(m), "se": float(s)} for m, s in zip(mean, se, strict=True)]
     expected = f"above {enough:.2f} nats for all of z"
     return Finding("latent ablation", values, expected, verdict, meaning)
+
+
+def enough_ablation(gained: float) -> float:
+    """Nats per cell that a decoder which listens to z loses without it, of a model that gained this over gene means."""
+    return max(LEAST_ABLATION, HEALTHY_SHARE * gained)
 
 
 def decoder_sensitivity(sensitivity: Floats) -> Finding:
@@ -353,7 +359,13 @@ def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
 
 
 def condition_ablation(name: str, lost: Floats) -> Finding:
-    """Reconstruction lost when a condition is another cell's: near 0, a counterfactual is void."""
+    """Reconstruction lost when a condition is another: near 0, a counterfactual is void.
+
+    ``lost`` is of the cells whose level did change, ``(cells,)``; of none, nothing can be said.
+    """
+    if len(lost) < 2:
+        meaning = f"cannot be measured: these cells hardly differ in {name!r}"
+        return Finding(f"ablation of {name}", None, f"above {DECODER_LISTENS} nats", "watch", meaning)
     mean, se = float(lost.mean(dtype=np.float64)), float(_se(lost[None])[0])
     meaning = f"the decoder loses {mean:.2f} +- {se:.2f} nats per cell without condition {name!r}"
     expected = f"above {DECODER_LISTENS} nats"
@@ -383,8 +395,11 @@ def condition_leakage(
         if score is not None:
             scores.append(score)
             sizes.append(len(members))
-    value = float(np.average(scores, weights=sizes)) if scores else 0.0
     where = "" if types is None else " within types"
+    if not scores:
+        meaning = f"cannot be measured: {name!r} does not differ{where}, or in fewer than 10 cells of a level"
+        return Finding(f"leakage of {name}", None, f"below {LEAKS / 2}", "watch", meaning)
+    value = float(np.average(scores, weights=sizes))
     verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
     meaning = f"{name!r} is told from z{where} {max(value, 0):.0%} of the way from chance to certainty"
     if verdict == "bad":
@@ -415,12 +430,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         gain("gain over gene means", e.elbo, e.gene_means, "gene means x library size"),
     ]
     if e.settings.get("objective") != "autoencoder":
-        findings += [
-            kl_by_dimension(e.kl),
-            lasting_collapse(e.kl),
-            latent_information(*e.anchors),
-        ]
-        if e.settings.get("prior", "normal") == "normal":
+        prior = str(e.settings.get("prior", "normal"))
+        if prior in ("normal", "conditional"):  # else the KL of a cell is an estimate, and its quantiles are of noise
+            findings += [kl_by_dimension(e.kl), lasting_collapse(e.kl)]
+        findings.append(latent_information(*e.anchors))
+        if prior == "normal":
             findings.append(aggregated_gap(*e.anchors))
     if e.components is not None:
         than = "as many principal components (reconstruction)"
@@ -447,13 +461,13 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
     nats, total = max(0.0, float(e.lost[0].mean())), e.mu_z.shape[1]
     gained = float((e.elbo - e.gene_means).mean())
-    if gained < 0 and collapsed:
+    if collapsed and gained < 0 and nats >= LEAST_ABLATION:  # z moves the decoder, and not for the better
         return (
             f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them "
             f"{-gained:.0f} nats worse than gene means and library sizes do; there may be too few cells to learn from, "
             "or to measure on."
         )
-    if collapsed and e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION:
+    if collapsed and _little_to_find(e):
         return (
             f"Nothing in z: the decoder loses {nats:.1f} nats per cell without it. These cells hardly show more than "
             f"gene means and library sizes ({e.expected_dim} dimensions above their noise): there is little to find."
@@ -471,19 +485,31 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
     return said
 
 
+def _little_to_find(e: Evidence) -> bool:
+    """Whether the data show next to nothing beyond gene means and library sizes."""
+    gained = float((e.elbo - e.gene_means).mean())
+    return e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION
+
+
 def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
     """Remedies in the order in which to try them; what a run has already is not advised again."""
     settings, advice = e.settings, list[Advice]()
     had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())} - {"beta"}
 
+    prior, norm = str(settings.get("prior", "normal")), settings.get("norm")
+    no_batch_norm = norm != "batch" and not settings.get("norm_mu")
+
     def add(remedy: str, why: str) -> None:
+        if remedy == "vamp_prior" and (not no_batch_norm or settings.get("n_hidden", (1, 1))[0] == 0):
+            remedy = "mixture_prior"
+        if remedy == "norm_mu" and prior.startswith("vamp"):
+            return  # which batch norms do not allow
         if remedy.partition(":")[0] not in had | {each.remedy.partition(":")[0] for each in advice}:
             advice.append(Advice(remedy, why, f"--remedy {remedy}", f"remedies=[{remedy!r}]"))
 
     latent_dim, expected = e.mu_z.shape[1], e.expected_dim
     is_short = expected is not None and falls_short(alive, expected, latent_dim)
-    nothing_there = expected is not None and expected == 0
-    if settings.get("objective") == "autoencoder":
+    if settings.get("objective") == "autoencoder" or _little_to_find(e):
         return advice
     if collapsed or is_short:
         if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
@@ -492,11 +518,11 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
             add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it")
         if max(settings.get("n_hidden", (1, 1))) > 1:
             add("shallow", "deep stacks learn to do without z; one hidden layer explains single cells as well")
-        if settings.get("warmup_fraction", 1.0) == 0 and not had & {"linear", "sigmoid", "cosine", "cyclical"}:
+        if settings.get("warmup_fraction", 1.0) == 0 and not had & _SCHEDULES:
             add("linear", "the KL weighs in full from the first step, before the encoder says anything")
         if settings.get("norm") == "none":
             add("layer_norm", "without a norm, training settles before the encoder says anything")
-    if collapsed and not nothing_there:
+    if collapsed:
         add("autoencoder_start", "the decoder learns to listen before the KL weighs")
         add("norm_mu", "no dimension can fall silent")
         add("aggressive", "the encoder gets ahead of the decoder; the last resort")

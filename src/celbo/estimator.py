@@ -18,9 +18,9 @@ from celbo.data import CellSource, Check, Schema, check_adata, make_source, open
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
-from celbo.diagnostics import ACTIVE, LEAST_ABLATION, Diagnosis, condition_ablation, diagnose, falls_short
+from celbo.diagnostics import ACTIVE, Diagnosis, condition_ablation, diagnose, enough_ablation, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
-from celbo.evidence import expected_dim, gather
+from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.inference import cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.likelihoods import LIKELIHOODS, Likelihood
 from celbo.minibatch import Rows, gene_moments
@@ -377,6 +377,15 @@ class ExpressionVAE:
                 "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training.\n"
                 + remedy_table()
             )
+        if "dispersion" in recipe.options and self.likelihood != "gaussian":
+            raise UsageError(
+                f"remedy 'learned_sigma' is for likelihood='gaussian', not {self.likelihood!r}.\n{remedy_table()}"
+            )
+        if recipe.pull is not None and recipe.options.get("prior", self.prior) != "normal":
+            raise UsageError(
+                "remedy 'mmd' draws all cells together to the standard normal, and the prior is another; leave one of "
+                "them out.\n" + remedy_table()
+            )
         return recipe
 
     def cells_to_measure(self, adata: AnnData | str | Path) -> tuple[CellSource, Rows, Rows]:
@@ -384,24 +393,27 @@ class ExpressionVAE:
 
         Those held out in fit and those learned from, if these are the cells of fit; else all, and all.
         """
+        source, split = self.split_again(adata)
+        every: Rows = np.arange(source.n_cells)
+        held_out = every if split is None or len(split.validation) < 2 else split.validation
+        rows = np.random.default_rng([self.train.seed, 12]).permutation(held_out)[:_CELLS_TO_DIAGNOSE]
+        return source, np.sort(rows), every if split is None else split.train
+
+    def split_again(self, adata: AnnData | str | Path) -> tuple[CellSource, Split | None]:
+        """A source of these cells, and how fit split them; None if they are not those of fit, as far as one can tell.
+
+        The split is drawn again from the seed, and compared with the library sizes of the held-out reference cells.
+        """
         adata = read_adata(adata, layer=self.schema_.layer)
         source = self._source(adata)
-        every: Rows = np.arange(source.n_cells)
-        split = self.__dict__.get("split_")
-        if (
-            split is None and (held := self.reference_) is not None
-        ):  # the same split, if it gives the same held-out cells
-            is_level = [condition.levels is not None for condition in self.schema_.conditions]
-            levels = self.schema_.codes(adata.obs)[:, is_level]
-            guess = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
-            if np.array_equal(source.library[guess.validation], held.library[held.held_out]):
-                split = guess
-        is_of_fit = split is not None and len(split.train) + len(split.validation) == source.n_cells
-        if split is None or not is_of_fit or len(split.validation) < 2:
-            some = np.random.default_rng([self.train.seed, 12]).permutation(every)[:_CELLS_TO_DIAGNOSE]
-            return source, np.sort(some), every
-        rows = np.random.default_rng([self.train.seed, 12]).permutation(split.validation)[:_CELLS_TO_DIAGNOSE]
-        return source, np.sort(rows), split.train
+        if self.reference_ is None:
+            return source, None
+        is_level = [condition.levels is not None for condition in self.schema_.conditions]
+        levels = self.schema_.codes(adata.obs)[:, is_level]
+        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
+        held_out = self.reference_.library[self.reference_.held_out]
+        is_same = np.array_equal(source.library[split.validation], held_out)
+        return source, split if is_same else None
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
@@ -498,23 +510,31 @@ class ExpressionVAE:
         }
 
     def _announce(self, source: CellSource) -> None:
-        """Warn of a decoder that does not listen to z, or to a condition."""
+        """Warn of a decoder that does not listen to z, or to a condition, and of a z far narrower than the data."""
         held_out = self.split_.validation if len(self.split_.validation) >= 2 else self.split_.train
-        rows = held_out[:_CELLS_TO_ANNOUNCE]
-        if len(rows) < 2 or self.objective == "autoencoder":
+        rng = np.random.default_rng([self.train.seed, 14])
+        rows, learned = (
+            np.sort(rng.permutation(cells)[:n])
+            for cells, n in ((held_out, _CELLS_TO_ANNOUNCE), (self.split_.train, 3 * _CELLS_TO_ANNOUNCE))
+        )
+        if len(rows) < 2:
             return
+        sample, columns = self.objective != "autoencoder", self.schema_.context_columns
+        likelihood, dispersion = self._likelihood(), self._settings()["dispersion"]
         with kernels.threads(self.train.threads):
-            use = use_of_latent(self.vae_, source, rows, of_context=self.schema_.context_columns, seed=self.train.seed)
+            use = use_of_latent(self.vae_, source, rows, of_context=columns, sample=sample, seed=self.train.seed)
+            elbo = cell_terms(self.vae_, source, rows, seed=self.train.seed, objective=self._objective()).elbo
+            means = gene_mean_log_prob(source, rows, learned, likelihood, "fixed" if dispersion == "fixed" else "gene")
         advice = "model.diagnose(adata) (celbo diagnose RUN) says why, and what to try."
-        if (nats := float(use.lost[0].mean())) < LEAST_ABLATION:
+        nats = float(use.lost[0].mean())
+        if nats < enough_ablation(float((elbo - means).mean())):
             warnings.warn(
-                f"posterior collapse: the decoder loses {nats:.2f} nats per cell without z, so that the latent space "
-                f"shows a blob without separation; {advice}",
+                f"posterior collapse: the decoder loses {max(0.0, nats):.2f} nats per cell without z, so that the "
+                f"latent space shows a blob without separation; {advice}",
                 stacklevel=3,
             )
         elif 2 * (active := int((use.mu_z.var(0) > ACTIVE).sum())) < self.latent_dim:  # else not worth looking
-            some = self.split_.train[:_CELLS_TO_ANNOUNCE]
-            expected = expected_dim(source, some, is_counts=self._likelihood().values == "counts")
+            expected = expected_dim(source, learned, is_counts=likelihood.values == "counts")
             if falls_short(active, expected, self.latent_dim):
                 warnings.warn(
                     f"posterior collapse in part: {active} of {self.latent_dim} latent dimensions vary between cells, "
@@ -522,7 +542,7 @@ class ExpressionVAE:
                     stacklevel=3,
                 )
         for condition, lost in zip(self.schema_.conditions, use.lost[1:], strict=True):
-            found = condition_ablation(condition.name, lost)
+            found = condition_ablation(condition.name, lost[~np.isnan(lost)])
             if found.verdict == "bad":
                 warnings.warn(f"{found.meaning}; {advice}", stacklevel=3)
 

@@ -102,7 +102,9 @@ def gather(
         else None,
         expected_dim=expected_dim(source, some, is_counts=likelihood.values == "counts") if enough else None,
         sensitivity=sensitivity(vae, source, few),
-        lost_by_condition=dict(zip(conditions, use.lost[n_parts:], strict=True)),
+        lost_by_condition={
+            name: lost[~np.isnan(lost)] for name, lost in zip(conditions, use.lost[n_parts:], strict=True)
+        },
         conditions={name: levels for name, (_, levels) in conditions.items()},
         types=types,
         settings=settings,
@@ -116,7 +118,8 @@ def gene_mean_log_prob(
 
     It is where training starts: the closed form of `celbo.likelihoods.Head.initialise` on the training cells.
     """
-    head, fc_out = likelihood.make_head(source.n_genes, 1, 0, dispersion), nn.Linear(1, source.n_genes)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and play no part
+        head, fc_out = likelihood.make_head(source.n_genes, 1, 0, dispersion), nn.Linear(1, source.n_genes)
     head.initialise(fc_out, gene_moments(source, training))
     found = []
     with torch.no_grad():

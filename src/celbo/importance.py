@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celbo.inference import context_of
+from celbo.inference import context_of, fill_in
 from celbo.minibatch import Minibatch, Rows, Source, csr_tensor, in_chunks
 from celbo.objective import kl_to_prior, log_prob_of_cells
 from celbo.vae import VAE
@@ -73,7 +73,7 @@ def log_prob(
     vae.eval().requires_grad_(False)
     try:
         found = [
-            _of_cells(vae, source.take(piece).to(device), n_samples, refine_steps, seed, number)
+            _of_cells(vae, source, source.take(piece).to(device), n_samples, refine_steps, seed, number)
             for number, piece in enumerate(in_chunks(rows, _CHUNK))
         ]
     finally:
@@ -85,11 +85,12 @@ def log_prob(
 
 
 def _of_cells(
-    vae: VAE, cells: Minibatch, n_samples: int, refine_steps: int, seed: int, number: int
+    vae: VAE, source: Source, cells: Minibatch, n_samples: int, refine_steps: int, seed: int, number: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 10, number]).generate_state(1)[0]))
     context = context_of(vae, cells)
     with torch.no_grad():
+        cells = fill_in(vae, cells, source)
         mu_z, logvar_z = vae.encode(cells.x, context)
     mu_z, logvar_z = _refine(vae, cells, mu_z, logvar_z, refine_steps, generator)
     sd = _WIDER * (0.5 * logvar_z).exp()

@@ -20,6 +20,7 @@ __all__ = [
     "cell_terms",
     "context_of",
     "expected_values",
+    "fill_in",
     "posterior",
     "sensitivity",
     "use_of_latent",
@@ -147,7 +148,7 @@ class UseOfLatent(NamedTuple):
     """With each cell's own z, ``(cells,)``, nats."""
     lost: NDArray[np.float32]
     """Reconstruction lost, ``(parts, cells)``, nats: all of z permuted; each of its dimensions, if asked for; each set
-    of context columns."""
+    of context columns, NaN where the other cell has the same."""
 
 
 def use_of_latent(
@@ -220,6 +221,8 @@ def use_of_latent(
             else:
                 context_there[:, columns] = context[among[here]][:, columns]
             lost[number, here] = reconstruction[here] - log_prob(z_there, context_there)
+            if number >= len(of_z):
+                lost[number, here][(context_there == context[here]).all(1)] = np.nan
 
     _for_chunks(vae, source, rows, decode)
     return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
@@ -285,8 +288,7 @@ def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibat
             for number in range(turn, len(pieces), n):
                 with reading:
                     cells = source.take(pieces[number]).to(device)
-                if cells.observed is not None:
-                    cells = _fill_in(vae, cells, cells.observed, source)
+                cells = fill_in(vae, cells, source)
                 compute(cells, slice(number * _CHUNK, number * _CHUNK + len(pieces[number])))
 
     vae.eval()  # no dropout
@@ -296,13 +298,15 @@ def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibat
         vae.train(was_training)
 
 
-def _fill_in(vae: VAE, cells: Minibatch, observed: Tensor, source: Source) -> Minibatch:
+def fill_in(vae: VAE, cells: Minibatch, source: Source) -> Minibatch:
     """Give genes that were not measured the values the model expects of them, so that they pull a cell nowhere.
 
     Zeros would be read as measurements. Encode, decode, fill in, and again: each round starts from a better guess. A
     library that is a sum over the model's genes grows by what was filled in; where counts were scaled to the same
     library and logged, those that were measured shrink instead.
     """
+    if (observed := cells.observed) is None:
+        return cells
     measured, library, context = cells.x.to_dense(), cells.library, context_of(vae, cells)
     x = measured
     for _ in range(_FILLING_ROUNDS):

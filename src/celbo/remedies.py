@@ -231,7 +231,13 @@ REMEDIES: dict[str, Remedy] = {
         ),
         Remedy(
             *("shallow", "decoder", 128, "one hidden layer of this width on either side, with layer norm", ""),
-            options=lambda width: {"hidden_dims": (int(width),), "decoder_dims": None, "norm": "layer", "skip": False},
+            options=lambda width: {
+                "hidden_dims": (int(width),),
+                "decoder_dims": None,
+                "norm": "layer",
+                "skip": False,
+                "context_skip": False,
+            },
         ),
         Remedy(
             *("linear_decoder", "decoder", None, "a decoder without hidden layers", "Svensson 2020"),

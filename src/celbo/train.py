@@ -16,7 +16,7 @@ from celbo.diagnostics import ACTIVE, mutual_information
 from celbo.errors import DivergedError, UsageError
 from celbo.inference import CellTerms, UseOfLatent, cell_terms, context_of, use_of_latent
 from celbo.minibatch import Rows, Source
-from celbo.objective import ElboTerms, Objective, elbo_terms
+from celbo.objective import ElboTerms, Objective, autoencoder_terms, elbo_terms
 from celbo.remedies import Recipe, linear_warmup
 from celbo.vae import VAE, draw_noise
 
@@ -302,14 +302,14 @@ def epochs(
                 average.copy_(weights.detach())
                 continue
             memory = remembered
-            with _encoder_alone(vae, weights, step % (encoder_first + 1) != 0):
+            with _encoder_alone(vae, optimizer, step % (encoder_first + 1) != 0):
                 optimizer.step()
             average.lerp_(weights.detach(), (_AVERAGED + 1) / (step + _AVERAGED))
             totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
             n_seen += len(rows)
 
         with _lent(average, weights):
-            _settle_norms(vae, source, split)
+            _settle_norms(vae, source, split, config.seed)
             held_out = None
             if split.validation.size:
                 held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
@@ -322,7 +322,8 @@ def epochs(
             train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
             use = None
             if len(watched) and (encoder_first or (epoch + 1) % follow_every == 0):
-                use = use_of_latent(vae, source, watched, seed=config.seed)
+                sample = objective is not autoencoder_terms
+                use = use_of_latent(vae, source, watched, sample=sample, seed=config.seed)
             shown_weight = kl_weight if memory is None else kl_weight * float(memory.mean())
             seconds = time.perf_counter() - started
             record = _record(epoch, step, shown_weight, seconds, train.tolist(), held_out, use)
@@ -331,10 +332,10 @@ def epochs(
             averaged = _weights(vae)
 
         if encoder_first:  # as long as it tells the encoder more
-            information = 0.0 if use is None else mutual_information(use.mu_z, use.logvar_z)
+            information = math.inf if use is None else mutual_information(use.mu_z, use.logvar_z)
             rises = information > most_information + _RISE_OF_INFORMATION
             encoder_first = encoder_first if rises and step < plan.warmup_steps else 0
-            most_information = information
+            most_information = most_information if use is None else information
         last_good = _weights(vae)
         if record.validation_elbo is None or step < plan.warmup_steps:
             best = averaged
@@ -390,25 +391,31 @@ def _watched(split: Split, seed: int) -> Rows:
 
 
 @contextmanager
-def _encoder_alone(vae: VAE, weights: Tensor, wanted: bool) -> Iterator[None]:
-    """Let a step of the optimiser move the encoder only, where that is wanted."""
+def _encoder_alone(vae: VAE, optimizer: torch.optim.Optimizer, wanted: bool) -> Iterator[None]:
+    """Let a step of the optimiser move the encoder only, where that is wanted: the rest stays, moments included."""
     if not wanted:
         yield
         return
+    (weights,) = optimizer.param_groups[0]["params"]
     rest = sum(value.numel() for name, value in vae.named_parameters() if not name.startswith(_OF_ENCODER))
-    others = weights.detach()[len(weights) - rest :]  # parameters come in the order in which the model has them
-    assert weights.grad is not None
-    weights.grad[len(weights) - rest :] = 0
-    kept = others.clone()
+    others = slice(len(weights) - rest, None)  # parameters come in the order in which the model has them
+    names = ("exp_avg", "exp_avg_sq")
+    kept = weights.detach()[others].clone()
+    moments = {name: optimizer.state[weights][name][others].clone() for name in names if optimizer.state[weights]}
     yield
-    others.copy_(kept)
+    weights.detach()[others] = kept
+    for name in names:
+        optimizer.state[weights][name][others] = moments.get(name, 0.0)
 
 
 _OF_ENCODER = ("encoder.", "fc_mu.", "fc_logvar.", "norm_mu.")
 
 
-def _settle_norms(vae: VAE, source: Source, split: Split) -> None:
-    """Take means and variances of batch norms anew: those they ran with belong to weights before averaging."""
+def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
+    """Take means and variances of batch norms anew: those they ran with belong to weights before averaging.
+
+    Of minibatches of a random sample, whatever the order of the cells, with z drawn as in training.
+    """
     norms = [layer for layer in vae.modules() if isinstance(layer, torch.nn.BatchNorm1d)]
     if not norms:
         return
@@ -421,12 +428,16 @@ def _settle_norms(vae: VAE, source: Source, split: Split) -> None:
     for dropout in dropouts:
         dropout.eval()
     device = next(vae.parameters()).device
-    rows = split.train[:: max(1, len(split.train) // _CELLS_FOR_NORMS)]
+    rows = np.random.default_rng([seed, 13]).permutation(split.train)[:_CELLS_FOR_NORMS]
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for piece in np.array_split(rows, max(1, len(rows) // 512)):
             cells = source.take(piece).to(device)
-            mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
-            vae.likelihood(mu_z, context=context_of(vae, cells), library=cells.library)
+            mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
+            eps = torch.randn(mu_z.shape, generator=generator).to(device)
+            vae.likelihood(
+                vae.reparameterize(mu_z, logvar_z, eps), context=context_of(vae, cells), library=cells.library
+            )
     for layer, before in zip(norms, momentum, strict=True):
         layer.momentum = before
     vae.eval()

@@ -145,7 +145,7 @@ def cards(metrics: Mapping[str, Any]) -> list[Card]:
             f"weight at the end of training: {number(get('kl_weight_final'))}",
         ),
         Card(
-            "Active latent dimensions",
+            "Latent dimensions that vary",
             number(get("active_units")),
             f"of {number(get('latent_dim'))}",
             f"without z the decoder loses {number(get('ablation'))} nats per cell",

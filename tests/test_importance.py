@@ -1,0 +1,73 @@
+"""Refined, importance-weighted log p(x), against integration."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import celbo
+from celbo.importance import log_prob
+from celbo.inference import cell_terms
+from celbo.objective import log_prob_of_cells
+
+
+def fitted(cells, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train = celbo.TrainConfig(max_epochs=20, seed=0)
+        return celbo.ExpressionVAE(hidden_dims=(16,), conditions=["batch"], train=train, **options).fit(cells)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("prior", ["normal", "conditional", "mixture:3"])
+def test_it_is_the_integral_over_one_latent_dimension(cells, likelihood, prior):
+    model = fitted(cells, latent_dim=1, likelihood=likelihood, prior=prior)
+    source, _, _ = model.cells_to_measure(cells)
+    rows = np.arange(12)
+    found = log_prob(model.vae_, source, rows, n_samples=2000)
+    minibatch, vae = source.take(rows), model.vae_
+    grid = torch.linspace(-9, 9, 2001)[:, None]
+    with torch.no_grad():
+        for row in range(12):
+            context = minibatch.context[row].expand(len(grid), -1)
+            p = vae.likelihood(grid, context=context, library=minibatch.library[row].expand(len(grid), 1))
+            ll = log_prob_of_cells(p, minibatch.x.to_dense()[row].expand(len(grid), -1), None).double()
+            prior_density = vae.prior_components(grid, context).distribution().log_prob(grid).double()
+            truth = torch.logsumexp(ll + prior_density, 0) + math.log(18 / 2000)
+            assert abs(found.log_p[row] - truth) < max(0.01, 4 * found.se[row])
+    assert (found.ess > 100).all()
+
+
+def test_it_is_above_the_bound_and_refinement_raises_its_certainty(cells):
+    model = fitted(cells, latent_dim=4)
+    source, _, _ = model.cells_to_measure(cells)
+    rows = np.arange(60)
+    refined, plain = (log_prob(model.vae_, source, rows, n_samples=300, refine_steps=steps) for steps in (150, 0))
+    draws = np.array([cell_terms(model.vae_, source, rows, seed=seed).elbo for seed in range(40)])
+    elbo, se = draws.mean(0), draws.std(0) / np.sqrt(len(draws))
+    assert (refined.log_p + 4 * refined.se > elbo - 4 * se).all()
+    assert refined.log_p.mean() > elbo.mean()
+    assert np.median(refined.ess) > np.median(plain.ess)
+    again = log_prob(model.vae_, source, rows, n_samples=300)
+    np.testing.assert_array_equal(again.log_p, refined.log_p)
+
+
+def test_cells_that_lack_genes_are_filled_in_first(cells):
+    model = fitted(cells, latent_dim=3)
+    abundant = np.argsort(-np.asarray(cells.X.sum(0)).ravel())[:8]
+    query = cells[:40, np.delete(np.arange(cells.n_vars), abundant)].copy()
+    with pytest.warns(UserWarning, match="fills them in"):
+        source = model._source(query)
+    found = log_prob(model.vae_, source, n_samples=300)
+    elbo = np.mean([cell_terms(model.vae_, source, seed=seed).elbo for seed in range(10)], axis=0)
+    assert found.log_p.mean() > elbo.mean() - 0.2
+
+
+def test_the_model_is_left_as_it_was(cells):
+    model = fitted(cells, latent_dim=2)
+    source, _, _ = model.cells_to_measure(cells)
+    log_prob(model.vae_, source, np.arange(3), n_samples=10, refine_steps=3)
+    assert all(parameter.requires_grad for parameter in model.vae_.parameters())
+    assert not model.vae_.training
