@@ -523,12 +523,12 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
         if settings.get("norm") == "none":
             add("layer_norm", "without a norm, training settles before the encoder says anything")
     if collapsed:
+        add("norm_mu", "no dimension can fall silent")
+        add("linear_decoder", "a decoder that can say little without z")
         add("autoencoder_start", "the decoder learns to listen before the KL weighs")
-        add("norm_mu", "no dimension can fall silent")
-        add("aggressive", "the encoder gets ahead of the decoder; the last resort")
     elif is_short:
-        add("soft_free_bits", f"the data show {expected} dimensions above their noise, z uses {alive}")
-        add("norm_mu", "no dimension can fall silent")
+        add("norm_mu", f"no dimension can fall silent; the data show {expected} above their noise, z uses {alive}")
+        add("soft_free_bits", "each dimension keeps some information")
     elif expected is not None and 0 < expected <= alive < latent_dim:
         why = f"{alive} dimensions are in use, and the data show no more: the same with fewer"
         advice.append(Advice("", why, f"--latent-dim {alive}", f"latent_dim={alive}"))
