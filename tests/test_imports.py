@@ -17,7 +17,7 @@ ORDER = [
     ["config", "progress", "runs", "demo"],
     ["curing"],
     ["report", "estimator", "simulate"],
-    ["train", "evidence", "importance"],
+    ["train", "evidence", "importance", "counterfactual"],
     ["inference", "checkpoint", "data", "diagnostics"],
     ["objective", "remedies"],
     ["vae"],
@@ -68,8 +68,8 @@ def test_every_room_has_its_place():
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli", "curing"}),
-        ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli"}),
+        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli", "curing", "counterfactual"}),
+        ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli", "counterfactual"}),
         ("typer", {"cli"}),
         ("triton", {"kernels"}),
         ("matplotlib", {"report"}),

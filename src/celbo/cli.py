@@ -367,6 +367,58 @@ def cure(
 
 
 @app.command()
+def counterfactual(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .h5ad file to write.")],
+    conditions: Annotated[
+        list[str], typer.Option("--set", help="Condition and what it is to be, as stim=treated; repeat for more.")
+    ],
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Write counts drawn from the model in place of means.")
+    ] = False,
+    n_samples: Annotated[int, typer.Option(help="Draws of z for each cell.")] = 50,
+    seed: Seed = 0,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+) -> None:
+    """What cells would look like if a condition were different.
+
+    `celbo counterfactual run cells.h5ad --set treatment=treated -o treated.h5ad`
+
+    **X** is the mean of each gene, **layers** "lower" and "upper" its 90 % interval over the posterior of z. **obs**
+    says per cell whether such cells were seen near it (`celbo_verdict`: supported, edge, extrapolation), **var** how
+    each gene changes.
+    """
+    from celbo.runs import refuse_no_counterfactual, write_counterfactual
+
+    if output.exists() and data.exists() and output.samefile(data):
+        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+    refuse_no_counterfactual(output)
+    if wrong := [text for text in conditions if not text.partition("=")[2]]:
+        raise UsageError(f"--set {wrong[0]} names no value; write it as CONDITION=VALUE.")
+    model = celbo.load(run)
+    continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
+    given: dict[str, str | float] = {}
+    for text in conditions:
+        name, _, value = text.partition("=")
+        try:
+            given[name] = float(value) if name in continuous else value
+        except ValueError:
+            raise UsageError(f"--set {text}: {name!r} is continuous; give a number.") from None
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with _shown_warnings():
+        found = model.counterfactual(adata, given, n_samples=n_samples, seed=seed)
+    write_counterfactual(found, adata, output, sample=sample, seed=seed)
+    counts = found.support["verdict"].value_counts()
+    said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("supported", "edge", "extrapolation"))
+    _say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
+
+
+@app.command()
 def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Say what a model folder holds, after checking that it is whole; nothing in it is executed."""
     found = _describe(checkpoint.describe_folder(run))

@@ -14,6 +14,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import checkpoint, kernels
+from celbo.counterfactual import Counterfactual, changed_genes, decode_under, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
@@ -33,6 +34,10 @@ __all__ = ["ExpressionVAE", "History", "Reference", "load"]
 
 _REFERENCE_CELLS = 50_000
 """Training cells whose posterior is kept with a model."""
+_HARDLY_CHANGED = 1e-3
+"""Share of all counts that another condition moves at least, where the decoder listens to it."""
+_ABOUT = 0.25
+"""Standard deviations within which a continuous condition is about what was asked for."""
 _CELLS_TO_DIAGNOSE = 10_000
 _CELLS_TO_ANNOUNCE = 1000
 _OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is not None)
@@ -309,6 +314,120 @@ class ExpressionVAE:
         source = self._source(adata)
         with kernels.threads(self.train.threads):
             return expected_values(self.vae_, source, context=context, library=libraries)
+
+    def counterfactual(
+        self, adata: AnnData | str | Path, given: Mapping[str, Any], *, n_samples: int = 50, seed: int = 0
+    ) -> Counterfactual:
+        """What these cells would look like if conditions were different.
+
+        Each cell is encoded under its own conditions and decoded under those of ``given`` (the others stay its own), at
+        its own library size, with the same draws of z: differences are the condition's. Whether such cells were seen
+        near each of them is said per cell, in ``support``.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        given
+            Conditions and what they are to be: ``{"stim": "stim"}``, or ``{"dose": 2.5}``.
+        n_samples
+            Draws of z for each cell.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        celbo.counterfactual.Counterfactual
+
+        Raises
+        ------
+        UsageError
+            If a condition is none of the model, had a single level in fit, or the model keeps no reference cells.
+        DataError
+            If a level was not seen in fit.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=300, n_genes=60, seed=0)
+        >>> train = celbo.TrainConfig(max_epochs=20)
+        >>> model = celbo.ExpressionVAE(latent_dim=3, conditions=["treatment"], train=train).fit(adata)
+        >>> treated = model.counterfactual(adata[:50], {"treatment": "treated"})
+        >>> treated.mean.shape, treated.sample(seed=1).X.shape
+        ((50, 60), (50, 60))
+        """
+        schema = self.schema_
+        if not given:
+            raise UsageError("given names no condition; give what is to be different, as {'treatment': 'treated'}.")
+        known = [condition.name for condition in schema.conditions]
+        if single := [name for name in given if name in self.conditions and name not in known]:
+            raise UsageError(
+                f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
+            )
+        if n_samples < 2:
+            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        if self.reference_ is None:
+            raise UsageError(
+                "the model keeps no reference cells, without which support cannot be told; save it with "
+                "keep_reference=True."
+            )
+        adata = read_adata(adata, layer=schema.layer)
+        context = schema.encode(adata.obs, given)
+        has_it = self._have(given)
+        self._warn_of_nesting(given)
+        source = self._source(adata)
+        with kernels.threads(self.train.threads):
+            found, draws = decode_under(self.vae_, source, context, n_samples=n_samples, seed=seed)
+        before, after = found.pop("before"), found.pop("after")
+        if np.abs(after - before).sum() < _HARDLY_CHANGED * np.abs(before).sum():
+            warnings.warn(
+                f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
+                "or the decoder ignores them; model.diagnose(adata) says which.",
+                stacklevel=2,
+            )
+        learned_from = self.reference_.mu_z[~self.reference_.held_out]
+        obs = adata.obs.copy()
+        for name, value in given.items():
+            obs[name] = value
+        return Counterfactual(
+            **found,
+            support=support(draws.mean(1), learned_from, has_it, adata.obs_names),
+            genes=changed_genes(before, after, pd.Index(schema.genes)),
+            draws=(self.vae_, draws, context, torch.from_numpy(source.library)[:, None]),
+            obs=obs,
+        )
+
+    def _have(self, given: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """Which reference cells that were learned from have these conditions; continuous ones about so."""
+        assert self.reference_ is not None
+        codes = self.reference_.conditions[~self.reference_.held_out]
+        has_it = np.ones(len(codes), bool)
+        for number, condition in enumerate(self.schema_.conditions):
+            if condition.name in given:
+                wanted = condition.codes(pd.Series([given[condition.name]]))[0]
+                near = 0.5 if condition.levels is not None else _ABOUT
+                has_it &= np.abs(codes[:, number] - wanted) < near
+        return has_it
+
+    def _warn_of_nesting(self, given: Mapping[str, Any]) -> None:
+        """Warn where a condition cannot be told from the others: its columns add nothing to theirs."""
+        assert self.reference_ is not None
+        columns = {}
+        for number, condition in enumerate(self.schema_.conditions):
+            codes = self.reference_.conditions[:, number]
+            is_level = condition.levels is not None
+            columns[condition.name] = codes[:, None] == np.unique(codes) if is_level else codes[:, None]
+        for name in given:
+            others = [np.ones((len(self.reference_.conditions), 1))]
+            others += [part.astype(float) for other, part in columns.items() if other != name]
+            alone = np.linalg.matrix_rank(np.hstack(others))
+            gained = np.linalg.matrix_rank(np.hstack([*others, columns[name].astype(float)])) - alone
+            if gained < max(1, columns[name].shape[1] - 1):
+                warnings.warn(
+                    f"condition {name!r} is nested in the others ({listed(set(columns) - {name})}): its effect cannot "
+                    "be told from theirs, and what is decoded under another level may be either's.",
+                    stacklevel=3,
+                )
 
     def diagnose(self, adata: AnnData | str | Path, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
         """Look for posterior collapse and its relatives: a latent that says nothing, a condition that is ignored.

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from anndata import AnnData, read_h5ad, settings
 from numpy.typing import NDArray
 
 from celbo import __version__, report
+from celbo.counterfactual import Counterfactual
 from celbo.curing import Step
 from celbo.data.sources import sum_of_genes
 from celbo.data.stored import stored_values
@@ -35,8 +36,10 @@ __all__ = [
     "fingerprint",
     "measure",
     "record_of_run",
+    "refuse_no_counterfactual",
     "refuse_no_embedding",
     "summarise",
+    "write_counterfactual",
     "write_embedding",
     "write_run",
 ]
@@ -222,6 +225,36 @@ def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", g
 def write_embedding(cells: AnnData, path: Path) -> None:
     """Write an embedding as ``.h5ad``, in one step or not at all; what is no embedding is not replaced."""
     refuse_no_embedding(path)
+    _write_cells(cells, path)
+
+
+def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, sample: bool, seed: int) -> None:
+    """Write cells as they would be as ``.h5ad``, in one step or not at all; no other file is replaced.
+
+    X is the mean, ``layers["lower"]`` and ``layers["upper"]`` its 90 % interval; or, with ``sample``, drawn counts.
+    obs has the conditions asked for and the support (``celbo_share``, ``celbo_distance``, ``celbo_verdict``), var the
+    changed genes.
+    """
+    refuse_no_counterfactual(path)
+    if sample:
+        adata = found.sample(seed)
+    else:
+        adata = AnnData(X=found.mean, obs=found.obs.copy(), layers={"lower": found.lower, "upper": found.upper})
+        adata.var_names = found.genes.index
+    adata.obs_names = cells.obs_names
+    for name, column in found.support.items():
+        adata.obs[f"celbo_{name}"] = column.to_numpy()
+    for name, column in found.genes.items():
+        adata.var[str(name)] = column.to_numpy()
+    _write_cells(adata, path)
+
+
+def refuse_no_counterfactual(path: Path) -> None:
+    """Refuse a name that no counterfactual can be written to."""
+    _refuse_other_cells(path, lambda found: "celbo_verdict" in found.obs.columns, "no counterfactual that celbo wrote")
+
+
+def _write_cells(cells: AnnData, path: Path) -> None:
     path = Path(os.path.realpath(path))  # where a link leads
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -242,22 +275,27 @@ def write_embedding(cells: AnnData, path: Path) -> None:
 
 def refuse_no_embedding(path: Path) -> None:
     """Refuse a name that no embedding can be written to."""
+    _refuse_other_cells(path, lambda found: "X_celbo" in found.obsm, "no embedding that celbo wrote")
+
+
+def _refuse_other_cells(path: Path, is_ours: Callable[[AnnData], bool], else_it_is: str) -> None:
     path = Path(os.path.realpath(path))
     if path.suffix != ".h5ad":
         raise UsageError(f"{path} is to be an .h5ad file; name it so.")
-    if path.exists() and not _is_embedding(path):
-        raise UsageError(f"{path} is there, and is no embedding that celbo wrote; name another file with -o.")
+    if path.exists() and not _holds_cells(path, is_ours):
+        raise UsageError(f"{path} is there, and is {else_it_is}; name another file with -o.")
 
 
-def _is_embedding(path: Path) -> bool:
+def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
     if not path.is_file():
         return False
     try:
         found = read_h5ad(path, backed="r")
     except Exception:  # noqa: BLE001 - whatever it is, it is not ours
         return False
+    ours = is_ours(found)
     found.file.close()
-    return "X_celbo" in found.obsm
+    return ours
 
 
 def write_run(
