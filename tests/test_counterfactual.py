@@ -120,6 +120,17 @@ def test_a_dose_can_be_asked_for(cells):
     assert (far.support["verdict"] == "extrapolation").all()  # no cell had it
 
 
+def test_cells_that_lack_genes_are_filled_in_first(cells, whole):
+    asked = controls(cells, "type_1")[:40].copy()
+    abundant = np.argsort(-np.asarray(cells.X.sum(0)).ravel())[:10]
+    lacking = asked[:, np.delete(np.arange(cells.n_vars), abundant)].copy()
+    with pytest.warns(UserWarning, match="fills them in"):
+        found = whole.counterfactual(lacking, {"treatment": "treated"})
+    full = whole.counterfactual(asked, {"treatment": "treated"})
+    assert found.mean.sum() == pytest.approx(full.mean.sum(), rel=0.1)
+    assert found.sample(seed=0).X.sum() == pytest.approx(full.mean.sum(), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [

@@ -1,6 +1,7 @@
 """What a cell would look like under another condition: encode it under its own, decode it under the other."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,11 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from celbo.inference import context_of
-from celbo.minibatch import Minibatch, Source, in_chunks
+from celbo.inference import context_of, fill_in
+from celbo.minibatch import Source, in_chunks
 from celbo.vae import VAE
 
-__all__ = ["Counterfactual", "changed_genes", "decode_under", "support"]
+__all__ = ["Counterfactual", "Decoded", "changed_genes", "decode_under", "support"]
 
 _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
@@ -46,7 +47,7 @@ class Counterfactual:
     speaks of coverage, not of correctness."""
     genes: pd.DataFrame
     """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` and its 90 % interval over draws of z."""
-    draws: tuple[VAE, NDArray[np.float32], Tensor, Tensor]
+    draws: tuple[VAE, NDArray[np.float32], Tensor, NDArray[np.float32]]
     """What `sample` draws from: the model, draws of z ``(cells, n_samples, latent_dim)``, contexts and libraries."""
     obs: pd.DataFrame
     """Of the cells, with the conditions asked for."""
@@ -60,22 +61,40 @@ class Counterfactual:
             Counts over the model's genes; obs as of the cells, conditions as asked for.
         """
         vae, z, context, library = self.draws
-        rng = np.random.default_rng(seed)
-        blocks = []
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
+        with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)  # not every distribution of torch takes a generator
             for rows in in_chunks(np.arange(len(z)), _CHUNK):
-                chosen = torch.from_numpy(z[rows, rng.integers(z.shape[1], size=len(rows))])
-                p = vae.likelihood(chosen, context=context[rows] if vae.context_dim else None, library=library[rows])
-                blocks.append(sparse.csr_matrix(p.sample().numpy()))
+                chosen = torch.from_numpy(z[rows, rng.integers(z.shape[1], size=len(rows))]).to(device)
+                p = vae.likelihood(
+                    chosen,
+                    context=context[rows].to(device) if vae.context_dim else None,
+                    library=torch.from_numpy(library[rows]).to(device),
+                )
+                blocks.append(sparse.csr_matrix(p.sample().cpu().numpy()))
         adata = AnnData(X=sparse.vstack(blocks, format="csr"), obs=self.obs.copy())
         adata.var_names = self.genes.index
         return adata
 
 
-def decode_under(
-    vae: VAE, source: Source, context: Tensor, *, n_samples: int, seed: int
-) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
+class Decoded(NamedTuple):
+    """Cells decoded under another context, in numpy."""
+
+    mean: NDArray[np.float32]
+    """Over draws of z, ``(cells, genes)``, as ``lower`` and ``upper``, the 5 and 95 % quantiles."""
+    lower: NDArray[np.float32]
+    upper: NDArray[np.float32]
+    before: NDArray[np.float32]
+    """Mean over cells under their own context, by draw: ``(n_samples, genes)``, as ``after`` under the other."""
+    after: NDArray[np.float32]
+    z: NDArray[np.float32]
+    """The draws, ``(cells, n_samples, latent_dim)``."""
+    mu_z: NDArray[np.float32]
+    library: NDArray[np.float32]
+    """``(cells, 1)``; grown by what was filled in for genes that the cells lack."""
+
+
+def decode_under(vae: VAE, source: Source, context: Tensor, *, n_samples: int, seed: int) -> Decoded:
     """Decode the cells of a source under another context, with the same draws of z as under their own.
 
     Parameters
@@ -93,38 +112,37 @@ def decode_under(
 
     Returns
     -------
-    tuple
-        ``mean, lower, upper`` ``(cells, genes)``, ``before`` and ``after`` (means over cells by draw,
-        ``(n_samples, genes)``); and the draws of z, ``(cells, n_samples, latent_dim)``.
+    Decoded
     """
-    n, generator = source.n_cells, torch.Generator().manual_seed(seed)
-    found = {name: np.empty((n, source.n_genes), np.float32) for name in ("mean", "lower", "upper")}
-    sums = {name: torch.zeros(n_samples, source.n_genes, dtype=torch.float64) for name in ("before", "after")}
-    draws = np.empty((n, n_samples, vae.latent_dim), np.float32)
+    n, device, generator = source.n_cells, next(vae.parameters()).device, torch.Generator().manual_seed(seed)
+    mean, lower, upper = (np.empty((n, source.n_genes), np.float32) for _ in range(3))
+    before, after = (torch.zeros(n_samples, source.n_genes, dtype=torch.float64, device=device) for _ in range(2))
+    draws, means = np.empty((n, n_samples, vae.latent_dim), np.float32), np.empty((n, vae.latent_dim), np.float32)
+    library, quantiles = np.empty((n, 1), np.float32), torch.tensor([0.05, 0.95], device=device)
     was_training = vae.training
     vae.eval()
     with torch.inference_mode():
         for rows in in_chunks(np.arange(n), _CHUNK):
-            cells = source.take(rows)
+            cells = fill_in(vae, source.take(rows).to(device), source)
             mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-            eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator)
+            eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
             z = mu_z[:, None] + (0.5 * logvar_z[:, None]).exp() * eps
-            draws[rows] = z.numpy()
-            for name, under in (("before", cells.context), ("after", context[rows])):
-                decoded = _decode(vae, z, under, cells)
-                sums[name] += decoded.double().sum(0)
-            found["mean"][rows] = decoded.mean(1).numpy()
-            low_high = torch.quantile(decoded, torch.tensor([0.05, 0.95]), dim=1)
-            found["lower"][rows], found["upper"][rows] = low_high[0].numpy(), low_high[1].numpy()
+            before += _decode(vae, z, cells.context, cells.library).sum(0)
+            decoded = _decode(vae, z, context[rows].to(device), cells.library)
+            after += decoded.sum(0)
+            mean[rows] = decoded.mean(1).cpu().numpy()
+            lower[rows], upper[rows] = torch.quantile(decoded, quantiles, dim=1).cpu().numpy()
+            draws[rows], means[rows], library[rows] = (part.cpu().numpy() for part in (z, mu_z, cells.library))
     vae.train(was_training)
-    return {**found, **{name: (total / n).float().numpy() for name, total in sums.items()}}, draws
+    own, other = (before / n).float().cpu().numpy(), (after / n).float().cpu().numpy()
+    return Decoded(mean, lower, upper, own, other, draws, means, library)
 
 
-def _decode(vae: VAE, z: Tensor, context: Tensor, cells: Minibatch) -> Tensor:
+def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Tensor:
     """Means for every draw of z, ``(cells, n_samples, genes)``."""
     n_samples = z.shape[1]
     again = context.repeat_interleave(n_samples, 0) if vae.context_dim else None
-    flat = vae.decode(z.flatten(0, 1), again, cells.library.repeat_interleave(n_samples, 0))
+    flat = vae.decode(z.flatten(0, 1), again, library.repeat_interleave(n_samples, 0))
     return flat.view(*z.shape[:2], -1)
 
 

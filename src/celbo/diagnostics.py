@@ -461,6 +461,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
     nats, total = max(0.0, float(e.lost[0].mean())), e.mu_z.shape[1]
     gained = float((e.elbo - e.gene_means).mean())
+    carries, them = ("carries", "it") if alive == 1 else ("carry", "them")
     if collapsed and gained < 0 and nats >= LEAST_ABLATION:  # z moves the decoder, and not for the better
         return (
             f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them "
@@ -474,10 +475,9 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
         )
     if collapsed:
         return (
-            f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions carry "
+            f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions {carries} "
             "information; the latent space shows a blob without separation."
         )
-    carries, them = ("carries", "it") if alive == 1 else ("carry", "them")
     said = f"{alive} of {total} dimensions {carries} information; the decoder loses {nats:.0f} nats per cell "
     said += f"without {them}."
     if e.expected_dim is not None and falls_short(alive, e.expected_dim, total):

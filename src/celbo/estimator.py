@@ -377,9 +377,8 @@ class ExpressionVAE:
         self._warn_of_nesting(given)
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            found, draws = decode_under(self.vae_, source, context, n_samples=n_samples, seed=seed)
-        before, after = found.pop("before"), found.pop("after")
-        if np.abs(after - before).sum() < _HARDLY_CHANGED * np.abs(before).sum():
+            found = decode_under(self.vae_, source, context, n_samples=n_samples, seed=seed)
+        if np.abs(found.after - found.before).sum() < _HARDLY_CHANGED * np.abs(found.before).sum():
             warnings.warn(
                 f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
                 "or the decoder ignores them; model.diagnose(adata) says which.",
@@ -390,10 +389,12 @@ class ExpressionVAE:
         for name, value in given.items():
             obs[name] = value
         return Counterfactual(
-            **found,
-            support=support(draws.mean(1), learned_from, has_it, adata.obs_names),
-            genes=changed_genes(before, after, pd.Index(schema.genes)),
-            draws=(self.vae_, draws, context, torch.from_numpy(source.library)[:, None]),
+            mean=found.mean,
+            lower=found.lower,
+            upper=found.upper,
+            support=support(found.mu_z, learned_from, has_it, adata.obs_names),
+            genes=changed_genes(found.before, found.after, pd.Index(schema.genes)),
+            draws=(self.vae_, found.z, context, found.library),
             obs=obs,
         )
 
