@@ -84,7 +84,7 @@ def test_impossible_limits_are_refused(blob, many, bad):
 
 
 def test_a_remedy_that_the_model_cannot_take_is_on_the_trail(blob, many, monkeypatch):
-    from celbo.diagnostics import Advice
+    from celbo.advice import Advice
 
     honest = celbo.ExpressionVAE.diagnose
 

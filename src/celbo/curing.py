@@ -11,8 +11,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import kernels
+from celbo.advice import Advice, Diagnosis
 from celbo.data import read_adata
-from celbo.diagnostics import Advice, Diagnosis
 from celbo.errors import DivergedError, UsageError
 from celbo.estimator import ExpressionVAE
 from celbo.importance import log_prob
@@ -66,6 +66,9 @@ def cure(
 ) -> tuple[ExpressionVAE, list[Step]]:
     """Apply remedies to a fitted model, one after another, as long as it is not healthy.
 
+    Once it is, a try is still given to each known cause of collapse that is left in it, while z uses fewer dimensions
+    than the data show.
+
     Each try fits a new model with one more remedy, from the same seed. It is kept if z says more than before, and if
     the refined log p(x) of held-out cells fell by no more than ``tolerance`` since the first model; what is not kept is
     on the trail, too.
@@ -116,10 +119,15 @@ def cure(
     first, said_of_kept = log_p, list[warnings.WarningMessage]()
     trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]
     tried: set[str] = set()
-    while not is_healthy(diagnosis) and len(trail) <= tries:
-        advice = next((each for each in diagnosis.remedies if each.remedy and each.remedy not in tried), None)
-        if advice is None:
+    if is_healthy(diagnosis):
+        return model, trail
+    while len(trail) <= tries:
+        remaining = [each for each in diagnosis.remedies if each.remedy and each.remedy not in tried]
+        if is_healthy(diagnosis):  # by now; what brought the collapse about is taken away all the same
+            remaining = [each for each in remaining if each.is_cause]
+        if not remaining:
             break
+        advice = remaining[0]
         tried.add(advice.remedy)
         changed = replace(model, remedies=_joined(model.remedies, advice))
         try:

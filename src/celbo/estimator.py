@@ -14,12 +14,13 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import checkpoint, kernels
+from celbo.advice import Diagnosis, diagnose
 from celbo.counterfactual import Counterfactual, changed_genes, decode_under, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
-from celbo.diagnostics import ACTIVE, Diagnosis, condition_ablation, diagnose, enough_ablation, falls_short
+from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.inference import cell_terms, context_of, expected_values, posterior, use_of_latent

@@ -10,7 +10,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal
 
-from celbo.diagnostics import ANCHORS, Evidence
+from celbo.advice import Evidence
+from celbo.diagnostics import ANCHORS
 from celbo.distributions import NegativeBinomial
 from celbo.inference import cell_terms, posterior, sensitivity, use_of_latent
 from celbo.likelihoods import Likelihood

@@ -18,11 +18,12 @@ from anndata import AnnData, read_h5ad, settings
 from numpy.typing import NDArray
 
 from celbo import __version__, report
+from celbo.advice import Diagnosis
 from celbo.counterfactual import Counterfactual
 from celbo.curing import Step
 from celbo.data.sources import sum_of_genes
 from celbo.data.stored import stored_values
-from celbo.diagnostics import ACTIVE, Diagnosis
+from celbo.diagnostics import ACTIVE
 from celbo.errors import DataError, StorageError, UsageError
 from celbo.estimator import ExpressionVAE
 
