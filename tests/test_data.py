@@ -48,9 +48,10 @@ STORAGES = {
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage_gives_the_same_counts(storage):
     cells = some_cells(STORAGES[storage](COUNTS))
-    x, context, library, observed = dense(open_source(cells, schema_of(cells, conditions=["batch"])))
+    x, context, library, observed, labels = dense(open_source(cells, schema_of(cells, conditions=["batch"])))
     assert x.dtype == context.dtype == library.dtype == torch.float32
     assert observed is None
+    assert labels is None
     np.testing.assert_array_equal(x, COUNTS)
     np.testing.assert_array_equal(library, COUNTS.sum(1, keepdims=True))
     np.testing.assert_array_equal(context, [[1, 0], [0, 1], [1, 0], [0, 1]])

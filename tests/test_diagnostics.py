@@ -385,7 +385,7 @@ def test_an_unknown_column_of_types_is_refused(healthy, many):
 
 
 def test_diagnostics_need_neither_torch_nor_anndata():
-    code = "import sys, celbo.diagnostics; print([m for m in ('torch', 'anndata') if m in sys.modules])"
+    code = "import sys, celbo.advice; print([m for m in ('torch', 'anndata') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -415,7 +415,7 @@ def test_a_condition_of_one_level_cannot_be_measured(healthy, many):
 def test_a_rare_level_counts_by_its_own_cells(healthy, many):
     """Only cells whose level changes tell what the condition is worth."""
     source, rows, _ = healthy.cells_to_measure(many)
-    batch = source.context.numpy().argmax(1)
+    batch = source.take(np.arange(source.n_cells)).context.numpy().argmax(1)
     rare = np.concatenate([rows[batch[rows] == 0], rows[batch[rows] == 1][:3]])
     lost = use_of_latent(healthy.vae_, source, rare, of_context=[slice(0, 2)]).lost[-1]
     assert 2 <= (~np.isnan(lost)).sum() <= 6
@@ -464,3 +464,24 @@ def test_a_diagnosis_leaves_torchs_randomness_alone(healthy, many):
     before = torch.get_rng_state()
     healthy.diagnose(many)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_nuisance_that_does_nothing_is_no_fault_and_one_that_z_tells_is():
+    rng = np.random.default_rng(0)
+    assert condition_ablation("c", rng.standard_normal(500), nuisance=True).verdict == "good"
+    batch = rng.integers(0, 2, 1000)
+    z = batch[:, None] * 6 + rng.standard_normal((1000, 2))
+    found = condition_leakage("batch", z, batch, nuisance=True)
+    assert found.verdict == "bad"
+    assert "not removed" in found.meaning
+
+
+def test_a_nuisance_reaches_model_and_diagnosis(many):
+    model = celbo.ExpressionVAE(latent_dim=3, nuisance=["batch"], train=celbo.TrainConfig(max_epochs=3)).fit(many)
+    assert [(each.name, each.nuisance) for each in model.schema_.conditions] == [("batch", True)]
+    ablation = model.diagnose(many).finding("ablation of batch")
+    assert ablation.verdict == "good"
+    with pytest.raises(celbo.DataError, match="named more than once"):
+        celbo.ExpressionVAE(nuisance=["batch"], conditions=["batch"]).fit(many)
+    with pytest.raises(celbo.UsageError, match="nuisance is the text"):
+        celbo.ExpressionVAE(nuisance="batch").fit(many)

@@ -328,3 +328,13 @@ def test_log_normalised_cells_that_lack_abundant_genes_stay_where_they_are():
     apart = np.sqrt(((lacking - whole) ** 2).sum(1).mean())
     spread = np.sqrt(((whole - whole.mean(0)) ** 2).sum(1).mean())
     assert apart < 0.5 * spread, (apart, spread)  # .55 where the counts that were not measured are left out of account
+
+
+def test_expected_expression_over_levels_is_the_mean_of_each(cells, fitted):
+    each = [fitted.expected_expression(cells, given={"batch": level}) for level in fitted.schema_.conditions[0].levels]
+    np.testing.assert_allclose(fitted.expected_expression(cells, over=["batch"]), np.mean(each, axis=0), rtol=1e-5)
+    for wrong in (["nothing"], "batch"):
+        with pytest.raises(celbo.UsageError, match="categorical conditions that are not given"):
+            fitted.expected_expression(cells, over=wrong)
+    with pytest.raises(celbo.UsageError, match="categorical conditions that are not given"):
+        fitted.expected_expression(cells, given={"batch": "batch_0"}, over=["batch"])

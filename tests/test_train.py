@@ -18,7 +18,7 @@ def source_of(cells, conditions=()):
 
 def small_vae(source, likelihood="nb", seed=0, **options):
     torch.manual_seed(seed)
-    context_dim = source.context.shape[1]
+    context_dim = source.take(np.arange(1)).context.shape[1]
     return celbo.VAE(
         source.n_genes, 3, [16], likelihood=celbo.LIKELIHOODS[likelihood], context_dim=context_dim, **options
     )
@@ -151,7 +151,7 @@ def test_a_step_is_the_gradient_of_the_weighted_bound(cells):
     assert plan_run(2, TrainConfig(max_epochs=1, warmup_fraction=0)) == plan
     seen = {}
 
-    def objective(vae, x, context, library, noise):
+    def objective(vae, x, context, library, noise, observed):
         seen["noise"], seen["x"], seen["library"] = noise, x, library
         return elbo_terms(vae, x, context, library, noise)
 

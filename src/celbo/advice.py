@@ -152,8 +152,9 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if e.expected_dim is not None:
         findings.append(expected_dimensions(alive, e.expected_dim, e.mu_z.shape[1]))
     for name, lost in e.lost_by_condition.items():
-        findings.append(condition_ablation(name, lost))
-        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types))
+        nuisance = name in e.settings.get("nuisance", ())
+        findings.append(condition_ablation(name, lost, nuisance=nuisance))
+        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
     if (weight := e.settings.get("kl_weight", 1.0)) != 1 and e.settings.get("objective") != "autoencoder":
         meaning = f"the KL weight ended at {weight:.3g}: what was trained is not the ELBO; the terms here are"
         findings.append(Finding("KL weight", weight, "1", "watch", meaning))

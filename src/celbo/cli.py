@@ -85,6 +85,10 @@ Conditions = Annotated[
     list[str] | None,
     typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
 ]
+Nuisance = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of obs to be removed, as batch or donor: a condition one does not ask about; repeat."),
+]
 LikelihoodName = Annotated[
     str, typer.Option(help="nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian.")
 ]
@@ -101,7 +105,10 @@ NaAsLevel = Annotated[
 OnDisk = Annotated[bool, typer.Option("--on-disk", help="Leave the counts on disk: less memory, slower.")]
 Unseen = Annotated[
     str,
-    typer.Option(help="Levels that fit did not see: refuse, read as the nearest known one, or marginal: as all alike."),
+    typer.Option(
+        help="Levels that fit did not see: refuse, read as the nearest known one, marginal (as all alike), or adapt "
+        "(learn them from these cells)."
+    ),
 ]
 GenesPresent = Annotated[
     float, typer.Option(help="Share of the model's genes that must be there; it fills in the rest.")
@@ -115,6 +122,7 @@ def check(
     data: DataPath,
     model: Annotated[Path | None, typer.Option(help="A run, or its model folder, that is to read these cells.")] = None,
     condition: Conditions = None,
+    nuisance: Nuisance = None,
     likelihood: LikelihoodName = "nb",
     layer: Layer = None,
     size_factor: SizeFactor = None,
@@ -144,12 +152,12 @@ def check(
             fitted = celbo.load(model)
             reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
             adata = _read(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
-            seen = "marginal" if unseen == "nearest" else unseen
+            seen = "marginal" if unseen in ("nearest", "adapt") else unseen
             found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
         else:
             chosen, reading = _chosen_options(ctx, config)
             unfitted = _make_model(chosen)
-            found = unfitted.check(_read(data, reading, unfitted.layer, unfitted.conditions))
+            found = unfitted.check(_read(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance]))
     except DataError as error:  # nothing could be looked at
         found = Check(0, 0)
         found.add("unreadable", "error", str(error))
@@ -173,7 +181,12 @@ def fit(
     data: DataPath,
     output: OutFolder,
     condition: Conditions = None,
+    nuisance: Nuisance = None,
     likelihood: LikelihoodName = "nb",
+    labels: Annotated[
+        str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")
+    ] = None,
+    unlabelled: Annotated[str, typer.Option(help="What that column reads where the type is unknown.")] = "unknown",
     n_top_genes: Annotated[
         int | None,
         typer.Option(
@@ -245,7 +258,7 @@ def fit(
     chosen, reading = _chosen_options(ctx, config)
     model = _make_model(chosen)
     model.recipe()  # a remedy that is none is told before the data are read
-    adata = _read(data, reading, model.layer, model.conditions)
+    adata = _read(data, reading, model.layer, [*model.conditions, *model.nuisance])
     _compare_with_record(adata, model.layer, chosen, config)
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
@@ -377,7 +390,11 @@ def counterfactual(
     sample: Annotated[
         bool, typer.Option("--sample", help="Write counts drawn from the model in place of means.")
     ] = False,
-    n_samples: Annotated[int, typer.Option(help="Draws of z for each cell.")] = 50,
+    other: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run of the same cells from another seed, whose answer counts alike; repeat for more."),
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Draws of z for each cell and model.")] = 50,
     seed: Seed = 0,
     gene_column: GeneColumn = None,
     make_unique: MakeUnique = False,
@@ -411,11 +428,77 @@ def counterfactual(
     reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
     with _shown_warnings():
-        found = model.counterfactual(adata, given, n_samples=n_samples, seed=seed)
+        others = [celbo.load(path) for path in other or ()]
+        found = model.counterfactual(adata, given, others=others, n_samples=n_samples, seed=seed)
     write_counterfactual(found, adata, output, sample=sample, seed=seed)
     counts = found.support["verdict"].value_counts()
     said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("supported", "edge", "extrapolation"))
     _say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .csv file to write.")],
+    unseen: Unseen = "refuse",
+    genes_present: GenesPresent = 0.8,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+) -> None:
+    """Tell the labels of cells by a model that was fitted with --labels.
+
+    `celbo predict run new.h5ad -o labels.csv`
+
+    A line for each cell: **label** (or "none of these"), **probability**, **p_known**, and the probability of each.
+    """
+    from celbo.runs import write_table
+
+    model = celbo.load(run)
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with _shown_warnings():
+        found = model.predict(adata, unseen=unseen, genes_present=genes_present)
+    write_table(found, output)
+    none = int((found["label"] == "none of these").sum())
+    _say(f"{len(found):,} cells, {none:,} of them none of these: {output}")
+
+
+@app.command("map")
+def map_query(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the model and the embedding.")],
+    genes_present: GenesPresent = 0.8,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+) -> None:
+    """Take cells of new batches into a fitted model, without moving what it knows by a bit.
+
+    `celbo map run new.h5ad -o mapped`
+
+    New levels of conditions get weights of their own; all others stay. Writes **model/** and **embedding.h5ad** (of
+    the new cells).
+    """
+    from celbo.progress import shown_progress
+    from celbo.runs import claimed_folder, embedding, write_embedding
+
+    model = celbo.load(run)
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with claimed_folder(output, data):
+        with _shown_warnings(), shown_progress(Console(stderr=True, highlight=False)) as track:
+            mapped = model.map_query(adata, genes_present=genes_present, track=_ending_when_told(track))
+            cells = embedding(mapped, adata, genes_present=genes_present)
+        mapped.save(output / "model")
+        write_embedding(cells, output / "embedding.h5ad")
+    if mapped is model:
+        _say("every level of the conditions is known: nothing was trained")
+    _say(f"{adata.n_obs:,} cells mapped: {output}")
 
 
 @app.command()
@@ -484,7 +567,7 @@ def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, 
 
 def _refuse_options_of_fit(ctx: typer.Context) -> None:
     """Refuse options that a fitted model brings of its own, where it is named."""
-    of_fit = ("condition", "likelihood", "layer", "size_factor", "allow_noninteger", "config")
+    of_fit = ("condition", "nuisance", "likelihood", "layer", "size_factor", "allow_noninteger", "config")
     given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)

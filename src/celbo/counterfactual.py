@@ -1,5 +1,11 @@
-"""What a cell would look like under another condition: encode it under its own, decode it under the other."""
+"""What a cell would look like under another condition: encode it under its own, decode it under the other.
 
+Of negative binomial counts its own deviations are carried over. Such a count is Poisson with a rate ``mu u``, ``u ~
+Gamma(theta, theta)``; what the cell shows tells of u, ``u | x ~ Gamma(theta + x, theta + mu)``, and under the other
+condition the rate is ``mu' u``, scaled to the library (abduction, action, prediction; Pearl 2009, section 7.1).
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,13 +17,17 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
+from torch.distributions import Distribution
 
+from celbo.distributions import NegativeBinomial
 from celbo.inference import context_of, fill_in
-from celbo.minibatch import Source, in_chunks
+from celbo.minibatch import Contexts, Source, in_chunks
 from celbo.vae import VAE
 
-__all__ = ["Counterfactual", "Decoded", "changed_genes", "decode_under", "support"]
+__all__ = ["LEAST_CHANGE", "Counterfactual", "Decoded", "Draws", "changed_genes", "decode_under", "n_like", "support"]
 
+LEAST_CHANGE = 0.25
+"""Of the log2 of a mean, from which on a gene counts as changed."""
 _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
 _NEIGHBOURS = 50
@@ -35,7 +45,9 @@ class Counterfactual:
     """Cells as they would be under other conditions."""
 
     mean: NDArray[np.float32]
-    """Mean of p(x | z, c') over the posterior of z, ``(cells, genes)``: counts at each cell's own library size."""
+    """What is expected of each cell, over the posterior of z, ``(cells, genes)``: at its own library size. Of nb counts
+    ``mu' (theta + x) / (theta + mu)``, scaled to the library, which keeps what is the cell's own; else the mean of
+    p(x | z, c')."""
     lower: NDArray[np.float32]
     """5 % quantile of that mean over draws of z, ``(cells, genes)``. It is about z: not the noise of counts, nor what
     another model would say."""
@@ -46,67 +58,118 @@ class Counterfactual:
     them (1 is the farthest that is usual among these), and ``verdict``: "supported", "edge" or "extrapolation". It
     speaks of coverage, not of correctness."""
     genes: pd.DataFrame
-    """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` and its 90 % interval over draws of z."""
-    draws: tuple[VAE, NDArray[np.float32], Tensor, NDArray[np.float32]]
-    """What `sample` draws from: the model, draws of z ``(cells, n_samples, latent_dim)``, contexts and libraries."""
+    """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` and its 90 % interval (draws of z and
+    models, and the error that so many cells leave), ``probability``: share of the draws in which it changes by
+    `LEAST_CHANGE` or more, and ``fdr``: the share of false ones among this gene and those that are surer, as far as the
+    draws tell."""
+    draws: "list[Draws]"
+    """What `sample` draws from, by model."""
     obs: pd.DataFrame
     """Of the cells, with the conditions asked for."""
 
     def sample(self, seed: int = 0) -> AnnData:
-        """Draw counts of each cell, with the likelihood's own noise, and z from its posterior.
+        """Draw counts of each cell, with the likelihood's own noise, and z (of nb counts u, too) from its posterior.
+
+        With several models, those of one of them: the next with the next seed.
 
         Returns
         -------
         anndata.AnnData
             Counts over the model's genes; obs as of the cells, conditions as asked for.
         """
-        vae, z, context, library = self.draws
+        vae, z, contexts, library, source = self.draws[seed % len(self.draws)]
         device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)  # not every distribution of torch takes a generator
             for rows in in_chunks(np.arange(len(z)), _CHUNK):
                 chosen = torch.from_numpy(z[rows, rng.integers(z.shape[1], size=len(rows))]).to(device)
-                p = vae.likelihood(
-                    chosen,
-                    context=context[rows].to(device) if vae.context_dim else None,
-                    library=torch.from_numpy(library[rows]).to(device),
-                )
-                blocks.append(sparse.csr_matrix(p.sample().cpu().numpy()))
+                size = torch.from_numpy(library[rows]).to(device)
+                p = vae.likelihood(chosen, context=contexts(rows).to(device) if vae.context_dim else None, library=size)
+                if isinstance(p, NegativeBinomial):
+                    cells = fill_in(vae, source.take(rows).to(device), source)
+                    own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
+                    counts = torch.poisson(_rates(p, own, cells.x.to_dense(), draw=True))
+                else:
+                    counts = p.sample()
+                blocks.append(sparse.csr_matrix(counts.cpu().numpy()))
         adata = AnnData(X=sparse.vstack(blocks, format="csr"), obs=self.obs.copy())
         adata.var_names = self.genes.index
         return adata
+
+    def group_mean(self, *, n_cells: int | None = None, n_draws: int = 100, seed: int = 0) -> pd.DataFrame:
+        """What the mean of so many real cells would be: ``log(1 + 10,000 x / library)``, by gene.
+
+        From drawn counts of cells drawn with replacement: the interval holds the noise of counts, the choice of cells
+        and where they lie; what another model would say only if several models were asked.
+
+        Parameters
+        ----------
+        n_cells
+            Cells that the mean is of; as many as these if None.
+        n_draws
+            Draws of all of them.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By gene: ``mean`` and its 90 % interval, ``lower`` and ``upper``.
+        """
+        rng, means = np.random.default_rng([seed, 17]), []
+        for number in range(n_draws):
+            counts = sparse.csr_matrix(self.sample(seed * n_draws + number).X, dtype=np.float64)
+            rows = rng.integers(counts.shape[0], size=n_cells or counts.shape[0])
+            library = np.maximum(np.asarray(counts.sum(1)), 1)
+            means.append(np.asarray(counts.multiply(1e4 / library).tocsr().log1p()[rows].mean(0)).ravel())
+        lower, upper = np.quantile(means, [0.05, 0.95], axis=0)
+        return pd.DataFrame({"mean": np.mean(means, axis=0), "lower": lower, "upper": upper}, index=self.genes.index)
+
+
+class Draws(NamedTuple):
+    """Draws of z from one model, and what else it takes to decode them."""
+
+    vae: VAE
+    z: NDArray[np.float32]
+    """``(cells, n_samples, latent_dim)``."""
+    contexts: Contexts
+    library: NDArray[np.float32]
+    """``(cells, 1)``; grown by what was filled in for genes that the cells lack."""
+    source: Source
+    """The cells as they are."""
 
 
 class Decoded(NamedTuple):
     """Cells decoded under another context, in numpy."""
 
     mean: NDArray[np.float32]
-    """Over draws of z, ``(cells, genes)``, as ``lower`` and ``upper``, the 5 and 95 % quantiles."""
+    """Over draws of z from every model, ``(cells, genes)``, as ``lower`` and ``upper``, the 5 and 95 % quantiles."""
     lower: NDArray[np.float32]
     upper: NDArray[np.float32]
     before: NDArray[np.float32]
-    """Mean over cells under their own context, by draw: ``(n_samples, genes)``, as ``after`` under the other."""
+    """Mean over cells under their own context, by draw, ``(models * n_samples, genes)``; ``after``: under the other."""
     after: NDArray[np.float32]
-    z: NDArray[np.float32]
-    """The draws, ``(cells, n_samples, latent_dim)``."""
+    noise: NDArray[np.float64]
+    """Variance of a count around its mean, before and after, mean over cells: ``(2, genes)``."""
+    draws: list[Draws]
+    """By model."""
     mu_z: NDArray[np.float32]
-    library: NDArray[np.float32]
-    """``(cells, 1)``; grown by what was filled in for genes that the cells lack."""
+    """Of the first model."""
 
 
-def decode_under(vae: VAE, source: Source, context: Tensor, *, n_samples: int, seed: int) -> Decoded:
+def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_samples: int, seed: int) -> Decoded:
     """Decode the cells of a source under another context, with the same draws of z as under their own.
 
     Parameters
     ----------
-    vae
-        The model.
+    vaes
+        One or more models of the same genes and conditions, whose draws count alike.
     source
         The cells.
-    context
-        To decode under, ``(cells, context_dim)``.
+    contexts
+        To decode under.
     n_samples
-        Draws of z for each cell.
+        Draws of z for each cell and model.
     seed
         Of the draws.
 
@@ -114,36 +177,61 @@ def decode_under(vae: VAE, source: Source, context: Tensor, *, n_samples: int, s
     -------
     Decoded
     """
-    n, device, generator = source.n_cells, next(vae.parameters()).device, torch.Generator().manual_seed(seed)
-    mean, lower, upper = (np.empty((n, source.n_genes), np.float32) for _ in range(3))
-    before, after = (torch.zeros(n_samples, source.n_genes, dtype=torch.float64, device=device) for _ in range(2))
-    draws, means = np.empty((n, n_samples, vae.latent_dim), np.float32), np.empty((n, vae.latent_dim), np.float32)
-    library, quantiles = np.empty((n, 1), np.float32), torch.tensor([0.05, 0.95], device=device)
-    was_training = vae.training
-    vae.eval()
+    n, n_genes, device = source.n_cells, source.n_genes, next(vaes[0].parameters()).device
+    mean, lower, upper = (np.empty((n, n_genes), np.float32) for _ in range(3))
+    before, after = (torch.zeros(len(vaes), n_samples, n_genes, dtype=torch.float64, device=device) for _ in range(2))
+    draws = [
+        Draws(vae, np.empty((n, n_samples, vae.latent_dim), np.float32), contexts, np.empty((n, 1), np.float32), source)
+        for vae in vaes
+    ]
+    means, noise = (
+        np.empty((n, vaes[0].latent_dim), np.float32),
+        torch.zeros(2, n_genes, dtype=torch.float64).to(device),
+    )
+    generator, quantiles = torch.Generator().manual_seed(seed), torch.tensor([0.05, 0.95], device=device)
     with torch.inference_mode():
         for rows in in_chunks(np.arange(n), _CHUNK):
-            cells = fill_in(vae, source.take(rows).to(device), source)
-            mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-            eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
-            z = mu_z[:, None] + (0.5 * logvar_z[:, None]).exp() * eps
-            before += _decode(vae, z, cells.context, cells.library).sum(0)
-            decoded = _decode(vae, z, context[rows].to(device), cells.library)
-            after += decoded.sum(0)
+            taken, found = source.take(rows).to(device), []
+            for number, vae in enumerate(vaes):
+                cells = fill_in(vae, taken, source)
+                mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
+                eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
+                z = mu_z[:, None] + (0.5 * logvar_z[:, None]).exp() * eps
+                own = _decode(vae, z, cells.context, cells.library)
+                other = _decode(vae, z, contexts(rows).to(device), cells.library)
+                x = cells.x.to_dense().repeat_interleave(n_samples, 0)
+                pair = [_rates(p, own, x).view(len(rows), n_samples, n_genes) for p in (own, other)]
+                found.append(pair[1])
+                before[number] += pair[0].sum(0)
+                after[number] += pair[1].sum(0)
+                noise += torch.stack([p.variance.sum(0) for p in (own, other)])
+                draws[number].z[rows], draws[number].library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
+                if number == 0:
+                    means[rows] = mu_z.cpu().numpy()
+            decoded = torch.cat(found, dim=1)
             mean[rows] = decoded.mean(1).cpu().numpy()
             lower[rows], upper[rows] = torch.quantile(decoded, quantiles, dim=1).cpu().numpy()
-            draws[rows], means[rows], library[rows] = (part.cpu().numpy() for part in (z, mu_z, cells.library))
-    vae.train(was_training)
-    own, other = (before / n).float().cpu().numpy(), (after / n).float().cpu().numpy()
-    return Decoded(mean, lower, upper, own, other, draws, means, library)
+    own_mean, other_mean = ((total / n).flatten(0, 1).float().cpu().numpy() for total in (before, after))
+    of_one = (noise / (n * n_samples * len(vaes))).cpu().numpy()
+    return Decoded(mean, lower, upper, own_mean, other_mean, of_one, draws, means)
 
 
-def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Tensor:
-    """Means for every draw of z, ``(cells, n_samples, genes)``."""
+def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:
+    """p(x | z, c) for every draw of z, ``(cells * n_samples, genes)``."""
     n_samples = z.shape[1]
     again = context.repeat_interleave(n_samples, 0) if vae.context_dim else None
-    flat = vae.decode(z.flatten(0, 1), again, library.repeat_interleave(n_samples, 0))
-    return flat.view(*z.shape[:2], -1)
+    return vae.likelihood(z.flatten(0, 1), context=again, library=library.repeat_interleave(n_samples, 0))
+
+
+def _rates(p: Distribution, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:
+    """Means of p, ``(cells, genes)``; of negative binomials times what x says of u under its own, or a draw of that."""
+    if not isinstance(own, NegativeBinomial):
+        mean: Tensor = p.mean
+        return mean
+    theta = own.log_theta.exp()
+    known = theta + x
+    rates = p.mean * (torch._standard_gamma(known) if draw else known) / (theta + own.mean)
+    return rates * (p.mean.sum(-1, keepdim=True) / rates.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
 def support(
@@ -183,18 +271,52 @@ def support(
     return pd.DataFrame({"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}, index=index)
 
 
-def changed_genes(before: NDArray[np.float32], after: NDArray[np.float32], index: pd.Index) -> pd.DataFrame:
-    """Means over cells under both conditions, by gene, and their log2 ratio with its 90 % interval over draws of z.
+def n_like(mu_z: NDArray[np.float32], known: NDArray[np.float32], has_it: NDArray[np.bool_]) -> tuple[int, int]:
+    """How many different known cells are among the 15 nearest of a cell: of those without the conditions, and with."""
+    counts = []
+    for some in (known[~has_it], known[has_it]):
+        nearest = min(_NEAREST, len(some))
+        counts.append(len(np.unique(cKDTree(some).query(mu_z, nearest)[1])) if nearest else 0)
+    return counts[0], counts[1]
+
+
+def changed_genes(
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    noise: NDArray[np.float64],
+    n_cells: tuple[int, int],
+    index: pd.Index,
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Means over cells under both conditions, by gene, and their log2 ratio; see `Counterfactual.genes`.
+
+    To each draw comes an error of what was learned, normal, with the variance that the log ratio of two means of
+    ``n_cells`` counts has: ``var_before / (n_before before**2) + var_after / (n_after after**2)``.
 
     Parameters
     ----------
     before, after
         Means over cells, ``(n_samples, genes)``, of the same draws of z.
+    noise
+        Variances of a count before and after, ``(2, genes)``.
+    n_cells
+        Cells learned from like these that do not have the conditions, and that do; see `n_like`.
     index
         Names of the genes.
+    seed
+        Of the errors.
     """
     smallest = np.finfo(np.float32).tiny
     change = np.log2(np.maximum(after, smallest)) - np.log2(np.maximum(before, smallest))
-    low, high = np.quantile(change, [0.05, 0.95], axis=0)
+    means = np.maximum(np.stack([before.mean(0), after.mean(0)]).astype(np.float64), 1e-12)
+    error = np.sqrt((noise / means**2 / np.maximum(n_cells, 1)[:, None]).sum(0)) / np.log(2)
+    moved = np.abs(after - before).max(0) > 0
+    drawn = change + moved * error * np.random.default_rng([seed, 16]).standard_normal(change.shape)
+    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+    probability = (np.abs(drawn) >= LEAST_CHANGE).mean(0)
+    fdr, order = np.empty(len(probability)), np.argsort(-probability, kind="stable")
+    fdr[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
     columns = {"before": before.mean(0), "after": after.mean(0), "log2_fold_change": change.mean(0)}
-    return pd.DataFrame({**columns, "lower": low, "upper": high}, index=index)
+    columns |= {"lower": low, "upper": high, "probability": probability, "fdr": fdr}
+    return pd.DataFrame(columns, index=index)

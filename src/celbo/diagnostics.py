@@ -264,10 +264,11 @@ def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
     return Finding("expected dimensions", found, f"{reachable}", "good", meaning)
 
 
-def condition_ablation(name: str, lost: Floats) -> Finding:
+def condition_ablation(name: str, lost: Floats, *, nuisance: bool = False) -> Finding:
     """Reconstruction lost when a condition is another: near 0, a counterfactual is void.
 
-    ``lost`` is of the cells whose level did change, ``(cells,)``; of none, nothing can be said.
+    ``lost`` is of the cells whose level did change, ``(cells,)``; of none, nothing can be said. Of a nuisance, near 0
+    means that there is nothing to remove, or that z carries it: `condition_leakage` tells.
     """
     if len(lost) < 2:
         meaning = f"cannot be measured: these cells hardly differ in {name!r}"
@@ -277,6 +278,8 @@ def condition_ablation(name: str, lost: Floats) -> Finding:
     expected = f"above {DECODER_LISTENS} nats"
     if mean > max(DECODER_LISTENS, 2 * se):
         return Finding(f"ablation of {name}", mean, expected, "good", meaning)
+    if nuisance:
+        return Finding(f"ablation of {name}", mean, expected, "good", f"{meaning}: it does next to nothing")
     if mean + 2 * se > HARDLY:
         return Finding(f"ablation of {name}", mean, expected, "watch", f"{meaning}: too few cells to say more")
     meaning += ": it ignores it, and asking for another level changes nothing"
@@ -285,7 +288,13 @@ def condition_ablation(name: str, lost: Floats) -> Finding:
 
 
 def condition_leakage(
-    name: str, mu_z: Floats, levels: NDArray[Any], types: NDArray[Any] | None = None, *, seed: int = 0
+    name: str,
+    mu_z: Floats,
+    levels: NDArray[Any],
+    types: NDArray[Any] | None = None,
+    *,
+    nuisance: bool = False,
+    seed: int = 0,
 ) -> Finding:
     """How well a condition is told from mu_z, within types where they are known; 0 at chance, 1 with certainty.
 
@@ -308,7 +317,9 @@ def condition_leakage(
     value = float(np.average(scores, weights=sizes))
     verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
     meaning = f"{name!r} is told from z{where} {max(value, 0):.0%} of the way from chance to certainty"
-    if verdict == "bad":
+    if verdict == "bad" and nuisance:
+        meaning += ": it is not removed, and cells lie apart by it"
+    elif verdict == "bad":
         meaning += ": z carries it, so that decoding under another level will not move the whole cell"
     what = "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
     return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, what)

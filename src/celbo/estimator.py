@@ -1,11 +1,13 @@
 """ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from celbo import checkpoint, kernels
 from celbo.advice import Diagnosis, diagnose
-from celbo.counterfactual import Counterfactual, changed_genes, decode_under, support
+from celbo.counterfactual import Counterfactual, changed_genes, decode_under, n_like, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import Condition
 from celbo.data.genes import select_genes
@@ -23,22 +25,25 @@ from celbo.data.sources import sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
-from celbo.inference import cell_terms, context_of, expected_values, posterior, use_of_latent
+from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
+from celbo.labels import calibrate, known_labels, predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.minibatch import Rows, gene_moments
+from celbo.mapping import add_levels, copy_weights
+from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
+from celbo.reference import Reference, has_conditions, nested_conditions
 from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
 
-__all__ = ["ExpressionVAE", "History", "Reference", "load"]
+__all__ = ["ExpressionVAE", "History", "load"]
 
 _REFERENCE_CELLS = 50_000
 """Training cells whose posterior is kept with a model."""
 _HARDLY_CHANGED = 1e-3
 """Share of all counts that another condition moves at least, where the decoder listens to it."""
-_ABOUT = 0.25
-"""Standard deviations within which a continuous condition is about what was asked for."""
+_MOST_COMBINATIONS = 100
+"""Of levels, whose decoded means are averaged."""
 _CELLS_TO_DIAGNOSE = 10_000
 _CELLS_TO_ANNOUNCE = 1000
 _OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is not None)
@@ -55,20 +60,6 @@ class History(list[Epoch]):
         frame = pd.DataFrame([asdict(epoch) for epoch in self]).drop(columns="kl_per_dim")
         kl = pd.DataFrame([epoch.kl_per_dim for epoch in self]).add_prefix("kl_")
         return pd.concat([frame, kl], axis=1)
-
-
-class Reference(NamedTuple):
-    """Where the cells of fit lie: what later questions compare new cells with. No counts, no names."""
-
-    mu_z: NDArray[np.float32]
-    """Posterior means, ``(cells, latent_dim)``."""
-    logvar_z: NDArray[np.float32]
-    library: NDArray[np.float32]
-    """``(cells,)``."""
-    conditions: NDArray[np.float32]
-    """``(cells, conditions)``: the number of a level, or a standardised value."""
-    held_out: NDArray[np.bool_]
-    """``(cells,)``: whether the cell was kept out of training."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,8 +88,16 @@ class ExpressionVAE:
     """A name in `celbo.LIKELIHOODS`."""
     conditions: Sequence[str] = ()
     """Columns of obs given to the model: floating-point ones are continuous, others categorical."""
+    nuisance: Sequence[str] = ()
+    """More such columns, which are to be removed (batch, donor): what z tells of them is a fault, and where they turn
+    out to do nothing, all the better. Of ``conditions`` one wants to ask."""
     n_top_genes: int | None = None
-    """Genes to model: the most variable, chosen within levels of the first categorical condition; None for all."""
+    """Genes to model: the most variable, chosen within levels of the first categorical nuisance or condition; None for
+    all."""
+    labels: str | None = None
+    """Column of obs with labels (cell types) that `predict` is to tell, known of some cells: they pull z apart."""
+    unlabelled: str = "unknown"
+    """What that column reads where the label is not known; a missing value says the same."""
     layer: str | None = None
     """Layer that holds the values; None for X."""
     allow_noninteger: bool = False
@@ -125,6 +124,8 @@ class ExpressionVAE:
     """Give the conditions alone to every layer of the decoder."""
     norm_mu: bool = False
     """Normalise the posterior means over cells; see `celbo.vae.NormMu`."""
+    embedding_dim: int = 10
+    """Learned numbers in place of the levels of a condition that has more than 50."""
     prior: str = "normal"
     """A name in `celbo.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
     remedies: Sequence[str] = ()
@@ -169,6 +170,11 @@ class ExpressionVAE:
         check = self.check(adata)
         schema = self._choose_genes(check, adata, check.accept())
         source = make_source(check, adata, schema)
+        if self.labels is not None:
+            if self.labels not in adata.obs.columns:
+                raise DataError(f"obs has no column {self.labels!r} for labels; it has {listed(adata.obs.columns)}.")
+            labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
+            schema = replace(schema, labels=labels)
         levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
         split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
 
@@ -184,10 +190,12 @@ class ExpressionVAE:
         if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
             config = replace(config, warmup_fraction=0.0)
         with kernels.threads(config.threads):
-            watching = {"track": track} if track else {}
-            self.history_ = History(epochs(vae, source, split, config, objective=objective, recipe=recipe, **watching))
+            self.history_ = History(epochs(vae, source, split, config, objective=objective, recipe=recipe, track=track))
         self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
         self.reference_ = self._refer(adata, source)
+        if vae.classifier is not None:
+            held_out = self.reference_.held_out
+            calibrate(vae.classifier, self.reference_.mu_z[held_out], self.reference_.labels[held_out])
         self._announce(source)
         return self
 
@@ -215,6 +223,7 @@ class ExpressionVAE:
             read_adata(adata, layer=self.layer),
             values=likelihood.values,
             conditions=self.conditions,
+            nuisance=self.nuisance,
             layer=self.layer,
             size_factor=self.size_factor,
             allow_noninteger=self.allow_noninteger,
@@ -240,7 +249,8 @@ class ExpressionVAE:
             The cells.
         unseen
             What to do with levels of conditions that fit did not see: "refuse" them, read them as the "nearest" known
-            level (under which their cells have the highest ELBO), or as all known levels in equal parts ("marginal").
+            level (under which their cells have the highest ELBO), as all known levels in equal parts ("marginal"), or
+            "adapt": learn weights for them from these cells (`map_query`).
         genes_present
             Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
 
@@ -251,6 +261,8 @@ class ExpressionVAE:
         """
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
+        if unseen == "adapt":
+            return self.map_query(adata, genes_present=genes_present).posterior(adata, genes_present=genes_present)
         if unseen == "nearest":
             adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
         source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
@@ -281,6 +293,7 @@ class ExpressionVAE:
         adata: AnnData | str | Path,
         *,
         given: Mapping[str, Any] | None = None,
+        over: Sequence[str] = (),
         library: float | None = None,
     ) -> NDArray[np.float32]:
         """Denoised expression: the mean of p(x | mu_z, c), for each cell and gene of the model.
@@ -292,6 +305,9 @@ class ExpressionVAE:
         given
             Conditions to decode under, the same for all cells: ``{"batch": "A"}`` corrects for batch. The latent of a
             cell always comes from its own conditions.
+        over
+            Conditions over whose levels to take the mean, each weighing the same: ``["batch"]`` removes its effect
+            without making one of the batches the measure.
         library
             Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares
             (of zinb less than that, by the zeros its gate adds).
@@ -304,7 +320,7 @@ class ExpressionVAE:
             log-normalised values, as the likelihood has it.
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        context = self.schema_.encode(adata.obs, given) if given else None
+        settings = self._settings_over(given or {}, over)
         libraries = None
         if library is not None:
             if self._likelihood().values != "counts":
@@ -314,10 +330,22 @@ class ExpressionVAE:
             libraries = torch.full((adata.n_obs, 1), float(library))
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            return expected_values(self.vae_, source, context=context, library=libraries)
+            means = [
+                expected_values(
+                    self.vae_, source, contexts=self._contexts(adata, each) if each else None, library=libraries
+                )
+                for each in settings
+            ]
+        return means[0] if len(means) == 1 else np.mean(means, axis=0)
 
     def counterfactual(
-        self, adata: AnnData | str | Path, given: Mapping[str, Any], *, n_samples: int = 50, seed: int = 0
+        self,
+        adata: AnnData | str | Path,
+        given: Mapping[str, Any],
+        *,
+        others: "Sequence[ExpressionVAE]" = (),
+        n_samples: int = 50,
+        seed: int = 0,
     ) -> Counterfactual:
         """What these cells would look like if conditions were different.
 
@@ -331,8 +359,11 @@ class ExpressionVAE:
             The cells.
         given
             Conditions and what they are to be: ``{"stim": "stim"}``, or ``{"dose": 2.5}``.
+        others
+            Models of the same genes and conditions, as from other seeds, whose answers count alike: intervals then hold
+            what models do not agree on.
         n_samples
-            Draws of z for each cell.
+            Draws of z for each cell and model.
         seed
             Of the draws.
 
@@ -361,10 +392,14 @@ class ExpressionVAE:
         if not given:
             raise UsageError("given names no condition; give what is to be different, as {'treatment': 'treated'}.")
         known = [condition.name for condition in schema.conditions]
-        if single := [name for name in given if name in self.conditions and name not in known]:
+        if single := [name for name in given if name in (*self.conditions, *self.nuisance) and name not in known]:
             raise UsageError(
                 f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
             )
+        if any(
+            (other.schema_.genes, other.schema_.conditions) != (schema.genes, schema.conditions) for other in others
+        ):
+            raise UsageError("others have other genes or conditions than this model; fit them to the same cells.")
         if n_samples < 2:
             raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
         if self.reference_ is None:
@@ -373,12 +408,19 @@ class ExpressionVAE:
                 "keep_reference=True."
             )
         adata = read_adata(adata, layer=schema.layer)
-        context = schema.encode(adata.obs, given)
-        has_it = self._have(given)
-        self._warn_of_nesting(given)
+        contexts = self._contexts(adata, given)
+        has_it = has_conditions(self.reference_.conditions[~self.reference_.held_out], schema, given)
+        for name in nested_conditions(self.reference_.conditions, schema, given):
+            rest = listed(each for each in known if each != name)
+            warnings.warn(
+                f"condition {name!r} is nested in the others ({rest}): its effect cannot be told from theirs, and "
+                "what is decoded under another level may be either's.",
+                stacklevel=2,
+            )
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            found = decode_under(self.vae_, source, context, n_samples=n_samples, seed=seed)
+            vaes = [self.vae_, *(other.vae_ for other in others)]
+            found = decode_under(vaes, source, contexts, n_samples=n_samples, seed=seed)
         if np.abs(found.after - found.before).sum() < _HARDLY_CHANGED * np.abs(found.before).sum():
             warnings.warn(
                 f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
@@ -394,42 +436,129 @@ class ExpressionVAE:
             lower=found.lower,
             upper=found.upper,
             support=support(found.mu_z, learned_from, has_it, adata.obs_names),
-            genes=changed_genes(found.before, found.after, pd.Index(schema.genes)),
-            draws=(self.vae_, found.z, context, found.library),
+            genes=changed_genes(
+                found.before,
+                found.after,
+                found.noise,
+                n_like(found.mu_z, learned_from, has_it),
+                pd.Index(schema.genes),
+                seed=seed,
+            ),
+            draws=found.draws,
             obs=obs,
         )
 
-    def _have(self, given: Mapping[str, Any]) -> NDArray[np.bool_]:
-        """Which reference cells that were learned from have these conditions; continuous ones about so."""
-        assert self.reference_ is not None
-        codes = self.reference_.conditions[~self.reference_.held_out]
-        has_it = np.ones(len(codes), bool)
-        for number, condition in enumerate(self.schema_.conditions):
-            if condition.name in given:
-                wanted = condition.codes(pd.Series([given[condition.name]]))[0]
-                near = 0.5 if condition.levels is not None else _ABOUT
-                has_it &= np.abs(codes[:, number] - wanted) < near
-        return has_it
+    def predict(
+        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+    ) -> pd.DataFrame:
+        """Tell the labels of cells, how sure that is, and which cells are none of these.
 
-    def _warn_of_nesting(self, given: Mapping[str, Any]) -> None:
-        """Warn where a condition cannot be told from the others: its columns add nothing to theirs."""
-        assert self.reference_ is not None
-        columns = {}
-        for number, condition in enumerate(self.schema_.conditions):
-            codes = self.reference_.conditions[:, number]
-            is_level = condition.levels is not None
-            columns[condition.name] = codes[:, None] == np.unique(codes) if is_level else codes[:, None]
-        for name in given:
-            others = [np.ones((len(self.reference_.conditions), 1))]
-            others += [part.astype(float) for other, part in columns.items() if other != name]
-            alone = np.linalg.matrix_rank(np.hstack(others))
-            gained = np.linalg.matrix_rank(np.hstack([*others, columns[name].astype(float)])) - alone
-            if gained < max(1, columns[name].shape[1] - 1):
-                warnings.warn(
-                    f"condition {name!r} is nested in the others ({listed(set(columns) - {name})}): its effect cannot "
-                    "be told from theirs, and what is decoded under another level may be either's.",
-                    stacklevel=3,
-                )
+        Parameters
+        ----------
+        adata
+            The cells.
+        unseen, genes_present
+            As `posterior` takes them.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By cell: ``label`` ("none of these" where ``p_known`` is below .01), ``probability`` of the likeliest label
+            (calibrated on held-out labelled cells), ``p_known``: share of labelled cells that lie at least as far from
+            the others; then a column of probabilities for each label.
+
+        Raises
+        ------
+        UsageError
+            If the model was fitted without labels.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=500, n_genes=80, type_strength=2.0, seed=0)
+        >>> adata.obs["known"] = adata.obs["cell_type"].astype(str).where(adata.obs_names.str[-1] < "3", "unknown")
+        >>> model = celbo.ExpressionVAE(latent_dim=4, labels="known", train=celbo.TrainConfig(max_epochs=30)).fit(adata)
+        >>> model.predict(adata).columns[:4].tolist()
+        ['label', 'probability', 'p_known', 'type_0']
+        """
+        labels, classifier = self.schema_.labels, self.vae_.classifier
+        if labels is None or labels.levels is None or classifier is None:
+            raise UsageError("this model was fitted without labels; give labels='...' (celbo fit --labels COLUMN).")
+        if self.reference_ is None:
+            raise UsageError(
+                "the model keeps no reference cells, without which no cell can be called none of these; save it with "
+                "keep_reference=True."
+            )
+        adata = read_adata(adata, layer=self.schema_.layer)
+        mu_z, _ = self.posterior(adata, unseen=unseen, genes_present=genes_present)
+        with torch.inference_mode():
+            found = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).exp().cpu().numpy()
+        labelled = self.reference_.mu_z[self.reference_.labels >= 0]
+        return predictions(found, mu_z, labelled, labels.levels, adata.obs_names)
+
+    def map_query(
+        self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
+    ) -> "ExpressionVAE":
+        """Take cells of new batches into this model, without moving what it knows by a bit (surgery, as scArches).
+
+        New levels of categorical conditions get weights of their own, which start as the mean of the known levels' and
+        are trained on these cells; all other weights stay. Cells of known levels need no training.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        genes_present
+            Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
+        track
+            Watches the minibatches go by; see `celbo.train.epochs`.
+
+        Returns
+        -------
+        ExpressionVAE
+            A model that knows the new levels, too; this one, if there are none.
+
+        Raises
+        ------
+        UsageError
+            If the model normalises over minibatches, which would move what it knows.
+        DataError
+            If genes, values or conditions do not fit the model.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=400, n_genes=60, n_batches=3, seed=0)
+        >>> is_new = (adata.obs["batch"] == "batch_2").to_numpy()
+        >>> model = celbo.ExpressionVAE(latent_dim=3, conditions=["batch"], train=celbo.TrainConfig(max_epochs=10))
+        >>> mapped = model.fit(adata[~is_new]).map_query(adata[is_new])
+        >>> mapped.embed(adata).shape
+        (400, 3)
+        """
+        adata = read_adata(adata, layer=self.schema_.layer)
+        schema, added = add_levels(self.schema_, adata.obs)
+        if not added:
+            open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
+            return self
+        options = self._options_of_vae()
+        if options["norm"] == "batch" or options["norm_mu"]:
+            raise UsageError(
+                "this model normalises over minibatches, so that new cells would move the known ones; fit it again "
+                "with norm='layer' and without norm_mu."
+            )
+        mapped = copy(self)
+        mapped.__dict__.pop("split_", None)
+        vae = self._make_vae(schema)
+        learned = copy_weights(self.vae_, vae, self.schema_, schema)
+        source = Filled(vae, open_source(adata, schema, genes_present=genes_present))
+        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed)
+        config = replace(self.train, warmup_fraction=0.0)
+        vae.to(next(self.vae_.parameters()).device)
+        with kernels.threads(config.threads):
+            steps = epochs(vae, source, split, config, objective=self._objective(), learned=learned, track=track)
+            mapped.history_ = History(steps)
+        mapped.schema_, mapped.vae_ = schema, vae.eval()
+        return mapped
 
     def diagnose(self, adata: AnnData | str | Path, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
         """Look for posterior collapse and its relatives: a latent that says nothing, a condition that is ignored.
@@ -570,6 +699,7 @@ class ExpressionVAE:
             "hidden_dims": [int(width) for width in self.hidden_dims],
             "n_top_genes": self.n_top_genes and int(self.n_top_genes),
             "conditions": list(self.conditions),
+            "nuisance": list(self.nuisance),
             "decoder_dims": None if self.decoder_dims is None else [int(width) for width in self.decoder_dims],
             "remedies": list(self.remedies),
             "train": asdict(self.train),
@@ -596,7 +726,7 @@ class ExpressionVAE:
     def _options_of_vae(self) -> dict[str, Any]:
         """The options above, and what the remedies make of them."""
         names = ["hidden_dims", "dispersion", "encode_context", "skip", "norm", "dropout"]
-        names += ["decoder_dims", "decoder_dropout", "context_skip", "norm_mu", "prior"]
+        names += ["decoder_dims", "decoder_dropout", "context_skip", "norm_mu", "prior", "embedding_dim"]
         return {name: getattr(self, name) for name in names} | dict(self.recipe().options)
 
     def _make_vae(self, schema: Schema) -> VAE:
@@ -606,6 +736,12 @@ class ExpressionVAE:
                 latent_dim=self.latent_dim,
                 likelihood=self._likelihood(),
                 context_dim=schema.context_dim,
+                embedded=[
+                    columns
+                    for condition, columns in zip(schema.conditions, schema.context_columns, strict=True)
+                    if condition.embedded
+                ],
+                n_labels=0 if schema.labels is None else schema.labels.dim,
                 **self._options_of_vae(),
             )
         except UsageError as error:
@@ -624,6 +760,7 @@ class ExpressionVAE:
             "objective": self.objective,
             "warmup_fraction": self.train.warmup_fraction,
             "remedies": list(self.remedies),
+            "nuisance": [condition.name for condition in self.schema_.conditions if condition.nuisance],
             "beta": self.recipe().beta,
             "kl_weight": self.history_[-1].kl_weight,
             "n_hidden": (len(hidden), len(hidden if decoder is None else decoder)),
@@ -664,8 +801,31 @@ class ExpressionVAE:
                 )
         for condition, lost in zip(self.schema_.conditions, use.lost[1:], strict=True):
             found = condition_ablation(condition.name, lost[~np.isnan(lost)])
-            if found.verdict == "bad":
+            if found.verdict == "bad" and not condition.nuisance:
                 warnings.warn(f"{found.meaning}; {advice}", stacklevel=3)
+
+    def _settings_over(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
+        """What is given, with every combination of the levels of other conditions."""
+        levels = {condition.name: condition.levels for condition in self.schema_.conditions}
+        wrong = [name for name in over if levels.get(name) is None or name in given]
+        if isinstance(over, str) or wrong:
+            raise UsageError(
+                f"over={over!r}: give a list of categorical conditions that are not given already; "
+                f"the model has {listed(name for name, known in levels.items() if known) or 'none'}."
+            )
+        combinations = list(itertools.product(*(levels[name] or () for name in over)))
+        if len(combinations) > _MOST_COMBINATIONS:
+            raise UsageError(
+                f"over={list(over)!r} has {len(combinations):,} combinations of levels; at most {_MOST_COMBINATIONS} "
+                "can be averaged. Give one of them instead."
+            )
+        return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
+
+    def _contexts(self, adata: AnnData, given: Mapping[str, Any]) -> Contexts:
+        """Contexts of these cells by their positions, under these conditions."""
+        schema = self.schema_
+        codes = schema.codes(adata.obs, given)
+        return lambda rows: schema.expand(codes[rows])
 
     def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read
@@ -676,6 +836,7 @@ class ExpressionVAE:
             return schema
         assert check.stored is not None
         categorical = [condition for condition in schema.conditions if condition.levels is not None]
+        categorical.sort(key=lambda condition: not condition.nuisance)
         levels = categorical[0].codes(adata.obs[categorical[0].name]).astype(int) if categorical else None
         positions = select_genes(check.stored.blocks, self.n_top_genes, levels)
         if schema.size_factor is not None:  # the library is one of the chosen genes
@@ -713,7 +874,7 @@ class ExpressionVAE:
             source = open_source(some, self.schema_, unseen="marginal", genes_present=genes_present)
         elbo = {}
         for level in condition.levels or ():
-            source.context = self.schema_.encode(some.obs, {condition.name: level}, unseen="marginal")
+            source.codes = self.schema_.codes(some.obs, {condition.name: level}, unseen="marginal")
             with kernels.threads(self.train.threads):
                 elbo[level] = cell_terms(self.vae_, source, objective=self._objective()).elbo.mean()
         return max(elbo, key=lambda level: elbo[level])
@@ -730,6 +891,7 @@ class ExpressionVAE:
             library=source.library[rows],
             conditions=self.schema_.codes(adata.obs.iloc[rows]),
             held_out=np.isin(rows, self.split_.validation),
+            labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
         )
 
 
@@ -785,9 +947,10 @@ def load(path: str | Path) -> ExpressionVAE:
 
 def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:
     """Take the tensors known here, if their shapes agree; a folder may hold more."""
-    known = {name: arrays[name] for name in Reference._fields}
+    no_labels = np.full(len(arrays["mu_z"]), -1, np.int32)
+    known = {name: arrays.get(name, no_labels) if name == "labels" else arrays[name] for name in Reference._fields}
     n_cells = len(known["mu_z"])
-    shapes = [(n_cells, latent_dim), (n_cells, latent_dim), (n_cells,), (n_cells, n_conditions), (n_cells,)]
+    shapes = [(n_cells, latent_dim), (n_cells, latent_dim), (n_cells,), (n_cells, n_conditions), (n_cells,), (n_cells,)]
     if [value.shape for value in known.values()] != shapes:
         raise ValueError("reference.safetensors does not fit the model")
     return Reference(**{**known, "held_out": known["held_out"].astype(bool)})

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal
@@ -13,7 +14,7 @@ from torch.distributions import Bernoulli, Distribution, Normal
 from celbo.advice import Evidence
 from celbo.diagnostics import ANCHORS
 from celbo.distributions import NegativeBinomial
-from celbo.inference import cell_terms, posterior, sensitivity, use_of_latent
+from celbo.inference import cell_terms, in_brief, posterior, sensitivity, use_of_latent
 from celbo.likelihoods import Likelihood
 from celbo.minibatch import Rows, Source, gene_moments, in_chunks
 from celbo.objective import Objective, log_prob_of_cells
@@ -190,8 +191,7 @@ def expected_dim(source: Source, training: Rows, *, is_counts: bool) -> int:
     x, library = _dense(source, training)
     genes = np.argsort(-x.mean(0), kind="stable")[:_GENES_OF_SPECTRUM]
     x = x[:, genes].astype(np.float64)
-    context = torch.cat([source.take(piece).context for piece in in_chunks(training, _CHUNK)]).numpy()
-    groups = _groups(context)
+    groups = _groups(source, training)
     residual = np.empty_like(x)
     for group in np.unique(groups):
         here = groups == group
@@ -221,9 +221,9 @@ def _dense(source: Source, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.
     return x.numpy(), torch.cat([each.library for each in cells]).numpy()
 
 
-def _groups(context: NDArray[np.float32]) -> NDArray[np.intp]:
+def _groups(source: Source, rows: Rows) -> NDArray[np.intp]:
     """Cells of the same context, where such groups are large enough for means of their own; else all are one."""
-    if context.shape[1] == 0:
-        return np.zeros(len(context), np.intp)
-    _, groups, sizes = np.unique(context, axis=0, return_inverse=True, return_counts=True)
-    return np.zeros(len(context), np.intp) if np.median(sizes) < 20 else groups.reshape(-1)
+    contexts = [sparse.csr_matrix(source.take(piece).context.numpy()) for piece in in_chunks(rows, _CHUNK)]
+    brief = in_brief(sparse.vstack(contexts, format="csr"))
+    _, groups, sizes = np.unique(brief, axis=0, return_inverse=True, return_counts=True)
+    return np.zeros(len(rows), np.intp) if np.median(sizes) < 20 else groups.reshape(-1)

@@ -2,25 +2,28 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from celbo.kernels.threads import in_threads, n_threads
-from celbo.minibatch import Minibatch, Rows, Source, in_chunks
+from celbo.minibatch import Contexts, Minibatch, Rows, Source, in_chunks
 from celbo.objective import Objective, elbo_terms, log_prob_of_cells
 from celbo.vae import VAE, Noise
 
 __all__ = [
     "CellTerms",
+    "Filled",
     "UseOfLatent",
     "cell_terms",
     "context_of",
     "expected_values",
     "fill_in",
+    "in_brief",
     "posterior",
     "sensitivity",
     "use_of_latent",
@@ -28,6 +31,12 @@ __all__ = [
 
 _CHUNK = 1024
 """Cells computed together: enough to keep the processor busy, few enough to stay in its cache."""
+_CONTEXT_CHUNK = 1_000_000
+"""Numbers of their contexts together, where there are very many levels."""
+
+
+_MOST_COLUMNS = 64
+"""Of a context that is compared as it is."""
 
 
 _FILLING_ROUNDS = 5
@@ -103,7 +112,7 @@ def cell_terms(
 
 
 def expected_values(
-    vae: VAE, source: Source, *, context: Tensor | None = None, library: Tensor | None = None
+    vae: VAE, source: Source, *, contexts: Contexts | None = None, library: Tensor | None = None
 ) -> NDArray[np.float32]:
     """Mean of p(x | mu_z, c, library), where mu_z comes from each cell under its own conditions.
 
@@ -113,8 +122,8 @@ def expected_values(
         The model.
     source
         The cells.
-    context
-        What to decode under, ``(cells, context_dim)``; each cell's own if None.
+    contexts
+        What to decode under; each cell's own if None.
     library
         Library sizes to decode at, ``(cells, 1)``; each cell's own if None.
 
@@ -123,18 +132,18 @@ def expected_values(
     numpy.ndarray
         ``(cells, genes)`` float32.
     """
-    means = np.empty((source.n_cells, source.n_genes), np.float32)
+    every, means = np.arange(source.n_cells), np.empty((source.n_cells, source.n_genes), np.float32)
 
     def decode(cells: Minibatch, here: slice) -> None:
         mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
         target = Minibatch(
             cells.x,
-            cells.context if context is None else context[here].to(cells.x.device),
+            cells.context if contexts is None else contexts(every[here]).to(cells.x.device),
             cells.library if library is None else library[here].to(cells.x.device),
         )
         means[here] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
 
-    _for_chunks(vae, source, np.arange(source.n_cells), decode)
+    _for_chunks(vae, source, every, decode)
     return means
 
 
@@ -188,18 +197,19 @@ def use_of_latent(
     """
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z, logvar_z = (np.empty((len(rows), vae.latent_dim), np.float32) for _ in range(2))
-    context = np.empty((len(rows), vae.context_dim), np.float32)
+    contexts = dict[int, sparse.csr_matrix]()  # of very many levels hardly any is not 0
 
     def encode(cells: Minibatch, here: slice) -> None:
         found = vae.encode(cells.x, context_of(vae, cells))
         mu_z[here], logvar_z[here] = found[0].cpu().numpy(), found[1].cpu().numpy()
-        context[here] = cells.context.cpu().numpy()[:, : vae.context_dim]
+        contexts[here.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
 
     _for_chunks(vae, source, rows, encode)
+    context = sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
     rng = np.random.default_rng([seed, 5])
     eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
     z = mu_z + np.exp(0.5 * logvar_z) * eps
-    within, among = _permutation(context, rng), _permutation(context[:, :0], rng)
+    within, among = _permutation(in_brief(context), rng), _permutation(np.empty((len(rows), 0)), rng)
     of_z = [slice(None), *(slice(j, j + 1) for j in range(vae.latent_dim) if by_dimension)]
     reconstruction, lost = (
         np.empty(len(rows), np.float32),
@@ -213,16 +223,17 @@ def use_of_latent(
             values: NDArray[np.float32] = log_prob_of_cells(p, cells.x, cells.observed).cpu().numpy()
             return values
 
-        reconstruction[here] = log_prob(z[here], context[here])
+        own, of_other = context[here].toarray(), context[among[here]].toarray()
+        reconstruction[here] = log_prob(z[here], own)
         for number, columns in enumerate([*of_z, *of_context]):
-            z_there, context_there = z[here].copy(), context[here].copy()
+            z_there, context_there = z[here].copy(), own.copy()
             if number < len(of_z):
                 z_there[:, columns] = z[within[here]][:, columns]
             else:
-                context_there[:, columns] = context[among[here]][:, columns]
+                context_there[:, columns] = of_other[:, columns]
             lost[number, here] = reconstruction[here] - log_prob(z_there, context_there)
             if number >= len(of_z):
-                lost[number, here][(context_there == context[here]).all(1)] = np.nan
+                lost[number, here][(context_there == own).all(1)] = np.nan
 
     _for_chunks(vae, source, rows, decode)
     return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
@@ -259,7 +270,15 @@ def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[n
     return found
 
 
-def _permutation(context: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.intp]:
+def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:
+    """What tells contexts apart, in few columns: themselves, or a number that is the same for the same."""
+    if context.shape[1] <= _MOST_COLUMNS:
+        return np.asarray(context.toarray())
+    found: NDArray[np.float64] = context @ np.random.default_rng(13).random((context.shape[1], 1))
+    return found
+
+
+def _permutation(context: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.intp]:
     """For each cell another one of the same context, each once; among all cells where contexts hardly recur."""
     groups = np.zeros(len(context), np.intp)
     if context.shape[1]:
@@ -279,7 +298,8 @@ def _permutation(context: NDArray[np.float32], rng: np.random.Generator) -> NDAr
 def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatch, slice], None]) -> None:
     """Read these cells in chunks and call ``compute(cells, where they belong)``; threads take chunks by turns."""
     device = next(vae.parameters()).device
-    pieces = list(in_chunks(rows, _CHUNK))
+    size = min(_CHUNK, max(1, _CONTEXT_CHUNK // max(vae.context_dim, 1)))
+    pieces = list(in_chunks(rows, size))
     reading = threading.Lock()
     was_training, n = vae.training, min(n_threads(), len(pieces)) if device.type == "cpu" else 1
 
@@ -289,7 +309,7 @@ def _for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibat
                 with reading:
                     cells = source.take(pieces[number]).to(device)
                 cells = fill_in(vae, cells, source)
-                compute(cells, slice(number * _CHUNK, number * _CHUNK + len(pieces[number])))
+                compute(cells, slice(number * size, number * size + len(pieces[number])))
 
     vae.eval()  # no dropout
     try:
@@ -319,6 +339,24 @@ def fill_in(vae: VAE, cells: Minibatch, source: Source) -> Minibatch:
             share = (filled_in.expm1().sum(-1, keepdim=True) / source.scaled_to).clamp(0, _MOST_FILLED_IN)
             measured = torch.where(observed, (cells.x.to_dense().expm1() * (1 - share)).log1p(), 0.0)
     return cells._replace(x=x, library=library)
+
+
+class Filled:
+    """A source whose minibatches come with what `fill_in` gives genes that were not measured; as `Source`."""
+
+    def __init__(self, vae: VAE, source: Source):
+        self.vae, self.source = vae, source
+        self.n_cells, self.n_genes = source.n_cells, source.n_genes
+        self.library_is_sum, self.scaled_to = source.library_is_sum, source.scaled_to
+
+    def take(self, rows: Rows) -> Minibatch:
+        """Read the cells at these positions, in this order."""
+        was_training = self.vae.training
+        self.vae.eval()
+        with torch.no_grad():
+            cells = fill_in(self.vae, self.source.take(rows).to(next(self.vae.parameters()).device), self.source)
+        self.vae.train(was_training)
+        return cells
 
 
 def context_of(vae: VAE, minibatch: Minibatch) -> Tensor | None:

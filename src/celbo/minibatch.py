@@ -1,7 +1,7 @@
 """Minibatch and Source: all that data and model know of each other."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["GeneMoments", "Minibatch", "Rows", "Source", "csr_tensor", "gene_moments", "in_chunks"]
+__all__ = ["Contexts", "GeneMoments", "Minibatch", "Rows", "Source", "csr_tensor", "gene_moments", "in_chunks"]
 
 Rows = NDArray[np.int64]
 """Positions of cells in a `Source`."""
+Contexts = Callable[[Rows], Tensor]
+"""Encoded conditions of the cells at these positions, ``(cells, context_dim)``: made where they are needed."""
 
 
 class Minibatch(NamedTuple):
@@ -26,12 +28,16 @@ class Minibatch(NamedTuple):
     """Library size on the linear scale, ``(cells, 1)`` float32."""
     observed: Tensor | None = None
     """Which genes were measured, ``(genes,)`` bool; None if all were."""
+    labels: Tensor | None = None
+    """Number of each cell's label, ``(cells,)``, -1 for an unknown one; None where no labels are learned."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
         """Move to the device that computes; on a GPU become dense there."""
         x = self.x.to(device)
         observed = None if self.observed is None else self.observed.to(device)
-        return Minibatch(x.to_dense() if x.is_cuda else x, self.context.to(device), self.library.to(device), observed)
+        labels = None if self.labels is None else self.labels.to(device)
+        x = x.to_dense() if x.is_cuda else x
+        return Minibatch(x, self.context.to(device), self.library.to(device), observed, labels)
 
 
 def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:

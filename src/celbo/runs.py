@@ -250,6 +250,16 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
     _write_cells(adata, path)
 
 
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
+    columns = ",".join(["cell", *map(str, table.columns[:3])])
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if not path.is_file() or not file.readline().startswith(columns):
+                raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
+    _write(path, table.to_csv(index_label="cell"))
+
+
 def refuse_no_counterfactual(path: Path) -> None:
     """Refuse a name that no counterfactual can be written to."""
     _refuse_other_cells(path, lambda found: "celbo_verdict" in found.obs.columns, "no counterfactual that celbo wrote")
@@ -368,7 +378,7 @@ def write_run(
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
         "run": run,
         "history": history,
-        "latent": summarise(cells, seed=model.train.seed, first=model.conditions),
+        "latent": summarise(cells, seed=model.train.seed, first=[*model.conditions, *model.nuisance]),
         "recovery": None if recovery is None else list(recovery),
     }
     write_embedding(cells, folder / "embedding.h5ad")

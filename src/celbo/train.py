@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from celbo.diagnostics import ACTIVE, mutual_information
 from celbo.errors import DivergedError, UsageError
 from celbo.inference import CellTerms, UseOfLatent, cell_terms, context_of, use_of_latent
+from celbo.labels import label_loss
 from celbo.minibatch import Rows, Source
 from celbo.objective import ElboTerms, Objective, autoencoder_terms, elbo_terms
 from celbo.remedies import Recipe, linear_warmup
@@ -225,7 +226,8 @@ def epochs(
     *,
     objective: Objective = elbo_terms,
     recipe: Recipe = _NO_REMEDY,
-    track: Track = lambda minibatches, plan, history: minibatches,
+    learned: Mapping[str, Tensor] | None = None,
+    track: Track | None = None,
 ) -> Iterator[Epoch]:
     """Train a model, epoch by epoch; when the last has been taken, the model has its best weights.
 
@@ -251,6 +253,9 @@ def epochs(
         What to maximise.
     recipe
         Remedies, as `celbo.remedies.combine` makes them one.
+    learned
+        By name of each parameter, which of its numbers are learned (bool, of its shape); the others stay as they are,
+        to the bit. None for all.
     track
         Watches the minibatches go by.
 
@@ -268,6 +273,11 @@ def epochs(
     if recipe.prepare is not None:
         recipe.prepare(vae)
     weights = _as_one(vae)
+    stays = (
+        None
+        if learned is None
+        else torch.cat([~_tall(learned[n]).reshape(-1) for n, _ in vae.named_parameters()]).to(device)
+    )
     optimizer = torch.optim.Adam([weights], fused=True)
     average = weights.detach().clone()
     last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
@@ -280,18 +290,24 @@ def epochs(
         started = time.perf_counter()
         totals, n_seen = torch.zeros(1 + vae.latent_dim, dtype=torch.float64, device=device), 0
         vae.train()
-        for rows in track(_minibatches(split.train, plan, config.seed, epoch), plan, history):
+        minibatches = _minibatches(split.train, plan, config.seed, epoch)
+        for rows in minibatches if track is None else track(minibatches, plan, history):
             minibatch = source.take(rows).to(device)
+            x, context, library = minibatch.x, context_of(vae, minibatch), minibatch.library
             generator = _generator(config.seed, epoch, step)
             noise = draw_noise(vae, len(rows), generator, device)
-            terms = objective(vae, minibatch.x, context_of(vae, minibatch), minibatch.library, noise)
+            terms = objective(vae, x, context, library, noise, minibatch.observed)
             kl_weight = recipe.kl_weight(step, plan.warmup_steps)
             penalty, remembered = recipe.penalty(terms.kl, kl_weight, memory)
             loss = penalty - terms.reconstruction.mean()
             if recipe.pull is not None and terms.z is not None:
                 loss = loss + recipe.pull(terms.z, generator)
+            if vae.classifier is not None and minibatch.labels is not None and terms.z is not None:
+                loss = loss + label_loss(vae.classifier, terms.z, minibatch.labels)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
+            if stays is not None and weights.grad is not None:
+                weights.grad.masked_fill_(stays, 0)
             norm = torch.nn.utils.clip_grad_norm_(weights, config.gradient_clip)
             optimizer.param_groups[0]["lr"] = highest_rate * linear_warmup(step, plan.rise_steps)
             step += 1
@@ -408,7 +424,7 @@ def _encoder_alone(vae: VAE, optimizer: torch.optim.Optimizer, wanted: bool) -> 
         optimizer.state[weights][name][others] = moments.get(name, 0.0)
 
 
-_OF_ENCODER = ("encoder.", "fc_mu.", "fc_logvar.", "norm_mu.")
+_OF_ENCODER = ("embed_context.", "encoder.", "fc_mu.", "fc_logvar.", "norm_mu.")
 
 
 def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:

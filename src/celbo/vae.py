@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from celbo import kernels
 from celbo.errors import UsageError
+from celbo.labels import Classifier
 from celbo.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
 from celbo.minibatch import csr_tensor
 from celbo.priors import Components, VampPrior, make_prior
@@ -60,6 +61,13 @@ class VAE(nn.Module):
         Normalise mu_z over the minibatch; see `NormMu`.
     prior
         p(z | c): a name in `celbo.priors.PRIORS`, with a number of components after a colon where it has some.
+    embedded
+        Columns of the context that become ``embedding_dim`` learned numbers before anything sees them: those of a
+        condition of many levels.
+    embedding_dim
+        Width of that.
+    n_labels
+        Labels that a classifier on z tells apart; 0 for none.
 
     Examples
     --------
@@ -95,6 +103,9 @@ class VAE(nn.Module):
         context_skip: bool = False,
         norm_mu: bool = False,
         prior: str = "normal",
+        embedded: Sequence[slice] = (),
+        embedding_dim: int = 10,
+        n_labels: int = 0,
     ):
         super().__init__()
         likelihood = LIKELIHOODS["gaussian"] if likelihood is None else likelihood
@@ -118,6 +129,8 @@ class VAE(nn.Module):
         self.encode_context = encode_context
         self.skip = skip
         self.context_skip = context_skip
+        self.embed_context = ContextEmbedding(context_dim, embedded, embedding_dim) if embedded else None
+        context_dim = context_dim if self.embed_context is None else self.embed_context.out_dim
 
         seen_dim = input_dim + (context_dim if encode_context else 0)
         self.encoder, width = mlp(seen_dim, hidden_dims, norm=norm, dropout=dropout)
@@ -136,6 +149,7 @@ class VAE(nn.Module):
         self.fc_out = nn.Linear(width, input_dim)
         self.head = likelihood.make_head(input_dim, width, context_dim, dispersion)
         self.prior = make_prior(prior, latent_dim, context_dim, hidden_dims[0] if len(hidden_dims) else 0)
+        self.classifier = Classifier(latent_dim, n_labels) if n_labels else None
 
     def encode(
         self, x: Tensor, context: Tensor | None = None, *, masks: Iterable[Tensor] | None = None
@@ -156,16 +170,16 @@ class VAE(nn.Module):
         tuple
             ``mu_z`` and ``logvar_z``, each ``(cells, latent_dim)``.
         """
-        self._check_context(context)
+        context = self._of_levels(context)
         seen = None if context is None or not self.encode_context else context
         if x.layout == torch.sparse_csr and len(self.encoder):
             first, *others = self.encoder
             h = _first_layer(first, self.head.encoder_input(x.values()), x, seen)
-            h = _run(others, h, masks=masks)
-        else:
-            h = self.head.encoder_input(x.to_dense())
-            h = _run(self.encoder, h if seen is None else torch.cat([h, seen], dim=-1), masks=masks)
-        return self._posterior_of(h)
+            return self._posterior_of(_run(others, h, masks=masks))
+        h = self.head.encoder_input(x.to_dense())
+        if not len(self.encoder):
+            return self._posterior_of(h, seen)
+        return self._posterior_of(_run(self.encoder, h, context=seen, masks=masks))
 
     def prior_components(self, z: Tensor, context: Tensor | None = None) -> Components:
         """Components of p(z | c) for the cells of z, ``(cells, latent_dim)``; see `celbo.priors`."""
@@ -173,7 +187,7 @@ class VAE(nn.Module):
         def encode(first: Tensor) -> tuple[Tensor, Tensor]:
             return self._posterior_of(_run(list(self.encoder)[1:], first, masks=itertools.repeat(first.new_ones(()))))
 
-        components: Components = self.prior(z, context, encode)
+        components: Components = self.prior(z, self._of_levels(context), encode)
         return components
 
     @property
@@ -185,15 +199,14 @@ class VAE(nn.Module):
     def start_prior(self, x: Tensor, context: Tensor | None = None) -> None:
         """Let the pseudo-cells of a `celbo.priors.VampPrior` start as these cells; x and context as in `encode`."""
         if isinstance(self.prior, VampPrior):
-            first = self.encoder[0]
-            h = self.head.encoder_input(x.to_dense())
-            seen = h if context is None or not self.encode_context else torch.cat([h, context], dim=-1)
-            cells, size = first(seen), self.prior_size
+            seen = self._of_levels(context) if self.encode_context else None
+            cells = _linear(self.encoder[0], self.head.encoder_input(x.to_dense()), seen)
+            size = self.prior_size
             self.prior.pseudo_cells.copy_(cells[torch.arange(size, device=cells.device) % len(cells)])
 
-    def _posterior_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        mu_z = self.fc_mu(h)
-        return mu_z if self.norm_mu is None else self.norm_mu(mu_z), self.fc_logvar(h)
+    def _posterior_of(self, h: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mu_z = _linear(self.fc_mu, h, seen)
+        return mu_z if self.norm_mu is None else self.norm_mu(mu_z), _linear(self.fc_logvar, h, seen)
 
     def reparameterize(self, mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) -> Tensor:
         """Sample z from q(z | x); see `celbo.vae.reparameterize`."""
@@ -227,12 +240,15 @@ class VAE(nn.Module):
         torch.distributions.Distribution
             Over ``(cells, genes)``.
         """
-        self._check_context(context)
+        context = self._of_levels(context)
         if library is not None and library.shape != (*z.shape[:-1], 1):
             raise UsageError(f"library has shape {tuple(library.shape)}; pass one number per cell, (cells, 1)")
-        code = z if context is None else torch.cat([z, context], dim=-1)
-        extra = code if self.skip else context if self.context_skip else None
-        h = _run(self.decoder, code, extra=extra, masks=masks)
+        if not len(self.decoder):
+            h = z if context is None else torch.cat([z, context], dim=-1)
+        else:
+            extra = z if self.skip else None
+            again = self.skip or self.context_skip
+            h = _run(self.decoder, z, context=context, context_again=again, extra=extra, masks=masks)
         return self.head(h, self.fc_out, context, library)
 
     def decode(self, z: Tensor, context: Tensor | None = None, library: Tensor | None = None) -> Tensor:
@@ -247,13 +263,39 @@ class VAE(nn.Module):
         z = self.reparameterize(mu_z, logvar_z)
         return self.decode(z, context, x.sum(-1, keepdim=True)), mu_z, logvar_z
 
-    def _check_context(self, context: Tensor | None) -> None:
+    def _of_levels(self, context: Tensor | None) -> Tensor | None:
+        """The context as the layers take it, once it is found to be as wide as it should."""
         found = 0 if context is None else context.shape[-1]
         if found != self.context_dim:
             raise UsageError(
                 f"the model was made with context_dim={self.context_dim}, and was given a context of width {found}; "
                 "pass context=(cells, context_dim), as schema_.encode(obs) makes it"
             )
+        if context is None or self.embed_context is None:
+            return context
+        embedded: Tensor = self.embed_context(context)
+        return embedded
+
+
+class ContextEmbedding(nn.Module):
+    r"""``c -> c W`` for the columns of a condition of many levels, W learned, ``(levels, out)``; others pass.
+
+    Of a one-hot level that is a row of W; of several levels in parts, what lies between theirs.
+    """
+
+    def __init__(self, context_dim: int, embedded: Sequence[slice], dim: int):
+        super().__init__()
+        self.embedded = tuple(embedded)
+        self.dim = dim
+        self.levels = nn.ParameterList(torch.randn(columns.stop - columns.start, dim) for columns in embedded)
+        taken = {column for columns in embedded for column in range(columns.start, columns.stop)}
+        self.passing = [column for column in range(context_dim) if column not in taken]
+        self.out_dim = context_dim + sum(dim - len(weight) for weight in self.levels)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """``(cells, context_dim)`` to ``(cells, out_dim)``: what passes first, then the learned numbers."""
+        learned = [context[:, columns] @ weight for columns, weight in zip(self.embedded, self.levels, strict=True)]
+        return torch.cat([context[:, self.passing], *learned], dim=-1)
 
 
 class NormMu(nn.Module):
@@ -396,15 +438,35 @@ def _first_layer(linear: nn.Module, values: Tensor, x: Tensor, context: Tensor |
     return kernels.sparse_linear(scaled, of_genes) + context @ of_context.t() + linear.bias
 
 
+def _linear(linear: nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
+    """``[h, context] W' + b``, the context by itself: further levels then change no sum of the others by a bit."""
+    assert isinstance(linear, nn.Linear)
+    if context is None:
+        return nn.functional.linear(h, linear.weight, linear.bias)
+    width = h.shape[-1]
+    return nn.functional.linear(h, linear.weight[:, :width], linear.bias) + context @ linear.weight[:, width:].t()
+
+
 def _run(
-    layers: Iterable[nn.Module], h: Tensor, *, extra: Tensor | None = None, masks: Iterable[Tensor] | None = None
+    layers: Iterable[nn.Module],
+    h: Tensor,
+    *,
+    context: Tensor | None = None,
+    context_again: bool = False,
+    extra: Tensor | None = None,
+    masks: Iterable[Tensor] | None = None,
 ) -> Tensor:
-    """Apply a stack of `mlp`: ``extra`` joins the input of every later Linear, ``masks`` stand in for Dropout."""
+    """Apply a stack of `mlp`; ``masks`` stand in for Dropout.
+
+    The context joins the input of the first Linear, with ``context_again`` of every other too, as ``extra`` does.
+    """
     remaining: Iterator[Tensor] | None = None if masks is None else iter(masks)
     for position, layer in enumerate(layers):
-        if extra is not None and position > 0 and isinstance(layer, nn.Linear):
-            h = torch.cat([h, extra], dim=-1)
-        h = h * next(remaining) if remaining is not None and isinstance(layer, nn.Dropout) else layer(h)
+        if isinstance(layer, nn.Linear):
+            joined = h if position == 0 or extra is None else torch.cat([h, extra], dim=-1)
+            h = _linear(layer, joined, context if position == 0 or context_again else None)
+        else:
+            h = h * next(remaining) if remaining is not None and isinstance(layer, nn.Dropout) else layer(h)
     return h
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,7 @@ def check_adata(
     *,
     values: str = "counts",
     conditions: Sequence[str] = (),
+    nuisance: Sequence[str] = (),
     layer: str | None = None,
     size_factor: str | None = None,
     allow_noninteger: bool = False,
@@ -127,6 +128,8 @@ def check_adata(
     conditions
         Columns of obs given to the model: floating-point ones are continuous, others categorical. One that has the same
         value in all cells says nothing, and is left out with a warning.
+    nuisance
+        More of them, which are to be removed.
     layer
         Layer the values come from; None for X.
     size_factor
@@ -145,8 +148,9 @@ def check_adata(
     >>> [problem.name for problem in check.problems]
     ['not-whole']
     """
-    if isinstance(conditions, str):
-        raise UsageError(f"conditions is the text {conditions!r}; give a list of columns: [{conditions!r}].")
+    for option, names in {"conditions": conditions, "nuisance": nuisance}.items():
+        if isinstance(names, str):
+            raise UsageError(f"{option} is the text {names!r}; give a list of columns: [{names!r}].")
     check = Check(adata.n_obs, adata.n_vars)
     if not (adata.n_obs and adata.n_vars):
         size = f"{adata.n_obs} cells and {adata.n_vars} genes"
@@ -172,7 +176,7 @@ def check_adata(
         with check.noting("size-factor"):
             factors = size_factors(adata.obs, size_factor)
             library_scale = float(scan.library.sum() / factors.sum()) if scan else 1.0
-    made = _check_conditions(check, adata.obs, conditions)
+    made = _check_conditions(check, adata.obs, conditions, nuisance)
     if not check.errors:
         check.schema = Schema(
             genes=tuple(adata.var_names.astype(str)),
@@ -232,7 +236,7 @@ def check_query(
         with check.noting("size-factor"):
             size_factors(adata.obs, schema.size_factor)
     with check.noting("conditions"):
-        schema.encode(adata.obs, unseen=unseen)
+        schema.codes(adata.obs, unseen=unseen)
         for condition in schema.conditions:
             if not (known := condition.is_known(adata.obs[condition.name])).all():
                 levels = listed(sorted(as_text(adata.obs[condition.name][~known]).unique()))
@@ -307,8 +311,10 @@ def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, g
         )
 
 
-def _check_conditions(check: Check, obs: pd.DataFrame, names: Sequence[str]) -> tuple[Condition, ...]:
-    names = list(names)
+def _check_conditions(
+    check: Check, obs: pd.DataFrame, conditions: Sequence[str], nuisance: Sequence[str]
+) -> tuple[Condition, ...]:
+    names = [*conditions, *nuisance]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         check.add("conditions", "error", f"condition {listed(twice)} is named more than once; name it once.")
     if missing := [name for name in names if name not in obs.columns]:
@@ -326,7 +332,7 @@ def _check_conditions(check: Check, obs: pd.DataFrame, names: Sequence[str]) -> 
                     "and is left out.",
                 )
                 continue
-            made.append(condition)
+            made.append(replace(condition, nuisance=name in nuisance))
             _warn_of_codes(check, condition, obs[name])
             _warn_of_rare_levels(check, condition, obs[name])
     return tuple(made)

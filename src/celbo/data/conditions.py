@@ -11,10 +11,13 @@ from celbo.errors import DataError, listed
 
 __all__ = ["UNSEEN", "Condition", "as_text", "make_condition", "size_factors"]
 
+_MOST_ONE_HOT = 50
+"""Levels beyond which a few numbers are learned for each."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 
-UNSEEN = ("refuse", "nearest", "marginal")
-"""What to do with a level that fit did not see: refuse it, take the likeliest known one, or all in equal parts."""
+UNSEEN = ("refuse", "nearest", "marginal", "adapt")
+"""What to do with a level that fit did not see: refuse it, take the likeliest known one, all in equal parts, or learn
+weights of its own from these cells."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,25 @@ class Condition:
     """Levels in order; None for a continuous condition."""
     mean: float = 0.0
     sd: float = 1.0
+    embedded: bool = False
+    """Whether the model learns a few numbers for each level instead of taking it one-hot."""
+    nuisance: bool = False
+    """Whether it is there to be removed, and not to be asked about."""
 
     @property
     def dim(self) -> int:
         """Width of the encoded condition."""
         return 1 if self.levels is None else len(self.levels)
 
-    def codes(self, column: "pd.Series[Any]") -> NDArray[np.float32]:
+    def codes(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
         """Number of the level, or the standardised value, ``(cells,)`` float32.
+
+        Parameters
+        ----------
+        column
+            A value for each cell.
+        unseen
+            One of `UNSEEN`; unless refused, a level that fit did not see has the number -1.
 
         Raises
         ------
@@ -55,33 +69,28 @@ class Condition:
             return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
         text = as_text(column)
         codes = pd.Index(self.levels).get_indexer(text)
-        if (codes < 0).any():
-            unseen = text[codes < 0]
+        if unseen == "refuse" and (codes < 0).any():
+            strange = text[codes < 0]
             raise DataError(
-                f"condition {self.name!r} has levels not seen in fit: {listed(sorted(unseen.unique()))} "
-                f"({len(unseen):,} cells; known: {listed(self.levels)}). Refit with them, correct their spelling, drop "
-                "these cells, or say how to read them: unseen='nearest' or 'marginal' (--unseen) of embed."
+                f"condition {self.name!r} has levels not seen in fit: {listed(sorted(strange.unique()))} "
+                f"({len(strange):,} cells; known: {listed(self.levels)}). Refit with them, correct their spelling, "
+                "drop these cells, or say how to read them: unseen='nearest', 'marginal' or 'adapt' (embed --unseen)."
             )
         return codes.astype(np.float32)
 
     def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
-        """Encode a column of obs, ``(cells, dim)`` float32; raises as `codes` does.
+        """Encode a column of obs, ``(cells, dim)`` float32; as `codes`, then `expand`."""
+        return self.expand(self.codes(column, unseen))
 
-        Parameters
-        ----------
-        column
-            A value for each cell.
-        unseen
-            One of `UNSEEN`.
-        """
+    def expand(self, codes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `codes` gave as the model takes it, ``(cells, dim)`` float32: all levels in equal parts for -1."""
         if self.levels is None:
-            return self.codes(column)[:, None]
-        known = self.is_known(column)
-        if unseen == "refuse" or known.all():
-            known = np.ones(len(column), bool)
-        encoded = np.full((len(column), self.dim), 1 / self.dim, np.float32)
-        encoded[known] = 0
-        encoded[np.flatnonzero(known), self.codes(column[known]).astype(int)] = 1
+            return codes[:, None]
+        encoded = np.zeros((len(codes), self.dim), np.float32)
+        known = np.flatnonzero(codes >= 0)
+        encoded[known, codes[known].astype(int)] = 1
+        if len(known) < len(codes):
+            encoded[codes < 0] = 1 / self.dim
         return encoded
 
     def is_known(self, column: "pd.Series[Any]") -> NDArray[np.bool_]:
@@ -151,7 +160,7 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
         levels = tuple(sorted(as_text(column).unique()))
     if len(levels) < _n_different(column) or len(set(levels)) < len(levels):
         raise DataError(f"obs column {name!r} has levels that read the same as text ({listed(levels)}); rename some.")
-    return Condition(name, levels) if len(levels) > 1 else None
+    return Condition(name, levels, embedded=len(levels) > _MOST_ONE_HOT) if len(levels) > 1 else None
 
 
 def _refuse_missing(name: str, column: "pd.Series[Any]", more: str = "") -> None:

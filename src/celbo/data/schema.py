@@ -38,6 +38,8 @@ class Schema:
     """One of `VALUES`."""
     selection: str | None = None
     """How the genes were chosen, in words; None if all of the data's are modelled."""
+    labels: Condition | None = None
+    """The labels that a classifier tells apart."""
 
     @property
     def context_dim(self) -> int:
@@ -78,6 +80,21 @@ class Schema:
         tensor([[1., 0.],
                 [1., 0.]])
         """
+        return self.expand(self.codes(obs, given, unseen=unseen))
+
+    @property
+    def context_columns(self) -> list[slice]:
+        """Columns of the context that each condition has."""
+        ends = np.cumsum([0, *(condition.dim for condition in self.conditions)])
+        return [slice(int(start), int(end)) for start, end in pairwise(ends)]
+
+    def codes(
+        self, obs: pd.DataFrame, given: Mapping[str, Any] | None = None, *, unseen: str = "refuse"
+    ) -> NDArray[np.float32]:
+        """Number of the level, or the standardised value, of each condition: ``(cells, conditions)`` float32.
+
+        Parameters and errors are those of `encode`, which expands them.
+        """
         given = given or {}
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
@@ -90,24 +107,18 @@ class Schema:
                 "Add the column, or set one value for all cells."
             )
         columns = [
-            condition.encode(
+            condition.codes(
                 pd.Series([given[condition.name]] * len(obs)) if condition.name in given else obs[condition.name],
                 unseen,
             )
             for condition in self.conditions
         ]
-        return torch.from_numpy(np.concatenate([np.empty((len(obs), 0), np.float32), *columns], axis=1))
+        return np.stack(columns, axis=1) if columns else np.empty((len(obs), 0), np.float32)
 
-    @property
-    def context_columns(self) -> list[slice]:
-        """Columns of the context that each condition has."""
-        ends = np.cumsum([0, *(condition.dim for condition in self.conditions)])
-        return [slice(int(start), int(end)) for start, end in pairwise(ends)]
-
-    def codes(self, obs: pd.DataFrame) -> NDArray[np.float32]:
-        """Number of the level, or the standardised value, of each condition: ``(cells, conditions)`` float32."""
-        codes = [condition.codes(obs[condition.name]) for condition in self.conditions]
-        return np.stack(codes, axis=1) if codes else np.empty((len(obs), 0), np.float32)
+    def expand(self, codes: NDArray[np.float32]) -> Tensor:
+        """Make the context of what `codes` gave, ``(cells, context_dim)`` float32."""
+        columns = [condition.expand(column) for condition, column in zip(self.conditions, codes.T, strict=True)]
+        return torch.from_numpy(np.concatenate([np.empty((len(codes), 0), np.float32), *columns], axis=1))
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
         """Positions of the model's genes among these names, in the model's order; -1 for a gene that is not there."""
@@ -136,6 +147,8 @@ class Schema:
                 levels=None if item["levels"] is None else _strings(item["levels"]),
                 mean=_finite(item["mean"]),
                 sd=_finite(item["sd"]),
+                embedded=_typed(item.get("embedded", False), bool),
+                nuisance=_typed(item.get("nuisance", False), bool),
             )
             for item in _typed(document["conditions"], list)
         )
@@ -151,6 +164,9 @@ class Schema:
             library_scale=_finite(document["library_scale"]),
             values=document["values"],
             selection=None if document.get("selection") is None else _typed(document["selection"], str),
+            labels=None
+            if document.get("labels") is None
+            else Condition(_typed(document["labels"]["name"], str), _strings(document["labels"]["levels"])),
         )
 
 

@@ -1,5 +1,6 @@
 """Where minibatches come from: counts stay sparse (CSR) until the device that computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,10 @@ class CellSource:
         Position of each of the model's genes in them; -1 for a gene that is not there.
     library
         Library sizes, ``(cells,)``.
-    context
-        Encoded conditions, ``(cells, context_dim)``.
+    codes
+        Conditions as `Schema.codes` gives them, ``(cells, conditions)``.
+    expand
+        Makes the context of some cells' codes; `Schema.expand`.
     values
         One of `celbo.data.schema.VALUES`: what a minibatch's x is made to be.
     library_is_sum
@@ -46,13 +49,16 @@ class CellSource:
         stored: Stored,
         columns: NDArray[np.intp],
         library: NDArray[np.float32],
-        context: Tensor,
+        codes: NDArray[np.float32],
+        expand: Callable[[NDArray[np.float32]], Tensor],
         *,
         values: str,
         library_is_sum: bool,
     ):
         self.n_cells, self.n_genes = stored.shape[0], len(columns)
-        self.context = context
+        self.codes = codes
+        self._expand = expand
+        self.labels: NDArray[np.int32] | None = None
         self.library = library
         self.library_is_sum = library_is_sum
         self.scaled_to = _COUNTS_PER_CELL if values == "log_normalised" else None
@@ -68,7 +74,9 @@ class CellSource:
         data = _as_seen(block, self.library[rows], self._values)
         starts, columns, values = (torch.from_numpy(part) for part in (block.indptr, block.indices, data))
         x = csr_tensor(starts, columns, values, block.shape)
-        return Minibatch(x, self.context[rows], torch.from_numpy(self.library[rows, None]), self._observed)
+        labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
+        context, library = self._expand(self.codes[rows]), torch.from_numpy(self.library[rows, None])
+        return Minibatch(x, context, library, self._observed, labels)
 
 
 def open_source(
@@ -109,7 +117,8 @@ def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "
         check.stored,
         columns,
         library,
-        schema.encode(adata.obs, unseen=unseen),
+        schema.codes(adata.obs, unseen=unseen),
+        schema.expand,
         values=schema.values,
         library_is_sum=schema.size_factor is None and schema.values != "real",
     )

@@ -1,0 +1,86 @@
+"""Where the cells of fit lie, and what can be asked of their conditions."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from celbo.data import Schema
+
+__all__ = ["Reference", "has_conditions", "nested_conditions"]
+
+_ABOUT = 0.25
+"""Standard deviations within which a continuous condition is about what was asked for."""
+_MOST_COLUMNS = 200
+"""Levels of all conditions together beyond which nesting is not looked for: the rank would take too long."""
+
+
+class Reference(NamedTuple):
+    """Where the cells of fit lie: what later questions compare new cells with. No counts, no names."""
+
+    mu_z: NDArray[np.float32]
+    """Posterior means, ``(cells, latent_dim)``."""
+    logvar_z: NDArray[np.float32]
+    library: NDArray[np.float32]
+    """``(cells,)``."""
+    conditions: NDArray[np.float32]
+    """``(cells, conditions)``: the number of a level, or a standardised value."""
+    held_out: NDArray[np.bool_]
+    """``(cells,)``: whether the cell was kept out of training."""
+    labels: NDArray[np.int32]
+    """``(cells,)``: the number of the label, -1 where it is not known."""
+
+
+def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Which cells have these conditions, ``(cells,)``; continuous ones about so.
+
+    Parameters
+    ----------
+    codes
+        Conditions of the cells, as in `Reference`.
+    schema
+        Of the model.
+    given
+        Conditions and what they are to be.
+    """
+    has_it = np.ones(len(codes), bool)
+    for number, condition in enumerate(schema.conditions):
+        if condition.name in given:
+            wanted = condition.codes(pd.Series([given[condition.name]]))[0]
+            near = 0.5 if condition.levels is not None else _ABOUT
+            has_it &= np.abs(codes[:, number] - wanted) < near
+    return has_it
+
+
+def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Mapping[str, Any]) -> list[str]:
+    """Those of these conditions whose effect cannot be told from that of the others.
+
+    Their columns add nothing to the rank of the others', or less than a contrast for each further level.
+
+    Parameters
+    ----------
+    codes
+        Conditions of the cells, as in `Reference`.
+    schema
+        Of the model.
+    names
+        Conditions to look at.
+    """
+    columns = {}
+    for number, condition in enumerate(schema.conditions):
+        of_cells = codes[:, number]
+        is_level = condition.levels is not None
+        columns[condition.name] = of_cells[:, None] == np.unique(of_cells) if is_level else of_cells[:, None]
+    if sum(part.shape[1] for part in columns.values()) > _MOST_COLUMNS:
+        return []
+    found = []
+    for name in names:
+        others = [np.ones((len(codes), 1))]
+        others += [part.astype(float) for other, part in columns.items() if other != name]
+        alone = np.linalg.matrix_rank(np.hstack(others))
+        gained = np.linalg.matrix_rank(np.hstack([*others, columns[name].astype(float)])) - alone
+        if gained < max(1, columns[name].shape[1] - 1):
+            found.append(name)
+    return found

@@ -1,0 +1,151 @@
+"""Labels, partly known: what is told of cells, how surely, and of which nothing is."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import celbo
+from celbo.labels import NONE_OF_THESE, Classifier, calibrate, known_labels, label_loss, predictions
+
+TRAIN = celbo.TrainConfig(max_epochs=60, seed=0)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Five types; the label of a fifth of the cells is known."""
+    cells = celbo.simulate_cells(n_cells=2500, n_genes=150, n_types=5, type_strength=1.5, median_library=1500, seed=4)
+    known = np.random.default_rng(0).random(cells.n_obs) < 0.2
+    cells.obs["known"] = cells.obs["cell_type"].astype(str).where(known, "unknown")
+    return cells
+
+
+def fitted(cells, **options):
+    options = {"latent_dim": 5, "labels": "known", "conditions": ["batch"], "train": TRAIN} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return celbo.ExpressionVAE(**options).fit(cells)
+
+
+@pytest.fixture(scope="module")
+def model(many):
+    return fitted(many)
+
+
+def test_unlabelled_cells_are_told_and_probabilities_are_honest(many, model):
+    found = model.predict(many)
+    asked = (many.obs["known"] == "unknown").to_numpy()
+    right = (found["label"] == many.obs["cell_type"].astype(str)).to_numpy()[asked]
+    assert right.mean() > 0.9
+    assert abs(found["probability"][asked].mean() - (right | (found["label"] == NONE_OF_THESE)[asked]).mean()) < 0.05
+    names = list(model.schema_.labels.levels)
+    np.testing.assert_allclose(found[names].sum(axis=1), 1, atol=1e-5)
+    assert (found["label"] == NONE_OF_THESE)[asked].mean() < 0.05  # about one in a hundred, by construction
+
+
+def test_a_type_that_was_never_labelled_is_mostly_none_of_these(many):
+    """It is among the cells, too, so that the model could give it a place of its own."""
+    hidden = many.copy()
+    is_it = (many.obs["cell_type"] == "type_0").to_numpy()
+    hidden.obs["known"] = hidden.obs["known"].where(~is_it, "unknown")
+    found = fitted(hidden).predict(hidden)
+    assert "type_0" not in found.columns
+    assert (found["label"][is_it] == NONE_OF_THESE).mean() > 0.5
+    assert (found["label"][~is_it] == NONE_OF_THESE).mean() < 0.05
+
+
+def test_labels_pull_types_apart(many, model):
+    """Beside a model without them: neighbours of cells whose label was not known."""
+    from sklearn.model_selection import cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+
+    asked = (many.obs["known"] == "unknown").to_numpy()
+    truth = many.obs["cell_type"].astype(str)[asked]
+    told = [
+        cross_val_score(KNeighborsClassifier(15), each.embed(many)[asked], truth, cv=5).mean()
+        for each in (model, fitted(many, labels=None))
+    ]
+    assert told[0] > told[1] - 0.005
+
+
+def test_a_model_with_labels_is_saved_and_loaded(many, model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = celbo.load(tmp_path / "model")
+    assert loaded.schema_.labels == model.schema_.labels
+    pd.testing.assert_frame_equal(loaded.predict(many), model.predict(many))
+    assert float(loaded.vae_.classifier.temperature) == float(model.vae_.classifier.temperature)
+
+
+def test_a_query_needs_no_labels(many, model):
+    query = many[:50].copy()
+    del query.obs["known"]
+    pd.testing.assert_frame_equal(model.predict(query), model.predict(many[:50].copy()))
+
+
+def test_bad_use_is_told(many, model):
+    with pytest.raises(celbo.UsageError, match="fitted without labels"):
+        fitted(many[:200].copy(), labels=None, train=celbo.TrainConfig(max_epochs=1)).predict(many)
+    with pytest.raises(celbo.DataError, match="no column 'types' for labels"):
+        fitted(many[:200].copy(), labels="types")
+    one = many[:200].copy()
+    one.obs["known"] = "type_1"
+    with pytest.raises(celbo.DataError, match="1 known labels"):
+        fitted(one)
+
+
+def test_missing_and_unlabelled_cells_are_unknown():
+    column = pd.Series(pd.Categorical(["b", None, "?", "a"]), name="type")
+    labels, codes = known_labels(column, "?")
+    assert labels.levels == ("a", "b")
+    np.testing.assert_array_equal(codes, [1, -1, -1, 0])
+
+
+def test_the_loss_is_that_of_the_labelled_cells_alone():
+    torch.manual_seed(0)
+    classifier, z = Classifier(3, 4), torch.randn(6, 3)
+    labels = torch.tensor([0, -1, 3, -1, -1, 2])
+    by_hand = -classifier(z)[[0, 2, 5], [0, 3, 2]].mean() * 50
+    torch.testing.assert_close(label_loss(classifier, z, labels), by_hand)
+    assert label_loss(classifier, z, torch.full((6,), -1)) == 0
+
+
+def test_the_temperature_is_that_of_the_truth():
+    """Labels drawn with logits a third as large as the classifier's."""
+    torch.manual_seed(0)
+    classifier, z = Classifier(2, 3), torch.randn(20_000, 2)
+    with torch.no_grad():
+        classifier.fc.weight.mul_(6)
+        truth = torch.distributions.Categorical(logits=classifier.fc(z) / 3).sample().int()
+    calibrate(classifier, z.numpy(), truth.numpy())
+    assert abs(float(classifier.temperature) - 3) < 0.15
+
+
+def test_without_enough_labelled_cells_nothing_is_called_none_of_these():
+    rng = np.random.default_rng(0)
+    z, odds = rng.normal(size=(300, 2)).astype(np.float32), np.full((300, 2), 0.5, np.float32)
+    found = predictions(odds, z + 100, z[:99], ("a", "b"), pd.RangeIndex(300))
+    assert found["p_known"].isna().all()
+    assert (found["label"] == "a").all()
+    assert (predictions(odds, z + 100, z, ("a", "b"), pd.RangeIndex(300))["label"] == NONE_OF_THESE).all()
+    among = rng.normal(size=(300, 2)).astype(np.float32)
+    assert (predictions(odds, among, z, ("a", "b"), pd.RangeIndex(300))["label"] == NONE_OF_THESE).mean() < 0.04
+
+
+def test_the_command_line_predicts(many, model, tmp_path):
+    model.save(tmp_path / "run" / "model")
+    many[:40].write_h5ad(tmp_path / "new.h5ad")
+    command = [sys.executable, "-c", "from celbo.cli import main; main()", "predict", tmp_path / "run"]
+    command += [tmp_path / "new.h5ad", "-o", tmp_path / "labels.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "labels.csv", index_col="cell")
+    assert list(table.index) == list(many.obs_names[:40])
+    assert list(table.columns[:3]) == ["label", "probability", "p_known"]
+    (tmp_path / "labels.csv").write_text("mine\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert "no table that celbo wrote" in done.stderr
