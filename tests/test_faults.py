@@ -444,14 +444,14 @@ def test_16_levels_not_seen_in_fit_are_refused_or_read_as_asked(command, fit, ce
     assert code == 3
     assert "levels not seen in fit: 'batch_9' (50 cells; known: 'batch_0', 'batch_1')" in err
     known = anndata.read_h5ad(tmp_path / "run" / "embedding.h5ad").obsm["X_celbo"]
-    for choice in ("nearest", "marginal"):
+    for choice in ("nearest", "marginal", "adapt"):
         code, _, err = command(*query, "--unseen", choice)
         assert code == 0, err
         found = anndata.read_h5ad(tmp_path / "z.h5ad")
         np.testing.assert_array_equal(found.obsm["X_celbo"][50:], known[50:])
         assert found.obs["batch"].iloc[0] == "batch_9"
-    code, _, err = command(*query, "--unseen", "adapt")
-    assert (code, "choose one of refuse, nearest, marginal" in err) == (2, True)
+    code, _, err = command(*query, "--unseen", "guess")
+    assert (code, "choose one of refuse, nearest, marginal, adapt" in err) == (2, True)
 
 
 def test_16_the_nearest_level_is_the_one_the_cells_came_from(cells):

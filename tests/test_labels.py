@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import celbo
-from celbo.labels import NONE_OF_THESE, Classifier, calibrate, known_labels, label_loss, predictions
+from celbo.classifier import Classifier, calibrate, label_loss
+from celbo.data.conditions import known_labels
+from celbo.labels import NONE_OF_THESE, predictions
 
 TRAIN = celbo.TrainConfig(max_epochs=60, seed=0)
 

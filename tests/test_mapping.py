@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 import celbo
-from celbo.mapping import add_levels
 
 TRAIN = celbo.TrainConfig(max_epochs=30, seed=0)
 
@@ -159,10 +158,10 @@ def test_the_command_line_maps(reference, many, tmp_path):
 
 def test_levels_are_added_after_the_known_ones_and_nowhere_else(many):
     model = fitted(many[::10].copy(), conditions=["treatment"], train=celbo.TrainConfig(max_epochs=1))
-    obs = pd.DataFrame({"treatment": ["z", "treated", "a"]})
-    wider, added = add_levels(model.schema_, obs)
-    assert wider.conditions[0].levels == (*model.schema_.conditions[0].levels, "a", "z")
-    assert added == {"treatment": ["a", "z"]}
+    known = model.schema_.conditions[0].levels
+    wider = model.schema_.with_levels_of(pd.DataFrame({"treatment": ["z", "treated", "a"]}))
+    assert wider.conditions[0].levels == (*known, "a", "z")
+    assert model.schema_.with_levels_of(pd.DataFrame({"treatment": ["treated"]})) == model.schema_
 
 
 # Conditions of very many levels

@@ -17,18 +17,19 @@ from numpy.typing import NDArray
 
 from celbo import checkpoint, kernels
 from celbo.advice import Diagnosis, diagnose
+from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, changed_genes, decode_under, n_like, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
-from celbo.data.conditions import Condition
+from celbo.data.conditions import Condition, known_labels
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
-from celbo.labels import calibrate, known_labels, predictions
+from celbo.labels import predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.mapping import add_levels, copy_weights
+from celbo.mapping import copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.reference import Reference, has_conditions, nested_conditions
@@ -536,8 +537,8 @@ class ExpressionVAE:
         (400, 3)
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        schema, added = add_levels(self.schema_, adata.obs)
-        if not added:
+        schema = self.schema_.with_levels_of(adata.obs)
+        if schema == self.schema_:
             open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
             return self
         options = self._options_of_vae()

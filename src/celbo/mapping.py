@@ -1,52 +1,14 @@
 """Surgery: a fitted model takes new levels of its conditions, and only their weights are new (Lotfollahi 2021)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from celbo.data import Schema
-from celbo.data.conditions import as_text
 from celbo.vae import VAE
 
-__all__ = ["add_levels", "copy_weights"]
-
-
-def add_levels(schema: Schema, obs: pd.DataFrame) -> tuple[Schema, dict[str, list[str]]]:
-    """Add the levels that these cells have and the schema does not, after those it has.
-
-    Parameters
-    ----------
-    schema
-        Of the model.
-    obs
-        Table of the cells.
-
-    Returns
-    -------
-    tuple
-        The schema, and by condition the levels that were added.
-
-    Examples
-    --------
-    >>> from celbo.data.conditions import Condition
-    >>> schema = Schema(genes=("g",), conditions=(Condition("batch", levels=("b", "a")),))
-    >>> wider, added = add_levels(schema, pd.DataFrame({"batch": ["c", "a"]}))
-    >>> wider.conditions[0].levels, added
-    (('b', 'a', 'c'), {'batch': ['c']})
-    """
-    conditions, added = [], dict[str, list[str]]()
-    for condition in schema.conditions:
-        known = condition.levels
-        if known is not None and condition.name in obs.columns:
-            column = obs[condition.name]
-            if new := sorted(as_text(column[~condition.is_known(column)]).unique()):
-                added[condition.name] = new
-                condition = replace(condition, levels=(*known, *new))
-        conditions.append(condition)
-    return replace(schema, conditions=tuple(conditions)), added
+__all__ = ["copy_weights"]
 
 
 @torch.no_grad()
@@ -60,7 +22,7 @@ def copy_weights(old: VAE, new: VAE, old_schema: Schema, new_schema: Schema) -> 
     new
         One made for the schema with more levels; changed in place.
     old_schema, new_schema
-        Theirs, as `add_levels` makes them.
+        Theirs, as `Schema.with_levels_of` makes them.
 
     Returns
     -------

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from celbo.data import Schema
@@ -48,7 +47,7 @@ def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[st
     has_it = np.ones(len(codes), bool)
     for number, condition in enumerate(schema.conditions):
         if condition.name in given:
-            wanted = condition.codes(pd.Series([given[condition.name]]))[0]
+            wanted = condition.code(given[condition.name])
             near = 0.5 if condition.levels is not None else _ABOUT
             has_it &= np.abs(codes[:, number] - wanted) < near
     return has_it

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celbo.classifier import label_loss
 from celbo.diagnostics import ACTIVE, mutual_information
 from celbo.errors import DivergedError, UsageError
 from celbo.inference import CellTerms, UseOfLatent, cell_terms, context_of, use_of_latent
-from celbo.labels import label_loss
 from celbo.minibatch import Rows, Source
 from celbo.objective import ElboTerms, Objective, autoencoder_terms, elbo_terms
 from celbo.remedies import Recipe, linear_warmup

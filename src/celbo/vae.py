@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from celbo import kernels
+from celbo.classifier import Classifier
 from celbo.errors import UsageError
-from celbo.labels import Classifier
 from celbo.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
 from celbo.minibatch import csr_tensor
 from celbo.priors import Components, VampPrior, make_prior

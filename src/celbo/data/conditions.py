@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError, listed
 
-__all__ = ["UNSEEN", "Condition", "as_text", "make_condition", "size_factors"]
+__all__ = ["UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "size_factors"]
 
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
@@ -78,6 +78,10 @@ class Condition:
             )
         return codes.astype(np.float32)
 
+    def code(self, value: object) -> float:
+        """`codes` of one value."""
+        return float(self.codes(pd.Series([value]))[0])
+
     def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
         """Encode a column of obs, ``(cells, dim)`` float32; as `codes`, then `expand`."""
         return self.expand(self.codes(column, unseen))
@@ -112,6 +116,33 @@ def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
         return column.astype(str)
     names = np.array([*map(str, column.cat.categories), "nan"], object)  # pandas cannot make text of tuples
     return pd.Series(names[column.cat.codes], index=column.index)
+
+
+def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, NDArray[np.int32]]:
+    """The labels there are, and each cell's number, -1 where it is not known (missing, or ``unlabelled``).
+
+    Raises
+    ------
+    DataError
+        If fewer than two labels are known.
+
+    Examples
+    --------
+    >>> labels, codes = known_labels(pd.Series(["T", "unknown", None, "B"], name="type"), "unknown")
+    >>> labels.levels, codes
+    (('B', 'T'), array([ 1, -1, -1,  0], dtype=int32))
+    """
+    text = as_text(column)
+    is_known = (column.notna() & (text != unlabelled)).to_numpy()
+    levels = tuple(sorted(text[is_known].unique()))
+    if len(levels) < 2:
+        raise DataError(
+            f"obs column {column.name!r} has {len(levels)} known labels ({listed(levels)}) in {is_known.sum():,} "
+            f"cells; a classifier needs two or more. Those that are missing or read {unlabelled!r} are unknown."
+        )
+    codes = pd.Index(levels).get_indexer(pd.Index(text)).astype(np.int32)
+    codes[~is_known] = -1
+    return Condition(str(column.name), levels), codes
 
 
 def size_factors(obs: pd.DataFrame, name: str) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celbo.data.conditions import Condition
+from celbo.data.conditions import Condition, as_text
 from celbo.errors import DataError, UsageError, listed
 
 __all__ = ["VALUES", "Schema"]
@@ -127,6 +127,25 @@ class Schema:
     def with_genes(self, positions: NDArray[np.intp], selection: str) -> "Schema":
         """Keep the genes at these positions, chosen as ``selection`` says."""
         return replace(self, genes=tuple(self.genes[position] for position in positions), selection=selection)
+
+    def with_levels_of(self, obs: pd.DataFrame) -> "Schema":
+        """Add the levels that these cells have and the schema does not, after those it has.
+
+        Examples
+        --------
+        >>> schema = Schema(genes=("g",), conditions=(Condition("batch", levels=("b", "a")),))
+        >>> schema.with_levels_of(pd.DataFrame({"batch": ["c", "a"]})).conditions[0].levels
+        ('b', 'a', 'c')
+        """
+        conditions = []
+        for condition in self.conditions:
+            known = condition.levels
+            if known is not None and condition.name in obs.columns:
+                column = obs[condition.name]
+                new = sorted(as_text(column[~condition.is_known(column)]).unique())
+                condition = replace(condition, levels=(*known, *new))
+            conditions.append(condition)
+        return replace(self, conditions=tuple(conditions))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``model.json``; `from_json` reads them."""

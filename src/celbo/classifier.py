@@ -1,0 +1,65 @@
+"""A classifier of labels on z, trained with the bound where labels are known, and calibrated afterwards."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+__all__ = ["Classifier", "calibrate", "label_loss"]
+
+_WEIGHT = 50.0
+"""Of the label of a cell beside its counts: nats of the bound for each nat of cross-entropy (as in scANVI)."""
+_FEWEST = 20
+"""Held-out labelled cells below which nothing is calibrated."""
+
+
+class Classifier(nn.Module):
+    """``p(y | z) = softmax((W z + b) / T)``; T is 1 until `calibrate` has seen held-out cells."""
+
+    temperature: Tensor
+
+    def __init__(self, latent_dim: int, n_labels: int):
+        super().__init__()
+        self.fc = nn.Linear(latent_dim, n_labels)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Log-probabilities, ``(cells, labels)``, of z ``(cells, latent_dim)``."""
+        return (self.fc(z) / self.temperature).log_softmax(-1)
+
+
+def label_loss(classifier: Classifier, z: Tensor, labels: Tensor) -> Tensor:
+    """``-50 mean log p(y | z)`` over the labelled cells of a minibatch; 0 where there are none.
+
+    Parameters
+    ----------
+    classifier
+        Of the model.
+    z
+        Sampled, ``(cells, latent_dim)``.
+    labels
+        ``(cells,)``; -1 for an unknown one.
+    """
+    is_known = labels >= 0
+    if not is_known.any():
+        return z.new_zeros(())
+    return _WEIGHT * nn.functional.nll_loss(classifier(z[is_known]), labels[is_known].long())
+
+
+@torch.no_grad()
+def calibrate(classifier: Classifier, mu_z: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
+    """Set the temperature under which held-out labels are likeliest (Guo 2017, arXiv 1706.04599)."""
+    is_known = labels >= 0
+    if is_known.sum() < _FEWEST:
+        return
+    logits = classifier.fc(torch.from_numpy(mu_z[is_known]).to(classifier.fc.weight.device)).double().cpu()
+    truth = torch.from_numpy(labels[is_known]).long()
+
+    def loss(log_temperature: float) -> float:
+        return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), truth))
+
+    found = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
+    classifier.temperature.fill_(math.exp(float(found.x)))
