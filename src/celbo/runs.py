@@ -253,10 +253,13 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
     columns = ",".join(["cell", *map(str, table.columns[:3])])
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if not path.is_file() or not file.readline().startswith(columns):
-                raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(columns.encode()))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}. Name another place with -o.") from error
+    if not is_ours:
+        raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
     _write(path, table.to_csv(index_label="cell"))
 
 
