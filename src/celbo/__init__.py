@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from celbo.comparing import choose, compare
     from celbo.curing import cure
     from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
     from celbo.errors import (
@@ -43,6 +44,8 @@ _HOME = {
     "UsageError": "errors",
     "VAE": "vae",
     "ZeroInflatedNegativeBinomial": "distributions",
+    "choose": "comparing",
+    "compare": "comparing",
     "cure": "curing",
     "elbo_terms": "objective",
     "load": "estimator",
@@ -65,6 +68,8 @@ __all__ = [
     "UsageError",
     "ZeroInflatedNegativeBinomial",
     "__version__",
+    "choose",
+    "compare",
     "cure",
     "elbo_terms",
     "load",

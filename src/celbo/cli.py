@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from celbo.checkpoint import FolderDescription
+    from celbo.comparing import Comparison
     from celbo.curing import Step
     from celbo.demo import Recovery
     from celbo.estimator import ExpressionVAE
@@ -89,8 +90,10 @@ Nuisance = Annotated[
     list[str] | None,
     typer.Option(help="Column of obs to be removed, as batch or donor: a condition one does not ask about; repeat."),
 ]
-LikelihoodName = Annotated[
-    str, typer.Option(help="nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian.")
+_LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian"
+LikelihoodName = Annotated[str, typer.Option(help=f"{_LIKELIHOODS}.")]
+LikelihoodToFit = Annotated[
+    str, typer.Option(help=f"{_LIKELIHOODS}; auto for the simplest that explains held-out counts as well as any.")
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")]
 SizeFactor = Annotated[str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")]
@@ -182,7 +185,7 @@ def fit(
     output: OutFolder,
     condition: Conditions = None,
     nuisance: Nuisance = None,
-    likelihood: LikelihoodName = "nb",
+    likelihood: LikelihoodToFit = "nb",
     labels: Annotated[
         str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")
     ] = None,
@@ -201,7 +204,9 @@ def fit(
         str, typer.Option(help="Theta by gene, gene-condition or gene-cell (nb, zinb); fixed: sigma = 1 (gaussian).")
     ] = "gene",
     objective: Annotated[str, typer.Option(help="vae, or autoencoder: no KL, no sampling.")] = "vae",
-    latent_dim: Annotated[int, typer.Option(help="Width of the latent space.")] = 10,
+    latent_dim: Annotated[
+        str, typer.Option(help="Width of the latent space; auto for the least that explains held-out counts as well.")
+    ] = "10",
     hidden_dim: Annotated[
         list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.  [default: 128]")
     ] = None,
@@ -256,6 +261,8 @@ def fit(
         typer.echo(remedy_table())
         return
     chosen, reading = _chosen_options(ctx, config)
+    auto = {name for name in ("likelihood", "latent_dim") if chosen["model"].get(name) == "auto"}
+    chosen["model"] = {name: value for name, value in chosen["model"].items() if name not in auto}
     model = _make_model(chosen)
     model.recipe()  # a remedy that is none is told before the data are read
     adata = _read(data, reading, model.layer, [*model.conditions, *model.nuisance])
@@ -272,6 +279,7 @@ def fit(
         reading={"path": str(data.absolute()), **reading._asdict()},
         keep_reference=keep_reference,
         auto_remedy=auto_remedy,
+        auto=auto,
     )
     _say(f"open {output / 'report.html'}")
 
@@ -466,6 +474,74 @@ def predict(
     _say(f"{len(found):,} cells, {none:,} of them none of these: {output}")
 
 
+@app.command()
+def score(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .csv file to write.")],
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Tell how unusual each cell is, given its depth and batch.")
+    ] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Fit each cell's posterior by itself first: slower, and surer.")
+    ] = False,
+    n_samples: Annotated[int, typer.Option(help="Draws of z for each cell.")] = 500,
+    unseen: Unseen = "refuse",
+    genes_present: GenesPresent = 0.8,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+    seed: Seed = 0,
+) -> None:
+    """Say how likely each cell is, log p(x) in nats, or how unusual.
+
+    `celbo score run new.h5ad -o scores.csv`
+
+    A line for each cell: **log_p**, its standard error **se**, the effective number of draws **ess**, **trusted**. With
+    `--outliers`: **score**, **p_value**, **q_value**, **kind** (doublet-like, ...), **top_genes**.
+    """
+    from celbo.runs import write_table
+
+    model = celbo.load(run)
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with _shown_warnings():
+        if outliers:
+            found = model.outliers(adata, unseen=unseen, genes_present=genes_present, seed=seed)
+        else:
+            found = model.log_prob(
+                adata, n_samples=n_samples, refine=refine, unseen=unseen, genes_present=genes_present, seed=seed
+            )
+    write_table(found, output)
+    if outliers:
+        counts = found["kind"].value_counts()
+        _say(f"{', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {output}")
+    else:
+        doubted = int((~found["trusted"]).sum())
+        few = f"; {doubted:,} cells with too few effective draws to trust: try --refine" if doubted else ""
+        _say(f"{len(found):,} cells, mean log p(x) {found['log_p'].mean():,.2f} nats{few}: {output}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two runs or more, the simplest first.")],
+    data: Annotated[Path, typer.Option(help="Cells to compare them on; those they were fitted to, or others.")],
+    on_disk: OnDisk = False,
+    as_json: AsJson = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare models by how likely they find the same held-out cells, and say how sure the difference is.
+
+    `celbo compare run_nb run_zinb --data counts.h5ad`
+    """
+    models = {str(run): _open_run(run, data, on_disk=on_disk)[0] for run in runs}
+    adata = _open_run(runs[0], data, on_disk=on_disk)[1]
+    with _shown_warnings():
+        found = celbo.compare(models, adata, seed=seed)
+    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else _plain(str(found)))
+
+
 @app.command("map")
 def map_query(
     run: RunPath,
@@ -559,10 +635,20 @@ def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, 
         source = ctx.get_parameter_source(parameter)
         if source is None or source.name != "COMMANDLINE":
             continue
+        if name == "latent_dim" and value != "auto":
+            value = _whole(value)
         for table, known in (("model", defaults), ("train", train), ("reading", READING)):
             if name in known:
                 chosen[table][name] = value
     return chosen, _Reading(**chosen["reading"])
+
+
+def _whole(text: str) -> int:
+    """The number of latent dimensions, which may be a word."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--latent-dim {text}: give a whole number, or auto.") from None
 
 
 def _refuse_options_of_fit(ctx: typer.Context) -> None:
@@ -637,6 +723,7 @@ def _fit_and_write(
     reading: dict[str, Any] | None = None,
     keep_reference: bool = True,
     auto_remedy: bool = False,
+    auto: Collection[str] = (),
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
@@ -648,8 +735,18 @@ def _fit_and_write(
     with claimed_folder(output, path):
         started = time.perf_counter()
         with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-            model.fit(adata, track=_ending_when_told(track))
+            choices: list[Comparison] = []
             trail = None
+            if auto:
+                model, choices = celbo.choose(
+                    model,
+                    adata,
+                    likelihood="likelihood" in auto,
+                    latent_dim="latent_dim" in auto,
+                    track=_ending_when_told(track),
+                )
+            else:
+                model.fit(adata, track=_ending_when_told(track))
             if auto_remedy:
                 fitted, of_it = model, len(notes)
                 model, trail = celbo.cure(fitted, adata, track=_ending_when_told(track))
@@ -669,7 +766,10 @@ def _fit_and_write(
                 recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
                 keep_reference=keep_reference,
                 trail=trail,
+                choices=choices,
             )
+    for choice in choices:
+        typer.echo(_plain(str(choice)))
     if trail is not None:
         _show_trail(trail)
     metrics = summary["metrics"]

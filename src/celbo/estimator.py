@@ -26,12 +26,14 @@ from celbo.data.sources import sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
+from celbo.importance import log_prob
 from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.labels import predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
 from celbo.mapping import copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
+from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
 from celbo.reference import Reference, has_conditions, nested_conditions
 from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
@@ -51,6 +53,12 @@ _OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is no
 """Parts of training that are a matter of the model."""
 _CELLS_TO_COMPARE = 200
 """Cells of a level that decide which known level is nearest to it."""
+_FLAGS = ("held_out", "was_read")
+"""Of the reference, which are 0 or 1 in a file."""
+_CELLS_TO_CALIBRATE = 3000
+"""Held-out cells that others are compared with to tell how unusual they are."""
+_FEW_SAMPLES = 10
+"""Effective importance samples below which an estimate is not to be trusted."""
 
 
 class History(list[Epoch]):
@@ -288,6 +296,139 @@ class ExpressionVAE:
         kl.insert(1, "reconstruction", terms.reconstruction)
         kl.insert(2, "kl", terms.kl.sum(1))
         return kl
+
+    def log_prob(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        n_samples: int = 500,
+        refine: bool = False,
+        unseen: str = "refuse",
+        genes_present: float = 0.8,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How likely each cell is: log p(x | library, conditions), by importance weighting, in nats.
+
+        ``log mean_k p(x | z_k, c, l) p(z_k | c) / q(z_k)`` over ``n_samples`` draws from a slightly widened posterior
+        (Burda 2016); with the library size given it is a density given the total.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        n_samples
+            Draws of z for each cell.
+        refine
+            Whether to fit each cell's posterior by itself first, which takes longer: models are only compared so.
+        unseen, genes_present
+            As `posterior` takes them.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By cell: ``log_p``; ``se``, its standard error ``sqrt(1 / ess - 1 / n_samples)``; ``ess``, the effective
+            number of draws; ``trusted``: whether that is 10 at least. With ``refine`` also ``unrefined``, the figure of
+            the encoder's own posterior, and ``gap``, what the encoder costs: the first less this one.
+
+        Raises
+        ------
+        UsageError
+            If the model is a plain autoencoder, which has no p(x).
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=200, n_genes=50, seed=0)
+        >>> model = celbo.ExpressionVAE(latent_dim=2, train=celbo.TrainConfig(max_epochs=5)).fit(adata)
+        >>> model.log_prob(adata[:3]).columns.tolist()
+        ['log_p', 'se', 'ess', 'trusted']
+        """
+        if n_samples < 2:
+            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        adata = read_adata(adata, layer=self.schema_.layer)
+        self._refuse_autoencoder()
+        source = open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
+        with kernels.threads(self.train.threads):
+            found = plain = log_prob(self.vae_, source, n_samples=n_samples, refine_steps=0, seed=seed)
+            if refine:
+                found = log_prob(self.vae_, source, n_samples=n_samples, seed=seed)
+        table = {**found._asdict(), "trusted": found.ess >= _FEW_SAMPLES}
+        if refine:
+            table |= {"unrefined": plain.log_p, "gap": found.log_p - plain.log_p}
+        return pd.DataFrame(table, index=adata.obs_names)
+
+    def outliers(
+        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8, seed: int = 0
+    ) -> pd.DataFrame:
+        """How unusual each cell is, beside cells of its depth and batch that were held out of fitting.
+
+        Four readings are taken of a cell: ``-log p(x)``, its distance in the latent space to cells learned from, and
+        how much better two known profiles together, or the mean of all, explain its counts than its own does. They are
+        standardised given log library size and batch, joined (Fisher 1925), and compared with those of held-out cells.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        unseen, genes_present
+            As `posterior` takes them.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By cell: ``log_p``, as `log_prob` estimates it from few draws; ``score``, high where a cell is unusual;
+            ``p_value`` and ``q_value``; ``kind``: "usual" (q above .1), "doublet-like", "ambient-like", "unseen type",
+            "unexplained", after the reading that stands out most, or "low-depth"; the standardised readings
+            ``unlikely, distance, mixture, ambient``; and ``top_genes``, + where more of them than expected was seen.
+
+        Raises
+        ------
+        UsageError
+            If the model keeps no reference cells, fewer than 30 were held out, or it is a plain autoencoder.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=500, n_genes=80, seed=0)
+        >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=20)).fit(adata)
+        >>> found = model.outliers(adata[:50])
+        >>> found["p_value"].between(0, 1).all()
+        np.True_
+        """
+        schema = self.schema_
+        adata = read_adata(adata, layer=schema.layer)
+        self._refuse_autoencoder()
+        if self.reference_ is None:
+            raise UsageError(
+                "the model keeps no reference cells, with which others could be compared; save it with "
+                "keep_reference=True."
+            )
+        known = self.reference_.was_read
+        if known.sum() < FEWEST_HELD_OUT:
+            raise UsageError(
+                f"{known.sum()} cells were held out of fitting and read; at least {FEWEST_HELD_OUT} are needed to tell "
+                "what is usual. Fit again with more cells or a larger validation_fraction."
+            )
+        source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
+        rows = np.arange(source.n_cells)
+        is_level = [condition.levels is not None for condition in schema.conditions]
+        codes = np.vstack([self.reference_.conditions[known], source.codes])[:, is_level]
+        batch = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1) if any(is_level) else np.zeros(len(codes))
+        with kernels.threads(self.train.threads):
+            found = self._read_cells(source, rows, self.reference_, seed)
+            genes = surprising_genes(self.vae_, source, posterior(self.vae_, source)[0], np.array(schema.genes), rows)
+        table = unusual(
+            self.reference_.readings[known],
+            found,
+            library=(self.reference_.library[known], source.library),
+            batch=(batch[: known.sum()].astype(int), batch[known.sum() :].astype(int)),
+            index=adata.obs_names,
+        )
+        return table.assign(top_genes=genes)
 
     def expected_expression(
         self,
@@ -689,7 +830,8 @@ class ExpressionVAE:
         weights = {name: value.cpu().numpy() for name, value in self.vae_.state_dict().items()}
         reference = None
         if keep_reference and self.reference_ is not None:
-            reference = {**self.reference_._asdict(), "held_out": self.reference_.held_out.astype(np.uint8)}
+            flags = {name: getattr(self.reference_, name).astype(np.uint8) for name in _FLAGS}
+            reference = {**self.reference_._asdict(), **flags}
         checkpoint.write_folder(path, document, weights, reference)
 
     def options(self) -> dict[str, Any]:
@@ -886,14 +1028,40 @@ class ExpressionVAE:
         rows = np.sort(np.concatenate([chosen, self.split_.validation]))
         with kernels.threads(self.train.threads):
             mu_z, logvar_z = posterior(self.vae_, source, rows)
-        return Reference(
+        found = Reference(
             mu_z=mu_z,
             logvar_z=logvar_z,
             library=source.library[rows],
             conditions=self.schema_.codes(adata.obs.iloc[rows]),
             held_out=np.isin(rows, self.split_.validation),
             labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
+            was_read=np.zeros(len(rows), bool),
+            readings=np.zeros((len(rows), n_readings(self._likelihood().values == "counts"))),
         )
+        if self.objective != "autoencoder" and not found.held_out.all():
+            held_out = np.flatnonzero(found.held_out)
+            some = np.sort(np.random.default_rng([self.train.seed, 18]).permutation(held_out)[:_CELLS_TO_CALIBRATE])
+            with kernels.threads(self.train.threads):
+                found.readings[some] = self._read_cells(source, rows[some], found, self.train.seed)
+            found.was_read[some] = True
+        return found
+
+    def _read_cells(self, source: CellSource, rows: Rows, reference: Reference, seed: int) -> NDArray[np.float64]:
+        """What `celbo.outliers` compares cells by."""
+        return readings(
+            self.vae_,
+            source,
+            rows,
+            reference.mu_z[~reference.held_out],
+            codes=source.codes[rows],
+            expand=self.schema_.expand,
+            is_counts=self._likelihood().values == "counts",
+            seed=seed,
+        )
+
+    def _refuse_autoencoder(self) -> None:
+        if self.objective == "autoencoder":
+            raise UsageError("a plain autoencoder has no p(x); fit again with objective='vae'.")
 
 
 def load(path: str | Path) -> ExpressionVAE:
@@ -928,7 +1096,8 @@ def load(path: str | Path) -> ExpressionVAE:
         )
         reference = None
         if folder.reference is not None:
-            reference = _read_reference(folder.reference, model.latent_dim, len(schema.conditions))
+            n_read = n_readings(schema.values == "counts")
+            reference = _read_reference(folder.reference, model.latent_dim, len(schema.conditions), n_read)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."
@@ -946,15 +1115,20 @@ def load(path: str | Path) -> ExpressionVAE:
     return model
 
 
-def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int) -> Reference:
+def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int, n_read: int) -> Reference:
     """Take the tensors known here, if their shapes agree; a folder may hold more."""
-    no_labels = np.full(len(arrays["mu_z"]), -1, np.int32)
-    known = {name: arrays.get(name, no_labels) if name == "labels" else arrays[name] for name in Reference._fields}
-    n_cells = len(known["mu_z"])
-    shapes = [(n_cells, latent_dim), (n_cells, latent_dim), (n_cells,), (n_cells, n_conditions), (n_cells,), (n_cells,)]
+    n_cells = len(arrays["mu_z"])
+    absent: dict[str, NDArray[Any]] = {
+        "labels": np.full(n_cells, -1, np.int32),
+        "was_read": np.zeros(n_cells, np.uint8),
+        "readings": np.zeros((n_cells, n_read)),
+    }  # of models written before there were any
+    known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
+    of_latent, of_cells = (n_cells, latent_dim), (n_cells,)
+    shapes = [of_latent, of_latent, of_cells, (n_cells, n_conditions), *[of_cells] * 3, (n_cells, n_read)]
     if [value.shape for value in known.values()] != shapes:
         raise ValueError("reference.safetensors does not fit the model")
-    return Reference(**{**known, "held_out": known["held_out"].astype(bool)})
+    return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:

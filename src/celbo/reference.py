@@ -30,6 +30,10 @@ class Reference(NamedTuple):
     """``(cells,)``: whether the cell was kept out of training."""
     labels: NDArray[np.int32]
     """``(cells,)``: the number of the label, -1 where it is not known."""
+    was_read: NDArray[np.bool_]
+    """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
+    readings: NDArray[np.float64]
+    """``(cells, 4)``: `celbo.outliers.READINGS`; the first two where the values are not counts. 0 of other cells."""
 
 
 def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[str, Any]) -> NDArray[np.bool_]:

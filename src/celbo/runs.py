@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from celbo import __version__, report
 from celbo.advice import Diagnosis
+from celbo.comparing import Comparison
 from celbo.counterfactual import Counterfactual
 from celbo.curing import Step
 from celbo.data.sources import sum_of_genes
@@ -46,7 +47,16 @@ __all__ = [
 ]
 
 WRITTEN = (
-    *("model", "embedding.h5ad", "metrics.json", "history.jsonl", "run.json", "diagnosis.json", "cure.json"),
+    *(
+        "model",
+        "embedding.h5ad",
+        "metrics.json",
+        "history.jsonl",
+        "run.json",
+        "diagnosis.json",
+        "cure.json",
+        "choice.json",
+    ),
     *("latent.png", "report.html"),
 )
 """What a run writes into its folder."""
@@ -252,7 +262,7 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
-    columns = ",".join(["cell", *map(str, table.columns[:3])])
+    columns = f"cell,{table.columns[0]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(columns.encode()))
@@ -324,6 +334,7 @@ def write_run(
     recovery: Sequence[Mapping[str, Any]] | None = None,
     keep_reference: bool = True,
     trail: Sequence[Step] | None = None,
+    choices: Sequence[Comparison] = (),
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
@@ -349,6 +360,8 @@ def write_run(
         Whether the model folder keeps the latent positions of the cells.
     trail
         What was tried to cure it, for ``cure.json``.
+    choices
+        What it was chosen among, for ``choice.json``.
 
     Returns
     -------
@@ -376,7 +389,7 @@ def write_run(
         "title": f"celbo: {source}",
         "celbo_version": __version__,
         "verdict": _verdict(metrics) if diagnosis is None else diagnosis.verdict,
-        "notes": [*notes, *_notes(model)],
+        "notes": [*notes, *map(str, choices), *_notes(model)],
         "metrics": metrics,
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
         "run": run,
@@ -387,6 +400,8 @@ def write_run(
     write_embedding(cells, folder / "embedding.h5ad")
     if trail is not None:
         _write(folder / "cure.json", _json([asdict(step) for step in trail]))
+    if choices:
+        _write(folder / "choice.json", _json([choice.to_json() for choice in choices]))
     _write(folder / "metrics.json", _json(metrics))
     _write(folder / "history.jsonl", "".join(_json(epoch, indent=None) for epoch in history))
     if diagnosis is not None:
