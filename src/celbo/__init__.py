@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from celbo.comparing import choose, compare
     from celbo.curing import cure
+    from celbo.differential import pseudobulk
     from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
     from celbo.errors import (
         CelboError,
@@ -49,6 +50,7 @@ _HOME = {
     "cure": "curing",
     "elbo_terms": "objective",
     "load": "estimator",
+    "pseudobulk": "differential",
     "simulate_cells": "simulate",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "cure",
     "elbo_terms",
     "load",
+    "pseudobulk",
     "simulate_cells",
 ]
 

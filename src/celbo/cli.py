@@ -52,6 +52,8 @@ RunPath = Annotated[Path, typer.Argument(help="What `celbo fit` wrote, or the mo
 OutFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to; made if it is not there.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
+_FDR = 0.05
+"""At which changed genes are counted."""
 N_TOP_GENES = 4000
 """Genes that `celbo fit` models at most unless told otherwise."""
 
@@ -540,6 +542,53 @@ def compare(
     with _shown_warnings():
         found = celbo.compare(models, adata, seed=seed)
     typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else _plain(str(found)))
+
+
+@app.command()
+def de(
+    run: RunPath,
+    data: DataPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .csv file to write.")],
+    groupby: Annotated[str, typer.Option(help="Column of obs that groups the cells.")],
+    group: Annotated[str | None, typer.Option(help="The group to compare; each of them if not given.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What to compare it with; all other cells if not given.")
+    ] = None,
+    least_change: Annotated[float, typer.Option(help="Log2 fold change that matters.")] = 0.25,
+    pair_by: Annotated[
+        str | None, typer.Option(help="Column of obs, as donor, within whose levels groups are compared.")
+    ] = None,
+    gene_column: GeneColumn = None,
+    make_unique: MakeUnique = False,
+    na_as_level: NaAsLevel = False,
+    on_disk: OnDisk = False,
+    seed: Seed = 0,
+) -> None:
+    """Tell which genes differ between groups of cells, by how much, and how sure that is.
+
+    `celbo de run counts.h5ad --groupby cell_type -o genes.csv`
+
+    A line for each gene, surest first: **log2_fold_change** with its 90 % interval, **probability** that it is beyond
+    `--least-change`, **fdr**. Cells are no donors: for what holds beyond these, add them up (`celbo.pseudobulk`).
+    """
+    from celbo.runs import write_table
+
+    model = celbo.load(run)
+    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with _shown_warnings():
+        found = model.differential_expression(
+            adata,
+            groupby=groupby,
+            group=group,
+            reference=reference,
+            least_change=least_change,
+            pair_by=pair_by,
+            seed=seed,
+        )
+    write_table(found, output)
+    sure = int((found["fdr"] <= _FDR).sum())
+    _say(f"{sure:,} genes change by log2 {least_change:g} or more at a false discovery rate of {_FDR:.0%}: {output}")
 
 
 @app.command("map")

@@ -24,6 +24,7 @@ from celbo.data.conditions import Condition, known_labels
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
+from celbo.differential import add_up, contrast, group_cells
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.importance import log_prob
@@ -479,6 +480,89 @@ class ExpressionVAE:
                 for each in settings
             ]
         return means[0] if len(means) == 1 else np.mean(means, axis=0)
+
+    def differential_expression(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        groupby: str,
+        group: str | None = None,
+        reference: str | None = None,
+        least_change: float = 0.25,
+        pair_by: str | None = None,
+        over: Sequence[str] | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Which genes differ between groups of cells, by how much, and how sure that is.
+
+        The fold change is that of the groups' mean shares of expression: as the model decodes them, corrected by what
+        was counted, and shrunk by what the fold changes of all genes are like. It is about these cells: whether other
+        donors would show it, cells cannot tell (`celbo.pseudobulk`).
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        groupby
+            Column of obs that groups them.
+        group
+            The group to compare; each of them in turn if None.
+        reference
+            The group to compare it with; all others if None.
+        least_change
+            Log2 fold change that matters.
+        pair_by
+            Column of obs, as donor: groups are compared within each of its levels that has both, and the mean of these
+            contrasts is told.
+        over
+            Conditions over whose levels to take the mean; the nuisance ones if None. Of others each cell has its own.
+        n_samples
+            Draws of z for each cell.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By gene, surest first: ``group``, ``reference``, mean shares of both, ``log2_fold_change`` and its 90 %
+            interval, ``probability`` that it is beyond ``least_change``, ``fdr``: the share of false ones among this
+            gene and those that are surer; and the fold change before it was shrunk.
+
+        Raises
+        ------
+        UsageError
+            If the column or a group is not there, a group has fewer than 2 cells, or the model is not of counts.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=400, n_genes=60, seed=0)
+        >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=20)).fit(adata)
+        >>> found = model.differential_expression(adata, groupby="cell_type", group="type_0", reference="type_1")
+        >>> found.columns[4:].tolist()  # doctest: +NORMALIZE_WHITESPACE
+        ['log2_fold_change', 'lower', 'upper', 'probability', 'fdr', 'raw_log2_fold_change']
+        """
+        schema = self.schema_
+        if schema.values != "counts":
+            raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
+        if not 0 <= least_change < math.inf or n_samples < 1:
+            raise UsageError(f"least_change={least_change!r}, n_samples={n_samples!r}; give 0 or more, and at least 1.")
+        adata = read_adata(adata, layer=schema.layer)
+        sets, names, comparisons = group_cells(adata.obs, groupby, group, reference, pair_by)
+        over = [name for name in self.nuisance if name != groupby] if over is None else over
+        known = {condition.name for condition in schema.conditions}
+        settings = self._settings_over({}, [name for name in over if name in known])
+        contexts = [self._contexts(adata, each) if each else None for each in settings]
+        source = self._source(adata)
+        with kernels.threads(self.train.threads):
+            sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed)
+        against = "rest" if reference is None else reference
+        tables = [
+            contrast(sums, pairs, schema.genes, names=(name, against), least=least_change, seed=seed)
+            for name, pairs in zip(names, comparisons, strict=True)
+        ]
+        return pd.concat(tables)
 
     def counterfactual(
         self,

@@ -262,7 +262,8 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
-    columns = f"cell,{table.columns[0]}"
+    rows = table.index.name if table.index.name == "gene" else "cell"
+    columns = f"{rows},{table.columns[0]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(columns.encode()))
@@ -270,7 +271,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         raise StorageError(f"{path} cannot be written: {error.strerror}. Name another place with -o.") from error
     if not is_ours:
         raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
-    _write(path, table.to_csv(index_label="cell"))
+    _write(path, table.to_csv(index_label=rows))
 
 
 def refuse_no_counterfactual(path: Path) -> None:

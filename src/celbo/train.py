@@ -27,6 +27,10 @@ __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settl
 _SECOND_CHANCES = 3
 # Fewer steps than this in an epoch, and the minibatches of a small data set are made smaller.
 _STEPS_PER_EPOCH = 8
+# How many times the planned run may last where held-out cells gain by it, and up to how many steps.
+_LONGER, _MOST_STEPS = 4, 30_000
+# How often the learning rate falls where they do not, and to which share of itself.
+_FALLS, _FALL = 2, 0.3
 # Steps until the learning rate is the highest; of a short run, a tenth at most.
 _RISE_STEPS = 100
 # The average of the weights reaches back over about a share 1 / (this + 1) of the steps.
@@ -53,8 +57,9 @@ class TrainConfig:
     """
 
     max_epochs: int | None = None
-    """Passes over the training cells at most; None for 100, but up to 200 where they are fewer than 1,600 steps, and
-    down to 10 where they are more than 8,000."""
+    """Passes over the training cells at most. None for 100, but up to 200 where they are fewer than 1,600 steps, and
+    down to 10 where they are more than 8,000; and as long as held-out cells gain by it four times as many, though not
+    more than 30,000 steps."""
     batch_size: int = 128
     """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
     learning_rate: float = 1e-2
@@ -62,7 +67,8 @@ class TrainConfig:
     warmup_fraction: float = 0.25
     """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
     patience: int = 10
-    """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which training stops."""
+    """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which the learning rate falls to
+    .3 of what it was, twice, and then training stops."""
     validation_fraction: float = 0.1
     """Share of the cells held out, for stopping and for choosing the best weights."""
     gradient_clip: float = 1000.0
@@ -194,13 +200,14 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
     # Minibatches are even and at least this large: there is never a last one of a single cell.
     batch_size = max(2, min(config.batch_size, n_cells // _STEPS_PER_EPOCH))
     steps_per_epoch = max(1, n_cells // batch_size)
-    n_epochs = config.max_epochs
-    if n_epochs is None:
-        n_epochs = min(200, max(100, 1600 // steps_per_epoch))
-        n_epochs = max(10, min(n_epochs, 8000 // steps_per_epoch))
-    steps = n_epochs * steps_per_epoch
+    planned = most = config.max_epochs
+    if planned is None or most is None:
+        planned = min(200, max(100, 1600 // steps_per_epoch))
+        planned = max(10, min(planned, 8000 // steps_per_epoch))
+        most = max(planned, min(_LONGER * planned, _MOST_STEPS // steps_per_epoch))
+    steps = planned * steps_per_epoch
     warmup_steps = recipe.warmup_steps(config.warmup_fraction, steps)
-    return Plan(n_cells, n_epochs, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps)
+    return Plan(n_cells, most, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps)
 
 
 def settle_device(name: str) -> torch.device:
@@ -233,8 +240,8 @@ def epochs(
 
     A step is ``loss = mean(weight * KL - reconstruction)``, gradient clipping, Adam. All its randomness comes from
     ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand, if
-    no remedy changes that; only from then on do held-out cells decide which weights are best and when to stop, by
-    their ELBO, whatever was trained with. What is measured and kept are
+    no remedy changes that; only from then on do held-out cells decide which weights are best, when the learning rate
+    falls and when to stop, by their ELBO, whatever was trained with. What is measured and kept are
     running averages of the weights, over about the last tenth of the steps: with a high learning rate the weights
     themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824). The model has
     them while a record is looked at.
@@ -282,6 +289,7 @@ def epochs(
     average = weights.detach().clone()
     last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
     step, chances, kl_weight, highest_rate, history = 0, _SECOND_CHANCES, 0.0, config.learning_rate, list[Epoch]()
+    falls = _FALLS
     watched, follow_every = _watched(split, config.seed), -(-_STEPS_TO_FOLLOW // plan.steps_per_epoch)
     memory: Tensor | None = None  # of the penalty
     encoder_first, most_information = recipe.encoder_steps, 0.0
@@ -360,7 +368,9 @@ def epochs(
         if record.validation_elbo > best_elbo:
             best, best_elbo, epochs_since_best = averaged, record.validation_elbo, 0
         if epochs_since_best >= config.patience:
-            break
+            if not falls:
+                break
+            falls, highest_rate, epochs_since_best = falls - 1, highest_rate * _FALL, 0
 
     vae.load_state_dict(best, assign=True)  # parameters of their own again
 
