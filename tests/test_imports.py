@@ -17,7 +17,7 @@ ORDER = [
     ["config", "progress", "runs", "demo"],
     ["curing"],
     ["report", "estimator", "simulate"],
-    ["train", "evidence", "importance", "counterfactual", "mapping", "labels"],
+    ["train", "evidence", "importance", "counterfactual", "generate", "realism", "mapping", "labels"],
     ["advice", "reference"],
     ["inference", "checkpoint", "data", "diagnostics"],
     ["objective", "remedies"],
@@ -69,8 +69,11 @@ def test_every_room_has_its_place():
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        ("anndata", {"data", "estimator", "simulate", "runs", "demo", "cli", "curing", "counterfactual"}),
-        ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli", "counterfactual", "labels"}),
+        (
+            "anndata",
+            {"data", "estimator", "simulate", "runs", "demo", "cli", "curing", "counterfactual", "generate", "realism"},
+        ),
+        ("pandas", {"data", "estimator", "simulate", "runs", "demo", "cli", "counterfactual", "generate", "labels"}),
         ("typer", {"cli"}),
         ("triton", {"kernels"}),
         ("matplotlib", {"report"}),

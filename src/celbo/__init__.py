@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from celbo.estimator import ExpressionVAE, load
     from celbo.likelihoods import LIKELIHOODS
     from celbo.objective import elbo_terms
+    from celbo.realism import check_realism
     from celbo.remedies import REMEDIES
     from celbo.simulate import simulate_cells
     from celbo.train import TrainConfig
@@ -43,6 +44,7 @@ _HOME = {
     "UsageError": "errors",
     "VAE": "vae",
     "ZeroInflatedNegativeBinomial": "distributions",
+    "check_realism": "realism",
     "cure": "curing",
     "elbo_terms": "objective",
     "load": "estimator",
@@ -65,6 +67,7 @@ __all__ = [
     "UsageError",
     "ZeroInflatedNegativeBinomial",
     "__version__",
+    "check_realism",
     "cure",
     "elbo_terms",
     "load",

@@ -1,8 +1,8 @@
 """New cells: z, conditions and library sizes are drawn, decoded, and counts drawn with the likelihood's own noise.
 
-``c ~ reference``, ``z ~ p(z | c)``, ``l ~ p(l | z, c)``, ``x ~ p(x | z, c, l)``. What differs is p(z | c): the prior; the
-mean of the posteriors of the cells of fit, ``1/N sum_i q(z | x_i, c_i)`` ("aggregated"; Hoffman & Johnson 2016, the best
-prior there is for the bound); or a Gaussian mixture fitted to draws from that.
+``c ~ reference``, ``z ~ p(z | c)``, ``l ~ p(l | z, c)``, ``x ~ p(x | z, c, l)``. What differs is p(z | c): the prior;
+"aggregated", the mean of the posteriors of the cells of fit, ``1/N sum_i q(z | x_i, c_i)``, under which the KL of the
+bound is least (Hoffman & Johnson 2016); or a Gaussian mixture fitted to draws from that.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,20 @@ from scipy.spatial import cKDTree
 
 from celbo.data import Schema
 from celbo.errors import UsageError, listed
-from celbo.minibatch import in_chunks
+from celbo.inference import Filled, context_of
+from celbo.minibatch import Source, in_chunks
 from celbo.reference import Reference, has_conditions
 from celbo.vae import VAE
 
-__all__ = ["SOURCES", "Drawn", "draw_cells", "draw_values", "interpolate"]
+__all__ = ["SOURCES", "Drawn", "as_reference", "draw_cells", "draw_values", "interpolate", "new_cells"]
 
 SOURCES = ("aggregated", "mixture", "prior")
 """Where z comes from."""
 
 Floats = NDArray[np.float32]
 
+_DENSE = ("real", "log_normalised")
+"""Values of which hardly any is 0."""
 _CHUNK = 256
 """Cells whose genes are drawn at a time."""
 _NEAR = 15
@@ -48,8 +51,10 @@ class Drawn(NamedTuple):
     """``(cells, latent_dim)``."""
     codes: Floats
     """Conditions, ``(cells, conditions)``: the number of a level, or a standardised value."""
-    library: Floats | None
-    """``(cells,)``; None of values that have no library size."""
+    library: Floats
+    """``(cells,)``."""
+    rows: NDArray[np.intp] | None
+    """Of the reference cell that each is drawn around; None where it is around none."""
 
 
 def draw_cells(
@@ -98,6 +103,8 @@ def draw_cells(
     """
     if source not in SOURCES:
         raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
+    if source not in SOURCES:
+        raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
     rng = np.random.default_rng([seed, 18])
     wanted = _codes_of(schema, given)
     is_given = np.array([condition.name in given for condition in schema.conditions], bool)
@@ -108,15 +115,15 @@ def draw_cells(
                 "prior and give every condition and the library size."
             )
         codes = np.tile(wanted, (n, 1))
-        return Drawn(_from_prior(vae, schema, codes, rng), codes, np.full(n, library, np.float32))
+        return Drawn(_from_prior(vae, schema, codes, rng), codes, np.full(n, library, np.float32), None)
     has_it = np.flatnonzero(has_conditions(reference.conditions, schema, given))
     if not len(has_it):
         asked = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(
-            f"no cell of fit has {asked} (together): there is nothing to draw from. Ask for conditions that were seen "
-            "together, or decode other cells under them: model.counterfactual."
+            f"no reference cell has {asked} (together): there is nothing to draw from. Ask for conditions that were "
+            "seen together, or decode other cells under them (counterfactual)."
         )
-    rows = has_it[rng.integers(len(has_it), size=n)]
+    rows = np.resize(rng.permutation(has_it), n)  # each as often as the others
     codes = reference.conditions[rows]
     codes[:, is_given] = wanted[is_given]
     if source == "prior":
@@ -127,16 +134,18 @@ def draw_cells(
         if source == "mixture":
             z = _from_mixture(z, reference.mu_z, sd, rng)
     if library is not None:
-        return Drawn(z, codes, np.full(n, library, np.float32))
-    if source == "aggregated":
-        return Drawn(z, codes, reference.library[rows])
-    is_level = [condition.levels is not None for condition in schema.conditions]
-    near = _near_cells(z, codes[:, is_level], has_it, reference.mu_z, reference.conditions[:, is_level], rng)
-    return Drawn(z, codes, reference.library[near])
+        libraries = np.full(n, library, np.float32)
+    elif source == "aggregated":
+        libraries = reference.library[rows]
+    else:
+        is_level = [condition.levels is not None for condition in schema.conditions]
+        levels, known = codes[:, is_level], reference.conditions[:, is_level]
+        libraries = reference.library[_near_cells(z, levels, has_it, reference.mu_z, known, rng)]
+    return Drawn(z, codes, libraries, rows if source == "aggregated" else None)
 
 
-def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.csr_matrix:
-    """Draw ``x ~ p(x | z, c, l)``, ``(cells, genes)``.
+def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.csr_matrix | Floats:
+    """Draw ``x ~ p(x | z, c, l)``, ``(cells, genes)``: sparse counts, or dense real numbers.
 
     Parameters
     ----------
@@ -152,10 +161,78 @@ def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.
         torch.manual_seed(seed)  # not every distribution of torch takes a generator
         for rows in in_chunks(np.arange(len(drawn.z)), _CHUNK):
             context = schema.expand(drawn.codes[rows]).to(device) if vae.context_dim else None
-            library = None if drawn.library is None else torch.from_numpy(drawn.library[rows, None]).to(device)
+            library = torch.from_numpy(drawn.library[rows, None]).to(device)
             p = vae.likelihood(torch.from_numpy(drawn.z[rows]).to(device), context=context, library=library)
-            blocks.append(sparse.csr_matrix(p.sample().cpu().numpy()))
-    return sparse.vstack(blocks, format="csr")
+            values = p.sample().cpu().numpy()
+            blocks.append(values if schema.values in _DENSE else sparse.csr_matrix(values))
+    return np.concatenate(blocks) if schema.values in _DENSE else sparse.vstack(blocks, format="csr")
+
+
+def new_cells(schema: Schema, drawn: Drawn, values: sparse.csr_matrix | Floats, around: pd.Index | None) -> AnnData:
+    """Drawn values as an AnnData that the model itself can read, with ``obsm["z"]``.
+
+    obs has ``library``, the conditions, and the names of the cells they are drawn ``around``, if these are given.
+    """
+    index = pd.Index([f"sample_{number}" for number in range(len(drawn.z))])
+    obs = pd.DataFrame({"library": drawn.library} if schema.values not in _DENSE else {}, index=index)
+    for condition, codes in zip(schema.conditions, drawn.codes.T, strict=True):
+        if condition.levels is None:
+            obs[condition.name] = codes.astype(np.float64) * condition.sd + condition.mean
+        else:
+            obs[condition.name] = pd.Categorical.from_codes(codes.astype(int), list(condition.levels))
+    if schema.size_factor is not None:
+        obs[schema.size_factor] = drawn.library / schema.library_scale
+    if around is not None:
+        obs["around"] = around[drawn.rows].astype(str)
+    layers = {} if schema.layer is None else {schema.layer: values}
+    return AnnData(X=values, obs=obs, var=pd.DataFrame(index=list(schema.genes)), obsm={"z": drawn.z}, layers=layers)
+
+
+def as_reference(vae: VAE, source: Source, codes: Floats) -> Reference:
+    """Where these cells lie, to draw around them; ``codes`` are their conditions, as in `Reference`."""
+    parts, filled = [], Filled(vae, source)
+    with torch.inference_mode():
+        for rows in in_chunks(np.arange(source.n_cells), _CHUNK):
+            cells = filled.take(rows)
+            mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
+            parts.append([part.cpu().numpy() for part in (mu_z, logvar_z, cells.library[:, 0])])
+    n, (means, logvars, library) = source.n_cells, (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Reference(means, logvars, library, codes, np.zeros(n, bool), np.full(n, -1, np.int32))
+
+
+def interpolate(
+    vae: VAE, z: Floats, context: torch.Tensor, *, n_points: int, library: float | None
+) -> tuple[Floats, Floats, Floats]:
+    """Decode means along a line, ``z_t = (1 - t) z_0 + t z_1``, the context likewise in parts.
+
+    Parameters
+    ----------
+    vae
+        The model.
+    z
+        Its ends, ``(2, latent_dim)``.
+    context
+        Encoded conditions there, ``(2, context_dim)``.
+    n_points
+        Points on it, both ends included.
+    library
+        Library size of all; None for shares.
+
+    Returns
+    -------
+    tuple
+        ``t (points,)``, ``z (points, latent_dim)`` and the means ``(points, genes)``.
+    """
+    t, device = np.linspace(0, 1, n_points, dtype=np.float32), next(vae.parameters()).device
+    share = torch.from_numpy(np.stack([1 - t, t], axis=1))
+    along = share @ torch.from_numpy(z)
+    with torch.inference_mode():
+        means = vae.decode(
+            along.to(device),
+            (share @ context).to(device) if vae.context_dim else None,
+            None if library is None else torch.full((n_points, 1), library, device=device),
+        )
+    return t, along.numpy(), means.cpu().numpy()
 
 
 def _codes_of(schema: Schema, given: Mapping[str, Any]) -> Floats:

@@ -95,8 +95,8 @@ def check_realism(generated: AnnData, real: AnnData, *, labels: str | None = Non
 
     As many cells of each kind are taken as there are of the rarer. A logistic regression and gradient-boosted trees
     each try to tell them apart, by all genes (``log(1 + 10,000 x / library)``; values that are no counts as they are)
-    and by depth and 50 principal components, in 5-fold cross-validation (a classifier two-sample test; Lopez-Paz & Oquab
-    2017, arXiv 1610.06545). The same is done with two halves of the real cells.
+    and by depth and 50 principal components, in 5-fold cross-validation (a classifier two-sample test; Lopez-Paz &
+    Oquab 2017, arXiv 1610.06545). The same is done with two halves of the real cells.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def _agreement(a: _Cells, b: _Cells) -> Agreement:
         means=_r2(a.logged.mean(0), b.logged.mean(0)),
         variances=_r2(*(np.log(each.logged.var(0)[varies]) for each in (a, b))),
         zeros=_r2(*((each.values == 0).mean(0) for each in (a, b))),
-        correlations=_r2(*(np.corrcoef(each.logged[:, both].T)[pairs] for each in (a, b))),
+        correlations=_r2(*(np.atleast_2d(np.corrcoef(each.logged[:, both].T))[pairs] for each in (a, b))),
     )
 
 
