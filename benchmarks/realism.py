@@ -60,7 +60,8 @@ def by_scvi(
     script = Path(__file__).with_name("realism_scvi.py")
     arguments = [work / "learn.h5ad", work, n, *(conditions or [""]), seed]
     subprocess.run([python, script, *map(str, arguments)], check=True, capture_output=True)
-    return {f"scvi-tools, {each}, theta by gene": anndata.read_h5ad(work / f"{each}.h5ad") for each in ("prior", "aggregated")}
+    sources = ("prior", "aggregated")
+    return {f"scvi-tools, {each}, theta by gene": anndata.read_h5ad(work / f"{each}.h5ad") for each in sources}
 
 
 def run(name: str, seed: int, folder: Path, scvi_python: str | None, work: Path) -> list[dict[str, Any]]:
