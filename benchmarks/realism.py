@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="where the .h5ad files are")
     parser.add_argument("--scvi-python", help="python of an environment with scvi-tools 1.4.2")
     parser.add_argument("--sets", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of celbo")
     parser.add_argument("--scvi-seeds", nargs="+", type=int, help="seeds of scvi-tools; as many if not given")
     parser.add_argument("--work", type=Path, default=Path("realism-work"))
     parser.add_argument("--json", type=Path, help="where to write every figure")
