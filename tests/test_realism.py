@@ -93,7 +93,9 @@ def test_real_numbers_are_compared_as_they_are():
 def test_what_cannot_be_compared_is_refused(cells):
     with pytest.raises(celbo.DataError, match="the real cells lack 20 of 60 genes"):
         celbo.check_realism(cells[:100], cells[:, :40])
-    with pytest.raises(celbo.DataError, match="5 generated and 100 real cells are too few"):
+    with pytest.raises(celbo.DataError, match="names of genes occur more than once"):
+        celbo.check_realism(cells[:100], cells[:, [0, 0]])
+    with pytest.raises(celbo.DataError, match="5 generated and 100 real cells"):
         celbo.check_realism(cells[:5], cells[:100])
     with pytest.raises(celbo.UsageError, match="labels='tissue' is no column of obs"):
         celbo.check_realism(cells[:100], cells[100:200], labels="tissue")

@@ -455,7 +455,7 @@ def sample(
     with _shown_warnings():
         wanted = _conditions_of(model, given or (), "--given")
         cells = model.sample(n, conditions=wanted, source=source, library=library, seed=seed)
-    write_sample(cells, output, source=source, seed=seed)
+    write_sample(cells, output)
     _say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, drawn: {output}")
 
 

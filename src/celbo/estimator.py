@@ -615,6 +615,8 @@ class ExpressionVAE:
         schema, reference, names = self.schema_, self.reference_, None
         if not isinstance(n, int | np.integer) or n < 1:
             raise UsageError(f"n={n!r}; give a whole number of cells, at least 1.")
+        if seed < 0:
+            raise UsageError(f"seed={seed}; a seed is a whole number of at least 0.")
         self._check_library(library)
         if around is not None:
             if source != "aggregated":
@@ -635,7 +637,8 @@ class ExpressionVAE:
                 sample=self.objective != "autoencoder",
                 seed=seed,
             )
-            return new_cells(schema, drawn, draw_values(self.vae_, schema, drawn, seed=seed), names)
+            values = draw_values(self.vae_, schema, drawn, seed=seed)
+        return new_cells(schema, drawn, values, names, {"source": source, "seed": seed})
 
     def interpolate(
         self,

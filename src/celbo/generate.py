@@ -168,10 +168,13 @@ def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.
     return np.concatenate(blocks) if schema.values in _DENSE else sparse.vstack(blocks, format="csr")
 
 
-def new_cells(schema: Schema, drawn: Drawn, values: sparse.csr_matrix | Floats, around: pd.Index | None) -> AnnData:
+def new_cells(
+    schema: Schema, drawn: Drawn, values: sparse.csr_matrix | Floats, around: pd.Index | None, how: Mapping[str, Any]
+) -> AnnData:
     """Drawn values as an AnnData that the model itself can read, with ``obsm["z"]``.
 
-    obs has ``library``, the conditions, and the names of the cells they are drawn ``around``, if these are given.
+    obs has ``library``, the conditions, and the names of the cells they are drawn ``around``, if these are given;
+    ``uns["celbo_sample"]`` says how they were drawn.
     """
     index = pd.Index([f"sample_{number}" for number in range(len(drawn.z))])
     obs = pd.DataFrame({"library": drawn.library} if schema.values not in _DENSE else {}, index=index)
@@ -185,7 +188,14 @@ def new_cells(schema: Schema, drawn: Drawn, values: sparse.csr_matrix | Floats, 
     if around is not None:
         obs["around"] = around[drawn.rows].astype(str)
     layers = {} if schema.layer is None else {schema.layer: values}
-    return AnnData(X=values, obs=obs, var=pd.DataFrame(index=list(schema.genes)), obsm={"z": drawn.z}, layers=layers)
+    return AnnData(
+        X=values,
+        obs=obs,
+        var=pd.DataFrame(index=list(schema.genes)),
+        obsm={"z": drawn.z},
+        layers=layers,
+        uns={"celbo_sample": dict(how)},
+    )
 
 
 def as_reference(vae: VAE, source: Source, codes: Floats) -> Reference:

@@ -90,7 +90,9 @@ class Realism:
         return "\n".join([*lines, f"genes that give generated cells away most: {used}"])
 
 
-def check_realism(generated: AnnData, real: AnnData, *, labels: str | None = None, seed: int = 0) -> Realism:
+def check_realism(
+    generated: AnnData, real: AnnData, *, labels: str | None = None, max_cells: int = 2000, seed: int = 0
+) -> Realism:
     """Compare generated cells with real ones, best with cells that the model never saw.
 
     As many cells of each kind are taken as there are of the rarer. A logistic regression and gradient-boosted trees
@@ -107,6 +109,8 @@ def check_realism(generated: AnnData, real: AnnData, *, labels: str | None = Non
     labels
         Column of obs of the real cells with their types; generated ones get those of their real neighbours. Without
         it, types are 12 clusters of both kinds together.
+    max_cells
+        Of each kind, taken at random: with more, smaller differences are seen, and it takes longer.
     seed
         Of halves, folds and clusters.
 
@@ -118,7 +122,7 @@ def check_realism(generated: AnnData, real: AnnData, *, labels: str | None = Non
     Raises
     ------
     DataError
-        If real cells lack genes, or there are fewer than 20 of a kind (of real ones: 40).
+        If real cells lack genes, or names of genes recur, or there are fewer than 20 of a kind (of real ones: 40).
     UsageError
         If there is no such column.
 
@@ -131,16 +135,24 @@ def check_realism(generated: AnnData, real: AnnData, *, labels: str | None = Non
     (True, ())
     """
     names = generated.var_names
-    x, y = _values(generated, names), _values(real, names)
-    if len(x) < _FEWEST or len(y) < 2 * _FEWEST:
+    if not real.var_names.is_unique:
+        raise DataError("names of genes occur more than once among the real cells; make them unique.")
+    columns = real.var_names.get_indexer(names)
+    if (columns < 0).any():
+        lacking = names[columns < 0]
+        raise DataError(f"the real cells lack {len(lacking):,} of {len(names):,} genes: {listed(lacking)}.")
+    if min(generated.n_obs, real.n_obs // 2, max_cells) < _FEWEST:
         raise DataError(
-            f"{len(x):,} generated and {len(y):,} real cells are too few; give at least {_FEWEST} and {2 * _FEWEST}."
+            f"{generated.n_obs:,} generated and {real.n_obs:,} real cells, of each at most {max_cells:,}, are too few; "
+            f"give at least {_FEWEST} and {2 * _FEWEST}."
         )
     if labels is not None and labels not in real.obs.columns:
         raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
     rng = np.random.default_rng([seed, 19])
-    n, half, order = min(len(x), len(y)), len(y) // 2, rng.permutation(len(y))
-    x, y = x[rng.permutation(len(x))[:n]], y[order]
+    order, rows = (rng.permutation(adata.n_obs) for adata in (real, generated))
+    n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
+    order = order[: max(n, 2 * half)]
+    x, y = _dense(generated.X, rows[:n]), _dense(real.X, order)[:, columns]
     is_count = all((part >= 0).all() and (part == np.round(part)).all() for part in (x, y))
     generated_cells, real_cells, one_half, other_half = (
         _Cells(part, _logged(part) if is_count else part) for part in (x, y[:n], y[:half], y[half : 2 * half])
@@ -177,13 +189,9 @@ class _Cells(NamedTuple):
         return total if self.values is self.logged else np.log1p(total)
 
 
-def _values(adata: AnnData, genes: Any) -> Floats:
-    columns = adata.var_names.get_indexer(genes)
-    if (columns < 0).any():
-        lacking = genes[columns < 0]
-        raise DataError(f"the real cells lack {len(lacking):,} of {len(genes):,} genes: {listed(lacking)}.")
-    x = adata.X[:, columns]
-    return np.asarray(x.toarray() if sparse.issparse(x) else x, np.float64)
+def _dense(x: Any, rows: NDArray[np.intp]) -> Floats:
+    some = x[rows]
+    return np.asarray(some.toarray() if sparse.issparse(some) else some, np.float64)
 
 
 def _logged(counts: Floats) -> Floats:
@@ -247,7 +255,7 @@ def _r2(found: Floats, truth: Floats) -> float:
 def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict[str, tuple[float, float]]:
     """Share of b and of a in each type, told from the types of neighbours in b, or in each cluster of both."""
     from sklearn.cluster import KMeans
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
 
     components = _principal(a, b, seed)
@@ -258,8 +266,8 @@ def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict
     else:
         of_real, by_neighbours = components[len(a.values) :], KNeighborsClassifier(_NEIGHBOURS)
         of_a = by_neighbours.fit(of_real, types).predict(components[: len(a.values)])
-        rows = np.random.default_rng([seed, 20]).permutation(len(types))  # told as those of generated cells are
-        of_b = cross_val_predict(by_neighbours, of_real[rows], types[rows], cv=10)
+        folds = KFold(10, shuffle=True, random_state=seed)
+        of_b = cross_val_predict(by_neighbours, of_real, types, cv=folds)  # told as those of generated cells are
         names = sorted(set(types))
     return {str(name): (float((of_b == name).mean()), float((of_a == name).mean())) for name in names}
 

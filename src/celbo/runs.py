@@ -252,14 +252,9 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
     _write_cells(adata, path)
 
 
-def write_sample(cells: AnnData, path: Path, *, source: str, seed: int) -> None:
-    """Write drawn cells as ``.h5ad``, in one step or not at all; no other file is replaced.
-
-    ``uns["celbo_sample"]`` says that they were drawn, and how.
-    """
+def write_sample(cells: AnnData, path: Path) -> None:
+    """Write drawn cells as ``.h5ad``, in one step or not at all; no other file is replaced."""
     refuse_no_sample(path)
-    cells = cells.copy()
-    cells.uns["celbo_sample"] = {"celbo_version": __version__, "source": source, "seed": seed}
     _write_cells(cells, path)
 
 
