@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from celbo.estimator import ExpressionVAE, load
     from celbo.likelihoods import LIKELIHOODS
     from celbo.objective import elbo_terms
+    from celbo.realism import check_realism
     from celbo.remedies import REMEDIES
     from celbo.simulate import simulate_cells
     from celbo.train import TrainConfig
@@ -45,6 +46,7 @@ _HOME = {
     "UsageError": "errors",
     "VAE": "vae",
     "ZeroInflatedNegativeBinomial": "distributions",
+    "check_realism": "realism",
     "choose": "comparing",
     "compare": "comparing",
     "cure": "curing",
@@ -70,6 +72,7 @@ __all__ = [
     "UsageError",
     "ZeroInflatedNegativeBinomial",
     "__version__",
+    "check_realism",
     "choose",
     "compare",
     "cure",

@@ -424,17 +424,8 @@ def counterfactual(
     if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
     refuse_no_counterfactual(output)
-    if wrong := [text for text in conditions if not text.partition("=")[2]]:
-        raise UsageError(f"--set {wrong[0]} names no value; write it as CONDITION=VALUE.")
     model = celbo.load(run)
-    continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
-    given: dict[str, str | float] = {}
-    for text in conditions:
-        name, _, value = text.partition("=")
-        try:
-            given[name] = float(value) if name in continuous else value
-        except ValueError:
-            raise UsageError(f"--set {text}: {name!r} is continuous; give a number.") from None
+    given = _conditions_of(model, conditions, "--set")
     reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
     with _shown_warnings():
@@ -444,6 +435,38 @@ def counterfactual(
     counts = found.support["verdict"].value_counts()
     said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("supported", "edge", "extrapolation"))
     _say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .h5ad file to write.")],
+    n: Annotated[int, typer.Option("-n", help="How many cells.")] = 1000,
+    given: Annotated[
+        list[str] | None, typer.Option(help="Condition and what it is to be, as stim=ctrl; repeat for more.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option("--from", help="Where z is drawn from: aggregated (posteriors of cells of fit), mixture, prior."),
+    ] = "aggregated",
+    library: Annotated[float | None, typer.Option(help="Library size of all cells; drawn if not given.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw new cells from a fitted model, with the noise that its likelihood has.
+
+    `celbo sample run -n 1000 --given stim=ctrl -o new.h5ad`
+
+    **X** has counts over the model's genes, **obs** the conditions and library sizes, **obsm["z"]** the latent.
+    """
+    from celbo.runs import refuse_no_sample, write_sample
+
+    refuse_no_sample(output)
+    model = celbo.load(run)
+    with _shown_warnings():
+        wanted = _conditions_of(model, given or (), "--given")
+        cells = model.sample(n, conditions=wanted, source=source, library=library, seed=seed)
+    write_sample(cells, output)
+    _say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, drawn: {output}")
 
 
 @app.command()
@@ -752,6 +775,21 @@ def _open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[Expressi
             raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
     conditions = [condition.name for condition in model.schema_.conditions]
     return model, _read(data, reading, model.schema_.layer, conditions), data, reading
+
+
+def _conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -> dict[str, str | float]:
+    """What CONDITION=VALUE says, numbers for continuous conditions."""
+    continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
+    given: dict[str, str | float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value:
+            raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
+        try:
+            given[name] = float(value) if name in continuous else value
+        except ValueError:
+            raise UsageError(f"{option} {text}: {name!r} is continuous; give a number.") from None
+    return given
 
 
 def _show_trail(trail: "Sequence[Step]") -> None:

@@ -27,6 +27,7 @@ from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls
 from celbo.differential import add_up, contrast, group_cells
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
+from celbo.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
 from celbo.importance import log_prob
 from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.labels import predictions
@@ -465,11 +466,8 @@ class ExpressionVAE:
         adata = read_adata(adata, layer=self.schema_.layer)
         settings = self._settings_over(given or {}, over)
         libraries = None
+        self._check_library(library)
         if library is not None:
-            if self._likelihood().values != "counts":
-                raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
-            if not isinstance(library, int | float) or not 0 < library < math.inf:
-                raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
             libraries = torch.full((adata.n_obs, 1), float(library))
         source = self._source(adata)
         with kernels.threads(self.train.threads):
@@ -786,6 +784,134 @@ class ExpressionVAE:
         mapped.schema_, mapped.vae_ = schema, vae.eval()
         return mapped
 
+    def sample(
+        self,
+        n: int,
+        *,
+        conditions: Mapping[str, Any] | None = None,
+        source: str = "aggregated",
+        around: AnnData | str | Path | None = None,
+        library: float | None = None,
+        seed: int = 0,
+    ) -> AnnData:
+        """Draw new cells, ``x ~ p(x | z, c, l)``, with the likelihood's own noise.
+
+        Parameters
+        ----------
+        n
+            How many.
+        conditions
+            What conditions are to be: ``{"stim": "ctrl"}``. Others come as they do in the cells of fit that have these.
+        source
+            Where z comes from: "aggregated", the posterior of a cell of fit that has the conditions; "mixture", a
+            Gaussian mixture fitted to these; or "prior", which cells of fit seldom fill evenly.
+        around
+            Cells to draw around, from their posteriors and at their library sizes, each as often as the others: a
+            posterior predictive check. They take the place of the cells of fit.
+        library
+            Library size of all cells. Else that of the cell whose posterior z is from, or of one near z.
+        seed
+            Of all draws.
+
+        Returns
+        -------
+        anndata.AnnData
+            Sparse counts over the model's genes (a Gaussian's are dense reals); obs has the conditions and ``library``,
+            obsm["z"] the latent.
+
+        Raises
+        ------
+        UsageError
+            If n is below 1, a condition is none of the model, no cell of fit has the conditions, or the model keeps no
+            reference cells.
+        DataError
+            If a level was not seen in fit.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=300, n_genes=60, seed=0)
+        >>> train = celbo.TrainConfig(max_epochs=20)
+        >>> model = celbo.ExpressionVAE(latent_dim=3, conditions=["treatment"], train=train).fit(adata)
+        >>> treated = model.sample(100, conditions={"treatment": "treated"}, seed=1)
+        >>> treated.shape, treated.obs["treatment"].unique().tolist()
+        ((100, 60), ['treated'])
+        """
+        schema, reference, names = self.schema_, self.reference_, None
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise UsageError(f"n={n!r}; give a whole number of cells, at least 1.")
+        if seed < 0:
+            raise UsageError(f"seed={seed}; a seed is a whole number of at least 0.")
+        self._check_library(library)
+        if around is not None:
+            if source != "aggregated":
+                raise UsageError(f"source={source!r} and around exclude each other: cells around others have their z.")
+            adata = read_adata(around, layer=schema.layer)
+            names, codes = adata.obs_names, schema.codes(adata.obs)
+            with kernels.threads(self.train.threads):
+                reference = as_reference(self.vae_, self._source(adata), codes)
+        with kernels.threads(self.train.threads):
+            drawn = draw_cells(
+                self.vae_,
+                schema,
+                reference,
+                int(n),
+                given=conditions or {},
+                source=source,
+                library=library,
+                sample=self.objective != "autoencoder",
+                seed=seed,
+            )
+            values = draw_values(self.vae_, schema, drawn, seed=seed)
+        return new_cells(schema, drawn, values, names, {"source": source, "seed": seed})
+
+    def interpolate(
+        self,
+        start: AnnData | str | Path,
+        end: AnnData | str | Path,
+        *,
+        n_points: int = 11,
+        given: Mapping[str, Any] | None = None,
+        library: float | None = None,
+    ) -> AnnData:
+        """Decoded means along the line from one cell, or the mean of a group, to another in the latent space.
+
+        Parameters
+        ----------
+        start, end
+            Cells; of several, the mean of their mu_z.
+        n_points
+            Points on the line, both ends included.
+        given
+            Conditions to decode under; others go over from those of the start to those of the end, in parts.
+        library
+            Library size to decode at; expression shares if None. For count likelihoods only.
+
+        Returns
+        -------
+        anndata.AnnData
+            The means; obs["position"] runs from 0 to 1, obsm["z"] is the line.
+
+        Examples
+        --------
+        >>> import celbo
+        >>> adata = celbo.simulate_cells(n_cells=300, n_genes=60, seed=0)
+        >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=5)).fit(adata)
+        >>> model.interpolate(adata[:1], adata[1:2], n_points=5).obs["position"].tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+        """
+        schema = self.schema_
+        if not isinstance(n_points, int | np.integer) or n_points < 2:
+            raise UsageError(f"n_points={n_points!r}; a line has at least its 2 ends.")
+        self._check_library(library)
+        groups = [read_adata(cells, layer=schema.layer) for cells in (start, end)]
+        z = np.stack([self.embed(cells).mean(0) for cells in groups])
+        context = torch.stack([schema.encode(cells.obs, given).mean(0) for cells in groups])
+        with kernels.threads(self.train.threads):
+            t, along, means = interpolate(self.vae_, z, context, n_points=int(n_points), library=library)
+        obs = pd.DataFrame({"position": t.astype(float)}, index=[f"point_{number}" for number in range(len(t))])
+        return AnnData(X=means, obs=obs, var=pd.DataFrame(index=list(schema.genes)), obsm={"z": along})
+
     def diagnose(self, adata: AnnData | str | Path, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
         """Look for posterior collapse and its relatives: a latent that says nothing, a condition that is ignored.
 
@@ -1047,6 +1173,13 @@ class ExpressionVAE:
                 "can be averaged. Give one of them instead."
             )
         return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
+
+    def _check_library(self, library: float | None) -> None:
+        if library is not None:
+            if self._likelihood().values != "counts":
+                raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
+            if not isinstance(library, int | float) or not 0 < library < math.inf:
+                raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
 
     def _contexts(self, adata: AnnData, given: Mapping[str, Any]) -> Contexts:
         """Contexts of these cells by their positions, under these conditions."""

@@ -40,10 +40,12 @@ __all__ = [
     "record_of_run",
     "refuse_no_counterfactual",
     "refuse_no_embedding",
+    "refuse_no_sample",
     "summarise",
     "write_counterfactual",
     "write_embedding",
     "write_run",
+    "write_sample",
 ]
 
 WRITTEN = (
@@ -260,6 +262,12 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
     _write_cells(adata, path)
 
 
+def write_sample(cells: AnnData, path: Path) -> None:
+    """Write drawn cells as ``.h5ad``, in one step or not at all; no other file is replaced."""
+    refuse_no_sample(path)
+    _write_cells(cells, path)
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
     rows = table.index.name if table.index.name == "gene" else "cell"
@@ -277,6 +285,11 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 def refuse_no_counterfactual(path: Path) -> None:
     """Refuse a name that no counterfactual can be written to."""
     _refuse_other_cells(path, lambda found: "celbo_verdict" in found.obs.columns, "no counterfactual that celbo wrote")
+
+
+def refuse_no_sample(path: Path) -> None:
+    """Refuse a name that no drawn cells can be written to."""
+    _refuse_other_cells(path, lambda found: "celbo_sample" in found.uns, "no sample that celbo drew")
 
 
 def _write_cells(cells: AnnData, path: Path) -> None:

@@ -1,0 +1,299 @@
+"""Are generated cells like real ones? What a classifier can tell, what genes do, and whether types are missing."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from celbo.errors import DataError, UsageError, listed
+
+__all__ = ["Agreement", "Realism", "check_realism"]
+
+Floats = NDArray[np.float64]
+
+_HARD, _EASY = 0.65, 0.8
+"""AUC up to which generated cells are called hard to tell from real ones, and above which easy."""
+_FOLDS = 5
+_COMPONENTS = 50
+_CLUSTERS = 12
+_NEIGHBOURS = 15
+_GENES_OF_CORRELATION = 200
+_GENES_SHOWN = 10
+_FEWEST = 20
+"""Cells of each kind below which nothing is said."""
+_MISSING = 0.25
+"""Share of the cells expected of a type below which it is missing, where chance is no explanation."""
+_CHANCE = 0.01
+_PENALTY = 0.01
+"""Inverse strength of the linear classifier's ridge: far more genes than cells call for a strong one."""
+
+
+class Agreement(NamedTuple):
+    """How well genes of generated cells agree with those of real ones: R2 around identity, 1 where they are equal."""
+
+    means: float
+    """Of ``log(1 + 10,000 x / library)``, over genes."""
+    variances: float
+    """Logarithms of its variances."""
+    zeros: float
+    """Shares of cells without a count of the gene."""
+    correlations: float
+    """Between the 200 most abundant genes, over pairs."""
+
+
+@dataclass(frozen=True)
+class Realism:
+    """How generated cells compare with real ones."""
+
+    verdict: str
+    """One line."""
+    auc: float
+    """The highest of ``aucs``: 0.5 where nothing tells generated cells from real ones, 1 where everything does."""
+    auc_real: float
+    """The same between two halves of the real cells: what chance and the choice of the highest make of it."""
+    aucs: dict[str, float]
+    """By classifier and what it sees."""
+    agreement: Agreement
+    agreement_real: Agreement
+    """Between two halves of the real cells."""
+    types: dict[str, tuple[float, float]]
+    """Share of real and of generated cells, by type or cluster."""
+    missing: tuple[str, ...]
+    """Types that are there among real cells, and not among generated ones."""
+    genes: dict[str, float]
+    """Genes that the linear classifier uses most, with what it adds to the log odds of being generated, by sd."""
+    n_cells: int
+    """Of each kind."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        document = asdict(self)
+        document |= {name: getattr(self, name)._asdict() for name in ("agreement", "agreement_real")}
+        plain: dict[str, Any] = json.loads(json.dumps(document))
+        return plain
+
+    def __str__(self) -> str:
+        """Verdict, then figures, in lines."""
+        lines = [self.verdict, "", f"{self.n_cells:,} cells of each kind; in brackets: real cells among themselves"]
+        lines += [f"AUC {self.auc:.3f} ({self.auc_real:.3f})"]
+        lines += [f"  {name}: {value:.3f}" for name, value in self.aucs.items()]
+        lines += ["genes, R2 around identity"]
+        pairs = zip(self.agreement._asdict().items(), self.agreement_real, strict=True)
+        lines += [f"  {name}: {value:.3f} ({real:.3f})" for (name, value), real in pairs]
+        lines += ["types, share of real and of generated cells"]
+        lines += [f"  {name}: {real:.3f} {generated:.3f}" for name, (real, generated) in self.types.items()]
+        used = ", ".join(f"{gene} ({'more' if weight > 0 else 'less'})" for gene, weight in self.genes.items())
+        return "\n".join([*lines, f"genes that give generated cells away most: {used}"])
+
+
+def check_realism(
+    generated: AnnData, real: AnnData, *, labels: str | None = None, max_cells: int = 2000, seed: int = 0
+) -> Realism:
+    """Compare generated cells with real ones, best with cells that the model never saw.
+
+    As many cells of each kind are taken as there are of the rarer. A logistic regression and gradient-boosted trees
+    each try to tell them apart, by all genes (``log(1 + 10,000 x / library)``; values that are no counts as they are)
+    and by depth and 50 principal components, in 5-fold cross-validation (a classifier two-sample test; Lopez-Paz &
+    Oquab 2017, arXiv 1610.06545). The same is done with two halves of the real cells.
+
+    Parameters
+    ----------
+    generated
+        Cells as `celbo.ExpressionVAE.sample` draws them.
+    real
+        Cells with the same genes, and maybe more, in any order.
+    labels
+        Column of obs of the real cells with their types; generated ones get those of their real neighbours. Without
+        it, types are 12 clusters of both kinds together.
+    max_cells
+        Of each kind, taken at random: with more, smaller differences are seen, and it takes longer.
+    seed
+        Of halves, folds and clusters.
+
+    Returns
+    -------
+    Realism
+        Prints its verdict first.
+
+    Raises
+    ------
+    DataError
+        If real cells lack genes, or names of genes recur, or there are fewer than 20 of a kind (of real ones: 40).
+    UsageError
+        If there is no such column.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> cells = celbo.simulate_cells(n_cells=400, n_genes=50, seed=0)
+    >>> found = celbo.check_realism(cells[:200], cells[200:])
+    >>> found.auc < 0.65, found.missing
+    (True, ())
+    """
+    names = generated.var_names
+    if not real.var_names.is_unique:
+        raise DataError("names of genes occur more than once among the real cells; make them unique.")
+    columns = real.var_names.get_indexer(names)
+    if (columns < 0).any():
+        lacking = names[columns < 0]
+        raise DataError(f"the real cells lack {len(lacking):,} of {len(names):,} genes: {listed(lacking)}.")
+    if min(generated.n_obs, real.n_obs // 2, max_cells) < _FEWEST:
+        raise DataError(
+            f"{generated.n_obs:,} generated and {real.n_obs:,} real cells, of each at most {max_cells:,}, are too few; "
+            f"give at least {_FEWEST} and {2 * _FEWEST}."
+        )
+    if labels is not None and labels not in real.obs.columns:
+        raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
+    rng = np.random.default_rng([seed, 19])
+    order, rows = (rng.permutation(adata.n_obs) for adata in (real, generated))
+    n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
+    order = order[: max(n, 2 * half)]
+    x, y = _dense(generated.X, rows[:n]), _dense(real.X, order)[:, columns]
+    is_count = all((part >= 0).all() and (part == np.round(part)).all() for part in (x, y))
+    generated_cells, real_cells, one_half, other_half = (
+        _Cells(part, _logged(part) if is_count else part) for part in (x, y[:n], y[:half], y[half : 2 * half])
+    )
+    aucs = _aucs(generated_cells, real_cells, seed)
+    auc, auc_real = max(aucs.values()), max(_aucs(one_half, other_half, seed).values())
+    types = None if labels is None else real.obs[labels].astype(str).to_numpy()[order][:n]
+    shares = _shares(generated_cells, real_cells, types, seed)
+    missing = tuple(name for name, (expected, found) in shares.items() if _is_missing(found, expected, n))
+    return Realism(
+        verdict=_verdict(auc, auc_real, missing, len(shares), "cluster" if types is None else "type"),
+        auc=auc,
+        auc_real=auc_real,
+        aucs=aucs,
+        agreement=_agreement(generated_cells, real_cells),
+        agreement_real=_agreement(one_half, other_half),
+        types=shares,
+        missing=missing,
+        genes=_telling_genes(generated_cells, real_cells, names),
+        n_cells=n,
+    )
+
+
+class _Cells(NamedTuple):
+    """Cells of a kind, ``(cells, genes)``."""
+
+    values: Floats
+    logged: Floats
+
+    @property
+    def depth(self) -> Floats:
+        """``(cells, 1)``."""
+        total = self.values.sum(1, keepdims=True)
+        return total if self.values is self.logged else np.log1p(total)
+
+
+def _dense(x: Any, rows: NDArray[np.intp]) -> Floats:
+    some = x[rows]
+    return np.asarray(some.toarray() if sparse.issparse(some) else some, np.float64)
+
+
+def _logged(counts: Floats) -> Floats:
+    return np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1)))
+
+
+def _principal(a: _Cells, b: _Cells, seed: int) -> Floats:
+    """Principal components of both kinds together, a first: ``(cells, 50 at most)``."""
+    from sklearn.decomposition import PCA
+
+    x = np.concatenate([a.logged, b.logged])
+    found: Floats = PCA(min(_COMPONENTS, *x.shape), svd_solver="randomized", random_state=seed).fit_transform(x)
+    return found
+
+
+def _aucs(a: _Cells, b: _Cells, seed: int) -> dict[str, float]:
+    """Area under the curve of each classifier, mean over folds, never below that of guessing."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    is_a = np.repeat([1, 0], [len(a.values), len(b.values)])
+    depth = np.concatenate([a.depth, b.depth])
+    seen = {
+        "genes": np.concatenate([a.logged, b.logged]),
+        "depth and components": np.hstack([depth, _principal(a, b, seed)]),
+    }
+    classifiers = {
+        "linear": make_pipeline(StandardScaler(), LogisticRegression(C=_PENALTY, max_iter=200)),
+        "trees": HistGradientBoostingClassifier(random_state=seed),
+    }
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    return {
+        f"{by}, {what}": float(cross_val_score(classifier, x, is_a, cv=folds, scoring="roc_auc").mean())
+        for what, x in seen.items()
+        for by, classifier in classifiers.items()
+    }
+
+
+def _agreement(a: _Cells, b: _Cells) -> Agreement:
+    abundant = np.argsort(-b.logged.mean(0), kind="stable")[:_GENES_OF_CORRELATION]
+    varies = (a.logged.var(0) > 0) & (b.logged.var(0) > 0)
+    both = abundant[varies[abundant]]
+    pairs = np.triu_indices(len(both), 1)
+    return Agreement(
+        means=_r2(a.logged.mean(0), b.logged.mean(0)),
+        variances=_r2(*(np.log(each.logged.var(0)[varies]) for each in (a, b))),
+        zeros=_r2(*((each.values == 0).mean(0) for each in (a, b))),
+        correlations=_r2(*(np.atleast_2d(np.corrcoef(each.logged[:, both].T))[pairs] for each in (a, b))),
+    )
+
+
+def _r2(found: Floats, truth: Floats) -> float:
+    """``1 - sum (found - truth)**2 / sum (truth - mean)**2``; 1 where nothing differs."""
+    left, there = float(((found - truth) ** 2).sum()), float(((truth - truth.mean()) ** 2).sum())
+    return 1 - left / there if there > 0 else float(left == 0)
+
+
+def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict[str, tuple[float, float]]:
+    """Share of b and of a in each type, told from the types of neighbours in b, or in each cluster of both."""
+    from sklearn.cluster import KMeans
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier
+
+    components = _principal(a, b, seed)
+    if types is None:
+        size = min(_CLUSTERS, len(components) // _FEWEST)
+        found = KMeans(size, n_init=3, random_state=seed).fit_predict(components)
+        of_a, of_b, names = found[: len(a.values)], found[len(a.values) :], list(range(size))
+    else:
+        of_real, by_neighbours = components[len(a.values) :], KNeighborsClassifier(_NEIGHBOURS)
+        of_a = by_neighbours.fit(of_real, types).predict(components[: len(a.values)])
+        folds = KFold(10, shuffle=True, random_state=seed)
+        of_b = cross_val_predict(by_neighbours, of_real, types, cv=folds)  # told as those of generated cells are
+        names = sorted(set(types))
+    return {str(name): (float((of_b == name).mean()), float((of_a == name).mean())) for name in names}
+
+
+def _is_missing(share: float, expected: float, n: int) -> bool:
+    """Whether so few are neither a quarter of what is expected nor chance."""
+    from scipy.stats import poisson
+
+    return share < _MISSING * expected and bool(poisson.cdf(round(share * n), expected * n) < _CHANCE)
+
+
+def _telling_genes(a: _Cells, b: _Cells, names: Any) -> dict[str, float]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x = StandardScaler().fit_transform(np.concatenate([a.logged, b.logged]))
+    is_a = np.repeat([1, 0], [len(a.values), len(b.values)])
+    weights = LogisticRegression(C=_PENALTY, max_iter=200).fit(x, is_a).coef_[0]
+    most = np.argsort(-np.abs(weights), kind="stable")[:_GENES_SHOWN]
+    return {str(names[gene]): float(weights[gene]) for gene in most}
+
+
+def _verdict(auc: float, auc_real: float, missing: tuple[str, ...], n_types: int, unit: str) -> str:
+    how = "hardly" if auc <= _HARD else "in part" if auc <= _EASY else "easily"
+    lacking = f"{len(missing)} of {n_types} {unit}s missing ({listed(missing)})" if missing else f"no {unit} is missing"
+    return (
+        f"Generated cells are {how} told from real ones: AUC {auc:.2f}, where real cells among themselves give "
+        f"{auc_real:.2f}; {lacking}."
+    )
