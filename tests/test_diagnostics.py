@@ -22,6 +22,7 @@ from celbo.diagnostics import (
     lasting_collapse,
     latent_information,
     mutual_information,
+    types_kept,
 )
 from celbo.evidence import expected_dim, gene_mean_log_prob
 from celbo.inference import cell_terms, posterior, sensitivity, use_of_latent
@@ -485,3 +486,32 @@ def test_a_nuisance_reaches_model_and_diagnosis(many):
         celbo.ExpressionVAE(nuisance=["batch"], conditions=["batch"]).fit(many)
     with pytest.raises(celbo.UsageError, match="nuisance is the text"):
         celbo.ExpressionVAE(nuisance="batch").fit(many)
+
+
+def test_types_that_z_merges_are_named():
+    rng = np.random.default_rng(0)
+    types = np.repeat(["common", "other", "rare"], [400, 400, 40])
+    batch = rng.integers(2, size=840)
+    place = np.array([[0, 0], [8, 0], [0, 8]])[np.unique(types, return_inverse=True)[1]]
+    counts = place + rng.normal(size=(840, 2)) + 20 * batch[:, None]
+    kept = types_kept(place + rng.normal(size=(840, 2)), counts, types, batch)
+    assert kept.verdict == "good"
+    assert {each["type"] for each in kept.value} == {"common", "other", "rare"}
+    assert all(each["z"] > 0.9 and each["counts"] > 0.9 for each in kept.value)
+    lost = place.copy()
+    lost[types == "rare"] = place[0]
+    merged = types_kept(lost + rng.normal(size=(840, 2)), counts, types, batch)
+    assert merged.verdict == "bad"
+    assert "rare" in merged.meaning
+    assert "other" not in merged.meaning
+
+
+def test_a_model_that_removes_a_batch_keeps_the_types():
+    cells = celbo.simulate_cells(
+        n_cells=1500, n_genes=150, n_types=4, batch_strength=1.0, type_strength=1.5, median_library=1500, seed=3
+    )
+    train = celbo.TrainConfig(max_epochs=40)
+    model = celbo.ExpressionVAE(latent_dim=6, nuisance=["batch"], train=train).fit(cells)
+    found = model.diagnose(cells, groupby="cell_type")
+    assert found.finding("types kept apart").verdict == "good"
+    assert "types kept apart" not in {each.name for each in model.diagnose(cells).findings}

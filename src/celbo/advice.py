@@ -27,6 +27,7 @@ from celbo.diagnostics import (
     latent_ablation,
     latent_information,
     listens,
+    types_kept,
 )
 
 __all__ = ["Advice", "Diagnosis", "Evidence", "diagnose"]
@@ -117,6 +118,8 @@ class Evidence(NamedTuple):
     """Each cell's level, or value, ``(cells,)``."""
     types: NDArray[Any] | None = None
     """Known types of the cells, within which leakage is looked for."""
+    principal: Floats | None = None
+    """Principal components of log-normalised values, ``(cells, n)``, where types are known."""
     settings: Mapping[str, Any] = {}
     """What matters of how the model was trained: see `diagnose`."""
 
@@ -155,6 +158,12 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         nuisance = name in e.settings.get("nuisance", ())
         findings.append(condition_ablation(name, lost, nuisance=nuisance))
         findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
+    if e.types is not None and e.principal is not None:
+        removed = [levels for name, levels in e.conditions.items() if np.issubdtype(levels.dtype, np.integer)]
+        batch = (
+            np.unique(removed, axis=1, return_inverse=True)[1].reshape(-1) if removed else np.zeros(len(e.mu_z), int)
+        )
+        findings.append(types_kept(e.mu_z, e.principal, e.types, batch))
     if (weight := e.settings.get("kl_weight", 1.0)) != 1 and e.settings.get("objective") != "autoencoder":
         meaning = f"the KL weight ended at {weight:.3g}: what was trained is not the ELBO; the terms here are"
         findings.append(Finding("KL weight", weight, "1", "watch", meaning))

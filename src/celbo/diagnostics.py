@@ -32,6 +32,7 @@ __all__ = [
     "latent_information",
     "listens",
     "mutual_information",
+    "types_kept",
 ]
 
 Floats = NDArray[np.floating[Any]]
@@ -60,6 +61,11 @@ IN_USE = 0.6
 """Share of the dimensions that the data show which a healthy z uses, at least."""
 HARDLY = 0.5
 """Nats per cell that a condition is worth at most where it is called ignored."""
+
+
+KEPT = 0.8
+"""Of the share of neighbours of its own type in the counts, what a type keeps in z, at least."""
+_NEIGHBOURS, _ENOUGH_OF_TYPE = 10, 20
 
 
 @dataclass(frozen=True)
@@ -323,6 +329,64 @@ def condition_leakage(
         meaning += ": z carries it, so that decoding under another level will not move the whole cell"
     what = "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
     return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, what)
+
+
+def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDArray[Any], *, seed: int = 0) -> Finding:
+    """Whether known types lie as far apart in z as they do in the counts of one batch: removing a batch may merge them.
+
+    For each type the share of a cell's 10 nearest neighbours that are of it: in z among all cells, and in principal
+    components among cells of its own batch. Each type weighs the same there, so that a rare one is not lost among many.
+
+    Parameters
+    ----------
+    mu_z, components
+        ``(cells, latent_dim)`` and ``(cells, n)``: posterior means, and principal components of log-normalised values.
+    types, batch
+        ``(cells,)``.
+    seed
+        Of the choice of cells, 3,000 at most.
+    """
+    rows = np.random.default_rng([seed, 22]).permutation(len(mu_z))[:3000]
+    names, codes, sizes = np.unique(types[rows].astype(str), return_inverse=True, return_counts=True)
+    in_z = _own_neighbours(mu_z[rows], codes, np.zeros(len(rows), int))
+    in_counts = _own_neighbours(components[rows], codes, batch[rows])
+    value, merged = [], []
+    for number in np.flatnonzero(sizes >= _ENOUGH_OF_TYPE):
+        here = codes == number
+        shares = [
+            float(np.nanmean(part[here])) if not np.isnan(part[here]).all() else 0.0 for part in (in_z, in_counts)
+        ]
+        value.append({"type": str(names[number]), "cells": int(sizes[number]), "z": shares[0], "counts": shares[1]})
+        if shares[0] < KEPT * shares[1]:
+            merged.append(
+                f"{names[number]} ({shares[0]:.0%} of its neighbours are of it, {shares[1]:.0%} in the counts)"
+            )
+    expected = f"at least {KEPT:g} of the share in the counts"
+    if not value:
+        few = f"no type has {_ENOUGH_OF_TYPE} cells here: whether types are kept apart cannot be told"
+        return Finding("types kept apart", value, expected, "watch", few)
+    if not merged:
+        meaning = f"{len(value)} types lie as far apart in z as in the counts of a batch"
+        return Finding("types kept apart", value, expected, "good", meaning)
+    meaning = f"z merges {', '.join(merged[:5])}"
+    what = "more latent dimensions, or labels=... for these types; if a batch lacks them, look at them batch by batch"
+    return Finding("types kept apart", value, expected, "bad", meaning, what)
+
+
+def _own_neighbours(where: Floats, codes: NDArray[np.intp], batch: NDArray[Any]) -> NDArray[np.float64]:
+    """Weighted share of the nearest neighbours in the batch that are of a cell's own type; NaN in a batch too small."""
+    from sklearn.neighbors import NearestNeighbors
+
+    found = np.full(len(where), np.nan)
+    for each in np.unique(batch):
+        here = np.flatnonzero(batch == each)
+        if len(here) <= _NEIGHBOURS:
+            continue
+        near = here[NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(where[here]).kneighbors(return_distance=False)]
+        weight = 1 / np.bincount(codes[here])[codes[near]]
+        own = (weight * (codes[near] == codes[here][:, None])).sum(1)
+        found[here] = own / weight.sum(1)
+    return found
 
 
 def listens(lost: Floats) -> NDArray[np.bool_]:

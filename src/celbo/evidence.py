@@ -25,6 +25,7 @@ __all__ = ["expected_dim", "gather", "gene_mean_log_prob", "principal_component_
 _CELLS_TO_LEARN_FROM = 3000
 """Training cells that principal components and the spectrum of the data are taken from."""
 _CELLS_FOR_SENSITIVITY = 500
+_PRINCIPAL = 30
 _GENES_OF_SPECTRUM = 1500
 _ABOVE_NOISE = 1.05
 """An eigenvalue counts above this many times the edge of noise: the edge is sharp only for many cells and genes."""
@@ -109,6 +110,9 @@ def gather(
         },
         conditions={name: levels for name, (_, levels) in conditions.items()},
         types=types,
+        principal=None
+        if types is None or not enough
+        else _principal(source, rows, some, likelihood.values == "counts"),
         settings=settings,
     )
 
@@ -180,6 +184,19 @@ def principal_component_log_prob(
             p = Normal(mu, spread)
         found.append(p.log_prob(values).sum(-1).numpy().astype(np.float32))
     return np.concatenate(found)
+
+
+def _principal(source: Source, rows: Rows, training: Rows, is_counts: bool) -> NDArray[np.float32]:
+    """The first 30 principal components of log-normalised values, ``(rows, 30)``."""
+
+    def scaled(some: Rows) -> NDArray[np.float32]:
+        x, library = _dense(source, some)
+        return np.log1p(x * (1e4 / np.maximum(library, 1e-8))).astype(np.float32) if is_counts else x
+
+    x = scaled(training)
+    pca = PCA(min(_PRINCIPAL, *(side - 1 for side in x.shape)), svd_solver="randomized", random_state=0).fit(x)
+    found: NDArray[np.float32] = np.concatenate([pca.transform(scaled(piece)) for piece in in_chunks(rows, _CHUNK)])
+    return found
 
 
 def expected_dim(source: Source, training: Rows, *, is_counts: bool) -> int:
