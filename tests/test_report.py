@@ -11,13 +11,16 @@ from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 from celbo.errors import DataError
 from celbo.report import history_figure, kl_figure, latent_figure, layout, render, to_png
 from celbo.report.figures import MISSING, OTHER, PALETTE, legend
 from celbo.report.text import DASH, MINUS, clean, number, shorten
+from celbo.runs import summarise
 
 ATTACK = "</script><img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -403,3 +406,14 @@ def test_a_browser_shows_the_page_runs_nothing_and_asks_nobody(tmp_path: Path, v
     subprocess.run([*browser, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
     assert picture.stat().st_size > 10_000
     assert paths == []
+
+
+def test_23_of_a_condition_of_very_many_levels_the_largest_are_listed_and_the_others_counted():
+    donors = np.concatenate([np.repeat(np.arange(60), 5), np.arange(60, 400)]).astype(str)
+    obs = pd.DataFrame({"donor": donors, "barcode": donors}, index=np.arange(len(donors)).astype(str))
+    z = np.random.default_rng(0).normal(size=(len(donors), 2)).astype(np.float32)
+    found = summarise(anndata.AnnData(obs=obs, obsm={"X_celbo": z}), seed=0, first=["donor"])["colours"]
+    assert list(found) == ["donor"]
+    names = found["donor"]["values"]
+    assert len(set(names)) == 51
+    assert names.count("350 others") == len(donors) - 50 * 5

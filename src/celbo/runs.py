@@ -65,6 +65,8 @@ WRITTEN = (
 _LOCK = ".celbo-lock"
 _MOST_LEVELS = 60
 """A column of obs with more levels than this is no help as a colour of the latent picture."""
+_LISTED_LEVELS = 50
+"""But a condition is always shown: so many of its levels, and the others as one."""
 _MOST_COLOURS = 6
 _FEWEST_TO_DIAGNOSE = 20
 """Held-out cells below which no diagnosis is made unasked."""
@@ -443,7 +445,7 @@ def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[s
     layout = report.layout(cells.obsm["X_celbo"], seed=seed)
     obs = cells.obs.iloc[layout.rows]
     columns = [*first, *(name for name in obs.columns if name not in first)]
-    colours = {str(name): colour for name in columns if (colour := _colour(obs[name])) is not None}
+    colours = {str(name): colour for name in columns if (colour := _colour(obs[name], name in first)) is not None}
     return {
         "method": layout.method,
         "xy": np.round(layout.xy, 3).tolist(),
@@ -453,11 +455,16 @@ def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[s
     }
 
 
-def _colour(column: "pd.Series[Any]") -> dict[str, Any] | None:
+def _colour(column: "pd.Series[Any]", is_condition: bool = False) -> dict[str, Any] | None:
+    """What the pictures show of a column; of a condition of very many levels those with most cells."""
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and column.nunique() > 12:
         values: NDArray[np.float64] = column.to_numpy(dtype=np.float64, na_value=np.nan)
         return {"kind": "continuous", "values": [float(v) if np.isfinite(v) else None for v in values]}
-    if not 2 <= column.nunique() <= _MOST_LEVELS:
+    n_levels = column.nunique()
+    if is_condition and n_levels > _MOST_LEVELS:
+        listed = column.value_counts().index[:_LISTED_LEVELS]
+        column = column.astype(object).where(column.isin(listed) | column.isna(), f"{n_levels - len(listed):,} others")
+    elif not 2 <= n_levels <= _MOST_LEVELS:
         return None
     return {"kind": "categorical", "values": [None if pd.isna(value) else str(value) for value in column]}
 
