@@ -14,7 +14,7 @@ warnings.simplefilter("ignore")
 def main(learn: str, output: str, n: int, batch_key: str, seed: int) -> None:
     import scvi
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     scvi.settings.seed = seed
     adata = anndata.read_h5ad(learn)
     scvi.model.SCVI.setup_anndata(adata, batch_key=batch_key or None)
