@@ -35,7 +35,7 @@ def planted(likelihood, seed, n_cells=1500, n_genes=60):
 
 
 def options(**more):
-    return {"latent_dim": 3, "hidden_dims": (32,), **more}
+    return {"latent_dim": 3, "hidden_dims": (32,), "train": celbo.TrainConfig(max_epochs=60), **more}
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "poisson", "nb", "zinb"])

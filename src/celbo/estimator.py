@@ -542,7 +542,7 @@ class ExpressionVAE:
         ['log2_fold_change', 'lower', 'upper', 'probability', 'fdr', 'raw_log2_fold_change']
         """
         schema = self.schema_
-        if schema.values != "counts":
+        if self._likelihood().values != "counts":
             raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
         if not 0 <= least_change < math.inf or n_samples < 1:
             raise UsageError(f"least_change={least_change!r}, n_samples={n_samples!r}; give 0 or more, and at least 1.")
@@ -1255,7 +1255,7 @@ class ExpressionVAE:
             was_read=np.zeros(len(rows), bool),
             readings=np.zeros((len(rows), n_readings(self._likelihood().values == "counts"))),
         )
-        if self.objective != "autoencoder" and not found.held_out.all():
+        if self.objective != "autoencoder" and 0 < found.held_out.sum() < len(rows):
             held_out = np.flatnonzero(found.held_out)
             some = np.sort(np.random.default_rng([self.train.seed, 18]).permutation(held_out)[:_CELLS_TO_CALIBRATE])
             with kernels.threads(self.train.threads):
@@ -1313,7 +1313,7 @@ def load(path: str | Path) -> ExpressionVAE:
         )
         reference = None
         if folder.reference is not None:
-            n_read = n_readings(schema.values == "counts")
+            n_read = n_readings(model._likelihood().values == "counts")
             reference = _read_reference(folder.reference, model.latent_dim, len(schema.conditions), n_read)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
