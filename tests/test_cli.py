@@ -150,6 +150,7 @@ def test_the_command_lines_defaults_are_the_estimators():
     names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs", "remedy": "remedies"}
     model = celbo.ExpressionVAE().options()
     defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None, "remedies": None, "nuisance": None}
+    defaults["latent_dim"] = str(model["latent_dim"])  # which may be a word
     options = inspect.signature(cli.fit).parameters
     for name in options.keys() - {"ctx", "data", "output", "keep_reference", "auto_remedy", "config", *READING}:
         assert options[name].default == defaults[names.get(name, name)], name

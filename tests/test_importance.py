@@ -71,3 +71,21 @@ def test_the_model_is_left_as_it_was(cells):
     log_prob(model.vae_, source, np.arange(3), n_samples=10, refine_steps=3)
     assert all(parameter.requires_grad for parameter in model.vae_.parameters())
     assert not model.vae_.training
+
+
+def test_it_is_the_integral_over_two_latent_dimensions(cells):
+    model = fitted(cells, latent_dim=2)
+    source, _, _ = model.cells_to_measure(cells)
+    rows, vae, step = np.arange(4), model.vae_, 0.06
+    found = log_prob(vae, source, rows, n_samples=5000)
+    line = torch.arange(-6, 6, step)
+    grid = torch.cartesian_prod(line, line)
+    minibatch = source.take(rows)
+    with torch.no_grad():
+        for row in rows:
+            context, library = minibatch.context[row].expand(len(grid), -1), minibatch.library[row].expand(len(grid), 1)
+            p = vae.likelihood(grid, context=context, library=library)
+            ll = log_prob_of_cells(p, minibatch.x.to_dense()[row].expand(len(grid), -1), None).double()
+            density = -0.5 * grid.double().square().sum(1) - math.log(2 * math.pi)
+            truth = torch.logsumexp(ll + density, 0) + 2 * math.log(step)
+            assert abs(found.log_p[row] - truth) < max(0.01, 4 * found.se[row])
