@@ -177,3 +177,18 @@ def test_from_the_command_line(known, tmp_path):
     assert done.returncode == 2
     assert "n_samples=0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("unseen", ["nearest", "marginal", "adapt"])
+def test_cells_of_a_batch_never_seen_are_read_as_asked(known, unseen):
+    model, usual, _ = known
+    new = usual[:60].copy()
+    new.obs["batch"] = "batch_9"
+    with pytest.raises(celbo.DataError, match="batch_9"):
+        model.outliers(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, log_p = model.outliers(new, unseen=unseen), model.log_prob(new, n_samples=50, unseen=unseen)["log_p"]
+    assert (found["p_value"] > 0.01).mean() > 0.8
+    as_known = model.log_prob(usual[:60], n_samples=50)["log_p"]
+    assert abs(log_p.mean() - as_known.mean()) < 0.05 * abs(as_known.mean())

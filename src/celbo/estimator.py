@@ -272,13 +272,9 @@ class ExpressionVAE:
         """
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
-        if unseen == "adapt":
-            return self.map_query(adata, genes_present=genes_present).posterior(adata, genes_present=genes_present)
-        if unseen == "nearest":
-            adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
-        source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
+        model, source = self._open(adata, unseen, genes_present)
         with kernels.threads(self.train.threads):
-            mu_z, logvar_z = posterior(self.vae_, source)
+            mu_z, logvar_z = posterior(model.vae_, source)
         return mu_z, np.exp(0.5 * logvar_z)
 
     def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
@@ -351,11 +347,11 @@ class ExpressionVAE:
             raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
         adata = read_adata(adata, layer=self.schema_.layer)
         self._refuse_autoencoder()
-        source = open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
+        model, source = self._open(adata, unseen, genes_present)
         with kernels.threads(self.train.threads):
-            found = plain = log_prob(self.vae_, source, n_samples=n_samples, refine_steps=0, seed=seed)
+            found = plain = log_prob(model.vae_, source, n_samples=n_samples, refine_steps=0, seed=seed)
             if refine:
-                found = log_prob(self.vae_, source, n_samples=n_samples, seed=seed)
+                found = log_prob(model.vae_, source, n_samples=n_samples, seed=seed)
         table = {**found._asdict(), "trusted": found.ess >= _FEW_SAMPLES}
         if refine:
             table |= {"unrefined": plain.log_p, "gap": found.log_p - plain.log_p}
@@ -415,14 +411,15 @@ class ExpressionVAE:
                 f"{known.sum()} cells were held out of fitting and read; at least {FEWEST_HELD_OUT} are needed to tell "
                 "what is usual. Fit again with more cells or a larger validation_fraction."
             )
-        source = open_source(adata, schema, unseen=unseen, genes_present=genes_present)
+        model, source = self._open(adata, unseen, genes_present)
         rows = np.arange(source.n_cells)
         is_level = [condition.levels is not None for condition in schema.conditions]
         codes = np.vstack([self.reference_.conditions[known], source.codes])[:, is_level]
         batch = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1) if any(is_level) else np.zeros(len(codes))
         with kernels.threads(self.train.threads):
-            found = self._read_cells(source, rows, self.reference_, seed)
-            genes = surprising_genes(self.vae_, source, posterior(self.vae_, source)[0], np.array(schema.genes), rows)
+            found = model._read_cells(source, rows, self.reference_, seed)
+            mu_z, _ = posterior(model.vae_, source)
+            genes = surprising_genes(model.vae_, source, mu_z, np.array(schema.genes), rows)
         table = unusual(
             self.reference_.readings[known],
             found,
@@ -1207,6 +1204,15 @@ class ExpressionVAE:
             positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
         )
 
+    def _open(self, adata: AnnData, unseen: str, genes_present: float) -> "tuple[ExpressionVAE, CellSource]":
+        """A source of these cells, and the model that knows their levels; options are those of `posterior`."""
+        if unseen == "adapt":
+            mapped = self.map_query(adata, genes_present=genes_present)
+            return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
+        if unseen == "nearest":
+            adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
+        return self, open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
+
     def _at_nearest_levels(self, adata: AnnData, genes_present: float) -> AnnData:
         """The cells, where levels that fit did not see are replaced by the known ones that suit their cells best."""
         obs = adata.obs.copy()
@@ -1221,7 +1227,7 @@ class ExpressionVAE:
                 warnings.warn(
                     f"condition {condition.name!r}: level {str(level)!r} ({len(there):,} cells), not seen in fit, is "
                     f"read as {nearest!r}, the known level that suits its cells best.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 column.iloc[there] = nearest
             obs[condition.name] = column
