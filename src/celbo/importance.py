@@ -19,6 +19,8 @@ _CHUNK = 256
 """Cells that are refined together."""
 _ROWS_AT_ONCE = 2048
 """Pairs of cell and sample that are decoded together."""
+_CONTEXT_AT_ONCE = 1_000_000
+"""Numbers of their contexts together, where there are very many levels."""
 _LEARNING_RATE, _WIDER = 0.03, 1.2
 """Of the refinement, falling to 0; and how much wider than the posterior samples are drawn."""
 
@@ -94,7 +96,8 @@ def _of_cells(
         mu_z, logvar_z = vae.encode(cells.x, context)
     mu_z, logvar_z = _refine(vae, cells, mu_z, logvar_z, refine_steps, generator)
     sd = _WIDER * (0.5 * logvar_z).exp()
-    n_cells, at_once = len(mu_z), max(1, _ROWS_AT_ONCE // len(mu_z))
+    rows = min(_ROWS_AT_ONCE, _CONTEXT_AT_ONCE // max(vae.context_dim, 1))
+    n_cells, at_once = len(mu_z), max(1, rows // len(mu_z))
     log_weights = []
     with torch.no_grad():
         for start in range(0, n_samples, at_once):
