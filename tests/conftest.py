@@ -1,6 +1,9 @@
 """What several test modules share: small simulated cells, a model fitted to them, real data where they are there."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import celbo
+from celbo.cli import main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy
@@ -32,6 +36,26 @@ def cells():
 def fitted(cells):
     """A conditional model fitted for a few epochs; tests leave it as it is."""
     return celbo.ExpressionVAE(latent_dim=4, hidden_dims=(16,), conditions=["batch"], train=QUICK).fit(cells)
+
+
+@pytest.fixture
+def celbo_command(capsys, monkeypatch):
+    """Run a command of celbo as a shell would, but in this process, which has torch already."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["celbo", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

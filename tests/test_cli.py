@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import celbo
-from celbo import cli
+from celbo import cli, terminal
 from celbo.config import READING
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -254,8 +254,8 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, e
 
 
 def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):
-    monkeypatch.setattr(cli, "_signals", [signal.SIGTERM])
-    ending = cli._ending_when_told(lambda minibatches, plan, history: minibatches)
+    monkeypatch.setattr(terminal, "_signals", [signal.SIGTERM])
+    ending = terminal.ending_when_told(lambda minibatches, plan, history: minibatches)
     with pytest.raises(SystemExit) as ended:
         next(iter(ending([np.arange(3)], None, [])))
     assert ended.value.code == 143

@@ -1,8 +1,6 @@
 """Models side by side, and the choice of the simplest that is as good as any."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import anndata
@@ -12,8 +10,6 @@ from scipy import sparse
 
 import celbo
 from celbo.comparing import simplest
-
-CELBO = [sys.executable, "-c", "from celbo.cli import main; main()"]
 
 
 def planted(likelihood, seed, n_cells=1500, n_genes=60):
@@ -107,24 +103,28 @@ def test_what_cannot_be_compared_is_refused(cells):
             celbo.compare({"nb": nb, "other": other}, cells)
     with pytest.raises(celbo.UsageError, match="at least two"):
         celbo.compare({"nb": nb}, cells)
+    with pytest.raises(celbo.UsageError, match="1 cell to compare"):
+        celbo.compare({"nb": nb, "again": nb}, cells[:1].copy())
+    with pytest.warns(UserWarning, match="only 20 cells to compare models on"):
+        celbo.compare({"nb": nb, "again": nb}, cells[:20].copy())
 
 
-def test_from_the_command_line(tmp_path):
+def test_from_the_command_line(tmp_path, celbo_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     planted("poisson", 2, n_cells=600, n_genes=30).write_h5ad(tmp_path / "counts.h5ad")
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     few = ["--latent-dim", "2", "--hidden-dim", "16", "--epochs", "20"]
-    done = subprocess.run([*CELBO, "fit", "counts.h5ad", "-o", "auto", *few, "--likelihood", "auto"], **run)
+    done = celbo_command("fit", "counts.h5ad", "-o", "auto", *few, "--likelihood", "auto")
     assert done.returncode == 0, done.stderr
     choice = json.loads((tmp_path / "auto" / "choice.json").read_text())[0]
     record = json.loads((tmp_path / "auto" / "run.json").read_text())
     assert record["options"]["likelihood"] == choice["chosen"]
     assert choice["chosen"] in done.stdout
-    done = subprocess.run([*CELBO, "fit", "counts.h5ad", "-o", "nb", *few], **run)
+    done = celbo_command("fit", "counts.h5ad", "-o", "nb", *few)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([*CELBO, "compare", "auto", "nb", "--data", "counts.h5ad", "--json"], **run)
+    done = celbo_command("compare", "auto", "nb", "--data", "counts.h5ad", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_cells"] == 60
-    done = subprocess.run([*CELBO, "fit", "counts.h5ad", "-o", "x", "--latent-dim", "some"], **run)
+    done = celbo_command("fit", "counts.h5ad", "-o", "x", "--latent-dim", "some")
     assert done.returncode == 2
     assert "--latent-dim some" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,14 +1,11 @@
 """Decoding under another condition: simulated truth, support, refusals, and the command."""
 
-import os
-import subprocess
-import sys
-
 import anndata
 import numpy as np
 import pytest
 
 import celbo
+from celbo.counterfactual import over_models
 from celbo.simulate import true_share
 
 TRAIN = celbo.TrainConfig(seed=0)
@@ -173,12 +170,8 @@ def test_a_model_without_reference_says_so(cells, whole, tmp_path):
         celbo.load(tmp_path / "model").counterfactual(cells[:5].copy(), {"treatment": "treated"})
 
 
-def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-c", "from celbo.cli import main; main()", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
+def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_path, celbo_command):
+    run = celbo_command
     whole.save(tmp_path / "model")
     controls(cells, "type_1").write_h5ad(tmp_path / "cells.h5ad")
     ask = ["counterfactual", tmp_path / "model", tmp_path / "cells.h5ad", "--set", "treatment=treated"]
@@ -236,6 +229,17 @@ def test_the_interval_of_a_group_mean_covers_real_groups(cells, whole):
     assert 0.8 < inside.mean() <= 1
     fewer, more = found.group_mean(n_cells=10), found.group_mean(n_cells=1000)
     assert (fewer["upper"] - fewer["lower"]).mean() > 3 * (more["upper"] - more["lower"]).mean()
+
+
+@pytest.mark.parametrize(("n_models", "spread"), [(1, 0.0), (3, 0.0), (3, 1.0), (3, 3.0), (3, 10.0), (8, 1.0)])
+def test_one_more_model_lies_in_the_interval_over_models_nine_times_in_ten(n_models, spread):
+    """20,000 genes, models normal around a truth with a known spread, draws around the models with variance 1."""
+    rng, n_draws, n_genes = np.random.default_rng(n_models), 40, 20_000
+    centre = 5 + spread * rng.standard_normal((n_models + 1, n_genes))
+    draws = [one + rng.standard_normal((n_draws, n_genes)) for one in centre]
+    mean, half = over_models(draws[:-1])
+    inside = (np.abs(draws[-1][0] - mean) <= half).mean()
+    assert 0.87 < inside < 0.92
 
 
 def test_genes_that_change_are_told_from_those_that_do_not(cells, whole):

@@ -1,7 +1,5 @@
 """Genes that differ between groups: known truths of simulated cells."""
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -131,6 +129,23 @@ def test_pseudobulk_adds_up_exactly(known):
         celbo.pseudobulk(adata, ["donor"])
 
 
+@pytest.mark.parametrize("values", [[True, False], [0, 1], [0.5, 2.0], ["a", None]])
+def test_groups_may_be_named_by_anything(known, values):
+    model, adata = known
+    adata = adata[:100].copy()
+    adata.obs["own"] = pd.Series(values * 50, index=adata.obs_names, dtype=object)
+    adata.obs["text"] = adata.obs["own"].map(str)
+    first, second = (str(value) for value in values)
+    if values[1] is None:  # a missing value is no group
+        with pytest.raises(celbo.UsageError, match="single group"):
+            model.differential_expression(adata, groupby="own")
+        return
+    found = model.differential_expression(adata, groupby="own", group=second, reference=first)
+    pd.testing.assert_frame_equal(
+        found, model.differential_expression(adata, groupby="text", group=second, reference=first)
+    )
+
+
 def test_what_cannot_be_compared_is_refused(known, cells):
     model, adata = known
     adata = adata[:200].copy()
@@ -143,7 +158,9 @@ def test_what_cannot_be_compared_is_refused(known, cells):
         ({"groupby": "one"}, "single group"),
         ({"groupby": "rare", "group": "b"}, "fewer than 2 cells"),
         ({"groupby": "cell_type", "pair_by": "donor"}, "pair_by='donor'"),
-        ({"groupby": "batch", "pair_by": "batch"}, "no level of 'batch'"),
+        ({"groupby": "batch", "pair_by": "batch"}, "fewer than 2 cells in any level of 'batch'"),
+        ({"groupby": "rare"}, "'a' or what it is compared with has fewer than 2 cells[.]"),
+        ({"groupby": "library"}, "none of the 200 groups of 'library' has 2 cells"),
         ({"groupby": "cell_type", "n_samples": 0}, "n_samples=0"),
     ):
         with pytest.raises(celbo.UsageError, match=reason):
@@ -156,18 +173,18 @@ def test_what_cannot_be_compared_is_refused(known, cells):
         gaussian.differential_expression(cells, groupby="cell_type")
 
 
-def test_from_the_command_line(known, tmp_path):
+def test_from_the_command_line(known, tmp_path, celbo_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model, adata = known
     model.save(tmp_path / "model")
     adata[:400].write_h5ad(tmp_path / "cells.h5ad")
-    command = [sys.executable, "-c", "from celbo.cli import main; main()", "de", "model", "cells.h5ad", "-o", "de.csv"]
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run([*command, "--groupby", "cell_type", "--group", "type_0"], **run)
+    ask = ["de", "model", "cells.h5ad", "-o", "de.csv", "--groupby"]
+    done = celbo_command(*ask, "cell_type", "--group", "type_0")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "de.csv", index_col="gene")
     expected = model.differential_expression(adata[:400].copy(), groupby="cell_type", group="type_0")
     np.testing.assert_allclose(table["log2_fold_change"], expected["log2_fold_change"], atol=1e-5)
-    done = subprocess.run([*command, "--groupby", "cell_tipe"], **run)
+    done = celbo_command(*ask, "cell_tipe")
     assert done.returncode == 2
     assert "cell_tipe" in done.stderr
     assert "Traceback" not in done.stderr

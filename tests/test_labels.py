@@ -1,7 +1,5 @@
 """Labels, partly known: what is told of cells, how surely, and of which nothing is."""
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -137,17 +135,16 @@ def test_without_enough_labelled_cells_nothing_is_called_none_of_these():
     assert (predictions(odds, among, z, ("a", "b"), pd.RangeIndex(300))["label"] == NONE_OF_THESE).mean() < 0.04
 
 
-def test_the_command_line_predicts(many, model, tmp_path):
+def test_the_command_line_predicts(many, model, tmp_path, celbo_command):
     model.save(tmp_path / "run" / "model")
     many[:40].write_h5ad(tmp_path / "new.h5ad")
-    command = [sys.executable, "-c", "from celbo.cli import main; main()", "predict", tmp_path / "run"]
-    command += [tmp_path / "new.h5ad", "-o", tmp_path / "labels.csv"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = ["predict", tmp_path / "run", tmp_path / "new.h5ad", "-o", tmp_path / "labels.csv"]
+    done = celbo_command(*command)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "labels.csv", index_col="cell")
     assert list(table.index) == list(many.obs_names[:40])
     assert list(table.columns[:3]) == ["label", "probability", "p_known"]
     (tmp_path / "labels.csv").write_text("mine\n")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = celbo_command(*command)
     assert done.returncode == 2
     assert "no table that celbo wrote" in done.stderr

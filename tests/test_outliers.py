@@ -1,8 +1,7 @@
 """How likely and how unusual cells are."""
 
-import subprocess
-import sys
 import warnings
+from functools import partial
 
 import anndata
 import numpy as np
@@ -155,16 +154,13 @@ def test_what_cannot_be_told_is_refused(cells, tmp_path):
         few.log_prob(cells, n_samples=1)
 
 
-def test_from_the_command_line(known, tmp_path):
+def test_from_the_command_line(known, tmp_path, celbo_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model, usual, _ = known
     model.save(tmp_path / "model")
     usual[:60].write_h5ad(tmp_path / "cells.h5ad")
 
-    def celbo_score(*options):
-        command = [sys.executable, "-c", "from celbo.cli import main; main()"]
-        command += ["score", "model", "cells.h5ad", "-o", "scores.csv", *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
+    celbo_score = partial(celbo_command, "score", "model", "cells.h5ad", "-o", "scores.csv")
     done = celbo_score("--n-samples", "50")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "scores.csv", index_col="cell")
@@ -173,6 +169,9 @@ def test_from_the_command_line(known, tmp_path):
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "scores.csv", index_col="cell")
     assert {"score", "p_value", "q_value", "kind", "top_genes"} <= set(table)
+    done = celbo_score("--outliers", "--refine")
+    assert done.returncode == 2
+    assert "leave one of them out" in done.stderr
     done = celbo_score("--n-samples", "0")
     assert done.returncode == 2
     assert "n_samples=0" in done.stderr

@@ -3,39 +3,53 @@
 Commands import what they need when they run, so that ``celbo --help`` costs no torch.
 """
 
-import errno
-import io
 import json
-import math
-import os
-import signal
-import sys
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import celbo
 from celbo import checkpoint
-from celbo.errors import CelboError, DataError, StorageError, UsageError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from celbo.checkpoint import FolderDescription
-    from celbo.comparing import Comparison
-    from celbo.curing import Step
-    from celbo.demo import Recovery
-    from celbo.estimator import ExpressionVAE
-    from celbo.minibatch import Rows
-    from celbo.train import Epoch, Plan, Track
+from celbo.commands import (
+    Reading,
+    chosen_options,
+    compare_with_record,
+    conditions_of,
+    describe,
+    fit_and_write,
+    make_model,
+    open_run,
+    read_cells,
+    refuse_options_of_fit,
+    show_trail,
+)
+from celbo.errors import DataError, UsageError
+from celbo.options import (
+    AllowNoninteger,
+    AsJson,
+    Conditions,
+    Config,
+    DataPath,
+    GeneColumn,
+    GenesPresent,
+    Layer,
+    LikelihoodName,
+    LikelihoodToFit,
+    MakeUnique,
+    NaAsLevel,
+    Nuisance,
+    OnDisk,
+    OutFolder,
+    RunPath,
+    Seed,
+    SizeFactor,
+    Unseen,
+)
+from celbo.terminal import ending_when_told, guarded, plain, say, shown_warnings
 
 __all__ = ["app", "main"]
 
@@ -47,18 +61,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DataPath = Annotated[Path, typer.Argument(help="Cells with raw counts: an .h5ad file or a .zarr folder.")]
-RunPath = Annotated[Path, typer.Argument(help="What `celbo fit` wrote, or the model folder in it.")]
-OutFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to; made if it is not there.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-
 _FDR = 0.05
 """At which changed genes are counted."""
 N_TOP_GENES = 4000
 """Genes that `celbo fit` models at most unless told otherwise."""
-
-# Disk full, quota, read-only, permission: what the person, not celbo, can mend.
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 def _version(wanted: bool) -> None:
@@ -77,48 +83,6 @@ def _root(
 
     Then: `celbo fit counts.h5ad -o run` and open `run/report.html`.
     """
-
-
-# Options that fit and check share.
-Config = Annotated[
-    Path | None,
-    typer.Option(help="Options from a .toml file, or from the run.json of a run to repeat; the command line wins."),
-]
-Conditions = Annotated[
-    list[str] | None,
-    typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
-]
-Nuisance = Annotated[
-    list[str] | None,
-    typer.Option(help="Column of obs to be removed, as batch or donor: a condition one does not ask about; repeat."),
-]
-_LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian"
-LikelihoodName = Annotated[str, typer.Option(help=f"{_LIKELIHOODS}.")]
-LikelihoodToFit = Annotated[
-    str, typer.Option(help=f"{_LIKELIHOODS}; auto for the simplest that explains held-out counts as well as any.")
-]
-Layer = Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")]
-SizeFactor = Annotated[str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")]
-AllowNoninteger = Annotated[
-    bool, typer.Option("--allow-noninteger", help="Let estimated counts through, which need not be whole.")
-]
-GeneColumn = Annotated[str | None, typer.Option(help="Column of var to name genes by, in place of its index.")]
-MakeUnique = Annotated[bool, typer.Option("--make-unique", help="Number gene names that occur more than once.")]
-NaAsLevel = Annotated[
-    bool, typer.Option("--na-as-level", help="Let cells without a condition be a level of their own.")
-]
-OnDisk = Annotated[bool, typer.Option("--on-disk", help="Leave the counts on disk: less memory, slower.")]
-Unseen = Annotated[
-    str,
-    typer.Option(
-        help="Levels that fit did not see: refuse, read as the nearest known one, marginal (as all alike), or adapt "
-        "(learn them from these cells)."
-    ),
-]
-GenesPresent = Annotated[
-    float, typer.Option(help="Share of the model's genes that must be there; it fills in the rest.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @app.command()
@@ -153,16 +117,18 @@ def check(
 
     try:
         if model is not None:
-            _refuse_options_of_fit(ctx)
+            refuse_options_of_fit(ctx)
             fitted = celbo.load(model)
-            reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-            adata = _read(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
+            reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+            adata = read_cells(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
             seen = "marginal" if unseen in ("nearest", "adapt") else unseen
             found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
         else:
-            chosen, reading = _chosen_options(ctx, config)
-            unfitted = _make_model(chosen)
-            found = unfitted.check(_read(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance]))
+            chosen, reading = chosen_options(ctx, config)
+            unfitted = make_model(chosen)
+            found = unfitted.check(
+                read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
+            )
     except DataError as error:  # nothing could be looked at
         found = Check(0, 0)
         found.add("unreadable", "error", str(error))
@@ -171,9 +137,9 @@ def check(
         typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
         size = f"{found.n_cells:,} cells x {found.n_genes:,} genes, {found.n_values:,} stored values"
-        typer.echo(_plain(f"{data}: {size}"))
+        typer.echo(plain(f"{data}: {size}"))
         for problem in found.problems:
-            typer.echo(_plain(f"{problem.severity} ({problem.name}): {problem.message}"))
+            typer.echo(plain(f"{problem.severity} ({problem.name}): {problem.message}"))
         if not found.errors:
             typer.echo("ready to embed" if model else "ready to fit")
     if found.errors:
@@ -262,17 +228,17 @@ def fit(
 
         typer.echo(remedy_table())
         return
-    chosen, reading = _chosen_options(ctx, config)
+    chosen, reading = chosen_options(ctx, config)
     auto = {name for name in ("likelihood", "latent_dim") if chosen["model"].get(name) == "auto"}
     chosen["model"] = {name: value for name, value in chosen["model"].items() if name not in auto}
-    model = _make_model(chosen)
+    model = make_model(chosen)
     model.recipe()  # a remedy that is none is told before the data are read
-    adata = _read(data, reading, model.layer, [*model.conditions, *model.nuisance])
-    _compare_with_record(adata, model.layer, chosen, config)
+    adata = read_cells(data, reading, model.layer, [*model.conditions, *model.nuisance])
+    compare_with_record(adata, model.layer, chosen, config)
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
-        _say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
-    _fit_and_write(
+        say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
+    fit_and_write(
         model,
         adata,
         output,
@@ -283,7 +249,7 @@ def fit(
         auto_remedy=auto_remedy,
         auto=auto,
     )
-    _say(f"open {output / 'report.html'}")
+    say(f"open {output / 'report.html'}")
 
 
 @app.command()
@@ -311,12 +277,12 @@ def embed(
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
     refuse_no_embedding(output)
     model = celbo.load(run)
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
-    with _shown_warnings():
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with shown_warnings():
         cells = embedding(model, adata, unseen=unseen, genes_present=genes_present)
     write_embedding(cells, output)
-    _say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
+    say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
 
 
 DataOfRun = Annotated[
@@ -340,10 +306,10 @@ def diagnose(
 
     One line of verdict, then what was measured on held-out cells, worst first, then remedies in the order to try them.
     """
-    model, adata, _, _ = _open_run(run, data, on_disk=on_disk)
-    with _shown_warnings():
+    model, adata, _, _ = open_run(run, data, on_disk=on_disk)
+    with shown_warnings():
         found = model.diagnose(adata, groupby=groupby)
-    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else _plain(str(found)))
+    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else plain(str(found)))
 
 
 @app.command()
@@ -365,11 +331,11 @@ def cure(
     from celbo.progress import shown_progress
     from celbo.runs import claimed_folder, write_run
 
-    model, adata, path, reading = _open_run(run, data, on_disk=on_disk)
+    model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
-        with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-            cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=_ending_when_told(track))
+        with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+            cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=ending_when_told(track))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write_run(
@@ -385,8 +351,8 @@ def cure(
     if as_json:
         typer.echo((output / "cure.json").read_text())
     else:
-        _show_trail(trail)
-    _say(f"open {output / 'report.html'}")
+        show_trail(trail)
+    say(f"open {output / 'report.html'}")
 
 
 @app.command()
@@ -425,16 +391,16 @@ def counterfactual(
         raise UsageError(f"{output} is the data themselves; name another file with -o.")
     refuse_no_counterfactual(output)
     model = celbo.load(run)
-    given = _conditions_of(model, conditions, "--set")
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
-    with _shown_warnings():
+    given = conditions_of(model, conditions, "--set")
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with shown_warnings():
         others = [celbo.load(path) for path in other or ()]
         found = model.counterfactual(adata, given, others=others, n_samples=n_samples, seed=seed)
     write_counterfactual(found, adata, output, sample=sample, seed=seed)
     counts = found.support["verdict"].value_counts()
     said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("supported", "edge", "extrapolation"))
-    _say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
+    say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
 
 
 @app.command()
@@ -462,11 +428,11 @@ def sample(
 
     refuse_no_sample(output)
     model = celbo.load(run)
-    with _shown_warnings():
-        wanted = _conditions_of(model, given or (), "--given")
+    with shown_warnings():
+        wanted = conditions_of(model, given or (), "--given")
         cells = model.sample(n, conditions=wanted, source=source, library=library, seed=seed)
     write_sample(cells, output)
-    _say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, drawn: {output}")
+    say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, drawn: {output}")
 
 
 @app.command()
@@ -490,13 +456,13 @@ def predict(
     from celbo.runs import write_table
 
     model = celbo.load(run)
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
-    with _shown_warnings():
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with shown_warnings():
         found = model.predict(adata, unseen=unseen, genes_present=genes_present)
     write_table(found, output)
     none = int((found["label"] == "none of these").sum())
-    _say(f"{len(found):,} cells, {none:,} of them none of these: {output}")
+    say(f"{len(found):,} cells, {none:,} of them none of these: {output}")
 
 
 @app.command()
@@ -510,7 +476,9 @@ def score(
     refine: Annotated[
         bool, typer.Option("--refine", help="Fit each cell's posterior by itself first: slower, and surer.")
     ] = False,
-    n_samples: Annotated[int, typer.Option(help="Draws of z for each cell.")] = 500,
+    n_samples: Annotated[
+        int | None, typer.Option(help="Draws of z for each cell, for log p(x).", show_default="500")
+    ] = None,
     unseen: Unseen = "refuse",
     genes_present: GenesPresent = 0.8,
     gene_column: GeneColumn = None,
@@ -528,24 +496,31 @@ def score(
     """
     from celbo.runs import write_table
 
+    if outliers and (refine or n_samples is not None):
+        raise UsageError("--refine and --n-samples are about log p(x), not about --outliers; leave one of them out.")
     model = celbo.load(run)
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
-    with _shown_warnings():
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with shown_warnings():
         if outliers:
             found = model.outliers(adata, unseen=unseen, genes_present=genes_present, seed=seed)
         else:
             found = model.log_prob(
-                adata, n_samples=n_samples, refine=refine, unseen=unseen, genes_present=genes_present, seed=seed
+                adata,
+                n_samples=500 if n_samples is None else n_samples,
+                refine=refine,
+                unseen=unseen,
+                genes_present=genes_present,
+                seed=seed,
             )
     write_table(found, output)
     if outliers:
         counts = found["kind"].value_counts()
-        _say(f"{', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {output}")
+        say(f"{', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {output}")
     else:
         doubted = int((~found["trusted"]).sum())
         few = f"; {doubted:,} cells with too few effective draws to trust: try --refine" if doubted else ""
-        _say(f"{len(found):,} cells, mean log p(x) {found['log_p'].mean():,.2f} nats{few}: {output}")
+        say(f"{len(found):,} cells, mean log p(x) {found['log_p'].mean():,.2f} nats{few}: {output}")
 
 
 @app.command()
@@ -560,11 +535,11 @@ def compare(
 
     `celbo compare run_nb run_zinb --data counts.h5ad`
     """
-    models = {str(run): _open_run(run, data, on_disk=on_disk)[0] for run in runs}
-    adata = _open_run(runs[0], data, on_disk=on_disk)[1]
-    with _shown_warnings():
+    models = {str(run): open_run(run, data, on_disk=on_disk)[0] for run in runs}
+    adata = open_run(runs[0], data, on_disk=on_disk)[1]
+    with shown_warnings():
         found = celbo.compare(models, adata, seed=seed)
-    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else _plain(str(found)))
+    typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else plain(str(found)))
 
 
 @app.command()
@@ -597,9 +572,9 @@ def de(
     from celbo.runs import write_table
 
     model = celbo.load(run)
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
-    with _shown_warnings():
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    with shown_warnings():
         found = model.differential_expression(
             adata,
             groupby=groupby,
@@ -611,7 +586,7 @@ def de(
         )
     write_table(found, output)
     sure = int((found["fdr"] <= _FDR).sum())
-    _say(f"{sure:,} genes change by log2 {least_change:g} or more at a false discovery rate of {_FDR:.0%}: {output}")
+    say(f"{sure:,} genes change by log2 {least_change:g} or more at a false discovery rate of {_FDR:.0%}: {output}")
 
 
 @app.command("map")
@@ -636,23 +611,23 @@ def map_query(
     from celbo.runs import claimed_folder, embedding, write_embedding
 
     model = celbo.load(run)
-    reading = _Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = _read(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
+    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
     with claimed_folder(output, data):
-        with _shown_warnings(), shown_progress(Console(stderr=True, highlight=False)) as track:
-            mapped = model.map_query(adata, genes_present=genes_present, track=_ending_when_told(track))
+        with shown_warnings(), shown_progress(Console(stderr=True, highlight=False)) as track:
+            mapped = model.map_query(adata, genes_present=genes_present, track=ending_when_told(track))
             cells = embedding(mapped, adata, genes_present=genes_present)
         mapped.save(output / "model")
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:
-        _say("every level of the conditions is known: nothing was trained")
-    _say(f"{adata.n_obs:,} cells mapped: {output}")
+        say("every level of the conditions is known: nothing was trained")
+    say(f"{adata.n_obs:,} cells mapped: {output}")
 
 
 @app.command()
 def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Say what a model folder holds, after checking that it is whole; nothing in it is executed."""
-    found = _describe(checkpoint.describe_folder(run))
+    found = describe(checkpoint.describe_folder(run))
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -660,7 +635,7 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
         if isinstance(value, dict):
             value = [f"{key} ({part if isinstance(part, str) else ', '.join(part)})" for key, part in value.items()]
         shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        typer.echo(f"{name:<17}{'none' if shown in ('', None) else _plain(str(shown))}")
+        typer.echo(f"{name:<17}{'none' if shown in ('', None) else plain(str(shown))}")
 
 
 @app.command()
@@ -671,314 +646,15 @@ def demo(
     """Simulate cells with known truth, fit them, and say how much of the truth came back."""
     from celbo.demo import demo_cells, demo_model, recover
 
-    _say("simulating 3,000 cells x 1,000 genes: 6 types, 2 batches, a treatment that acts in 3 of the types")
+    say("simulating 3,000 cells x 1,000 genes: 6 types, 2 batches, a treatment that acts in 3 of the types")
     adata, model = demo_cells(seed), demo_model(seed)
-    summary = _fit_and_write(model, adata, output, source="simulated cells", recover=recover)
+    summary = fit_and_write(model, adata, output, source="simulated cells", recover=recover)
     for name, value, reference, meaning in (row.values() for row in summary["recovery"]):
         beside = "" if reference is None else f" (principal components {reference:.3f})"
         typer.echo(f"{name}: {value:.3f}{beside}: {meaning}")
-    _say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
-
-
-class _Reading(NamedTuple):
-    """How data are read; names are those of `celbo.config.READING`."""
-
-    gene_column: str | None = None
-    make_unique: bool = False
-    na_as_level: bool = False
-    on_disk: bool = False
-
-
-# Options of the command line that have another name in Python, or stand for one of several.
-_NAMES = {"condition": "conditions", "hidden_dim": "hidden_dims", "epochs": "max_epochs", "remedy": "remedies"}
-
-
-def _chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], _Reading]:
-    """What the command line and the config file say of model, training and reading; the command line wins."""
-    from celbo.config import READING, read_config
-
-    defaults = celbo.ExpressionVAE().options()
-    train = defaults.pop("train")
-    chosen: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "reading": {}}
-    if config is not None:
-        chosen = read_config(config, defaults, train)
-    for parameter, value in ctx.params.items():
-        name = _NAMES.get(parameter, parameter)
-        source = ctx.get_parameter_source(parameter)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        if name == "latent_dim" and value != "auto":
-            value = _whole(value)
-        for table, known in (("model", defaults), ("train", train), ("reading", READING)):
-            if name in known:
-                chosen[table][name] = value
-    return chosen, _Reading(**chosen["reading"])
-
-
-def _whole(text: str) -> int:
-    """The number of latent dimensions, which may be a word."""
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--latent-dim {text}: give a whole number, or auto.") from None
-
-
-def _refuse_options_of_fit(ctx: typer.Context) -> None:
-    """Refuse options that a fitted model brings of its own, where it is named."""
-    of_fit = ("condition", "nuisance", "likelihood", "layer", "size_factor", "allow_noninteger", "config")
-    given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"with --model the model says what it reads; leave out {options}.")
-
-
-def _compare_with_record(
-    adata: "AnnData", layer: str | None, chosen: dict[str, dict[str, Any]], config: Path | None
-) -> None:
-    """Say so if a run is repeated on other data than it was about."""
-    from celbo.runs import fingerprint
-
-    expected = chosen.get("data", {}).get("sha256_values")
-    if expected and fingerprint(adata, layer)["sha256_values"] != expected:
-        _say(f"warning: the values are not those of the run that {config} records; the result will differ.")
-
-
-def _make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
-    model = dict(chosen["model"])
-    model["n_top_genes"] = model.get("n_top_genes") or None
-    return celbo.ExpressionVAE(**model, train=celbo.TrainConfig(**chosen["train"]))
-
-
-def _read(data: Path, reading: _Reading, layer: str | None, conditions: "Sequence[str]") -> "AnnData":
-    from celbo.data import fill_missing_levels, name_genes, read_adata
-
-    adata = name_genes(
-        read_adata(data, layer=layer, on_disk=reading.on_disk), reading.gene_column, make_unique=reading.make_unique
-    )
-    return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
-
-
-def _open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, _Reading]":
-    """A fitted model and cells for it: those named, or those that its run was fitted to."""
-    from celbo.runs import record_of_run
-
-    model = celbo.load(run)
-    record = record_of_run(run)
-    recorded = record.get("reading", {})
-    reading = _Reading(**{name: recorded[name] for name in _Reading._fields if name in recorded})
-    reading = reading._replace(on_disk=on_disk or reading.on_disk)
-    if data is None:
-        if "path" not in recorded:
-            raise UsageError(f"{run} does not say which cells it was fitted to; name them.")
-        data = Path(recorded["path"])
-        if not data.exists():
-            raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
-    conditions = [condition.name for condition in model.schema_.conditions]
-    return model, _read(data, reading, model.schema_.layer, conditions), data, reading
-
-
-def _conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -> dict[str, str | float]:
-    """What CONDITION=VALUE says, numbers for continuous conditions."""
-    continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
-    given: dict[str, str | float] = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        if not value:
-            raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
-        try:
-            given[name] = float(value) if name in continuous else value
-        except ValueError:
-            raise UsageError(f"{option} {text}: {name!r} is continuous; give a number.") from None
-    return given
-
-
-def _show_trail(trail: "Sequence[Step]") -> None:
-    """What was tried, in a line each."""
-    for step in trail:
-        typer.echo(_plain(f"{' + '.join(step.remedies) or 'no remedy'}: {step.verdict}"))
-        price = "" if step.difference is None else f" (s.e. {step.se:.2f})"
-        typer.echo(_plain(f"  {step.said}{price}"))
-
-
-def _fit_and_write(
-    model: "ExpressionVAE",
-    adata: "AnnData",
-    output: Path,
-    *,
-    source: str,
-    path: Path | None = None,
-    reading: dict[str, Any] | None = None,
-    keep_reference: bool = True,
-    auto_remedy: bool = False,
-    auto: Collection[str] = (),
-    recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
-) -> dict[str, Any]:
-    """Train with progress, then write the run; warnings are shown, and repeated in the report."""
-    from celbo.progress import shown_progress
-    from celbo.runs import claimed_folder, write_run
-    from celbo.train import settle_device
-
-    _say(f"computing on {settle_device(model.train.device)}")
-    with claimed_folder(output, path):
-        started = time.perf_counter()
-        with _shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-            choices: list[Comparison] = []
-            trail = None
-            if auto:
-                model, choices = celbo.choose(
-                    model,
-                    adata,
-                    likelihood="likelihood" in auto,
-                    latent_dim="latent_dim" in auto,
-                    track=_ending_when_told(track),
-                )
-            else:
-                model.fit(adata, track=_ending_when_told(track))
-            if auto_remedy:
-                fitted, of_it = model, len(notes)
-                model, trail = celbo.cure(fitted, adata, track=_ending_when_told(track))
-                if model is not fitted:  # what was said of the model that was given up is no longer true
-                    del notes[:of_it]
-        seconds = time.perf_counter() - started
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the data are was said before they were fitted
-            summary = write_run(
-                output,
-                model,
-                adata,
-                seconds=seconds,
-                source=source,
-                notes=notes,
-                reading=reading,
-                recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
-                keep_reference=keep_reference,
-                trail=trail,
-                choices=choices,
-            )
-    for choice in choices:
-        typer.echo(_plain(str(choice)))
-    if trail is not None:
-        _show_trail(trail)
-    metrics = summary["metrics"]
-    elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
-    of = "training" if elbo == "elbo_train" else "held-out"
-    _say(
-        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell; "
-        f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
-    )
-    return summary
-
-
-def _describe(folder: "FolderDescription") -> dict[str, Any]:
-    """Say what a model folder holds in a line each; what the folder lacks is None."""
-    document = folder.document
-    options, schema = document.get("options", {}), document.get("schema", {})
-    history = document.get("history") or [{}]
-    return {
-        "path": str(folder.path),
-        "format": folder.format_version,
-        "celbo_version": folder.celbo_version,
-        "size_bytes": folder.size,
-        "likelihood": options.get("likelihood"),
-        "objective": options.get("objective"),
-        "latent_dim": options.get("latent_dim"),
-        "hidden_dims": options.get("hidden_dims"),
-        "n_genes": len(schema.get("genes", [])),
-        "genes": schema.get("genes", [])[:5],
-        "selection": schema.get("selection"),
-        "layer": schema.get("layer"),
-        "size_factor": schema.get("size_factor"),
-        "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},
-        "epochs": len(document.get("history") or []),
-        "kl_weight": history[-1].get("kl_weight"),
-        "elbo_validation": history[-1].get("validation_elbo"),
-        "n_parameters": sum(math.prod(shape) for shape in folder.shapes.values()),
-        "has_reference": folder.has_reference,
-    }
-
-
-def _say(text: str) -> None:
-    """Tell the person, not the pipe; names in data cannot control the terminal, nor can a full one stop the work."""
-    with suppress(OSError):
-        typer.echo(_plain(text), err=True)
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-@contextmanager
-def _shown_warnings() -> Iterator[list[str]]:
-    """Say warnings in a line each, and keep them."""
-    notes: list[str] = []
-
-    def show(message: Warning | str, *_: Any) -> None:
-        notes.append(str(message))
-        _say(f"warning: {message}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
-        yield notes
-
-
-_OUT_OF_MEMORY = "out of memory: use fewer cells, genes or hidden units, or a machine with more of it."
-
-_signals: list[int] = []
-"""Numbers of the signals received; like signals themselves, one list for the process."""
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated)."""
-    _signals.append(number)
-    _say("interrupted" if number == signal.SIGINT else "terminated")
-    sys.exit(128 + number)
-
-
-def _ending_when_told(track: "Track") -> "Track":
-    """End at the next minibatch if a signal came; Python drops what `_stop` raises while it runs a destructor."""
-
-    def ending(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
-        for rows in track(minibatches, plan, history):
-            if _signals:
-                sys.exit(128 + _signals[0])
-            yield rows
-
-    return ending
+    say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
 
 
 def main() -> None:
-    """Run the command line; every failure ends in a message and its exit code, never in a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        app()
-    except CelboError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail(_OUT_OF_MEMORY, 137)
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            _bug(error)
-        _fail(f"{error.filename or 'a file'}: {error.strerror}.", StorageError.exit_code)
-    except Exception as error:  # noqa: BLE001 - the last line of defence
-        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's own ways to say it
-            _fail(_OUT_OF_MEMORY, 137)
-        _bug(error)
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    _say(f"error: {message}")
-    sys.exit(exit_code)
-
-
-def _bug(error: Exception) -> NoReturn:
-    if os.environ.get("CELBO_DEBUG"):
-        traceback.print_exc()
-    _fail(
-        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please report it "
-        "with what CELBO_DEBUG=1 shows when set before the same command.",
-        CelboError.exit_code,
-    )
+    """Run the command line."""
+    guarded(app)

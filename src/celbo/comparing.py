@@ -1,5 +1,6 @@
 """Compare fitted models by how likely they find the same cells; choose the simplest that is as good as any."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -27,6 +28,8 @@ SIMPLEST_FIRST = ("bernoulli", "poisson", "nb", "zinb")
 LATENT_DIMS = (2, 5, 10, 20, 30)
 """Widths that ``latent_dim="auto"`` chooses from."""
 _CELLS, _SAMPLES = 500, 200
+_FEW_CELLS = 30
+"""Below which people are warned."""
 _FEW = 10
 """Effective samples below which log p of a cell is not to be trusted."""
 _AS_GOOD, _HOPELESS = 2.0, 5.0
@@ -93,7 +96,7 @@ def compare(
     Raises
     ------
     UsageError
-        If models have other genes, or values of another kind, or there are fewer than two of them.
+        If models have other genes, or values of another kind, or there are fewer than two of them or of the cells.
 
     Examples
     --------
@@ -105,6 +108,8 @@ def compare(
     >>> found.table.loc[found.chosen, "ess"] > 10
     np.True_
     """
+    if not isinstance(models, Mapping):
+        raise UsageError("name the models, the simplest first: celbo.compare({'nb': model_1, 'zinb': model_2}, adata).")
     if len(models) < 2:
         raise UsageError(f"{len(models)} model to compare; give at least two.")
     first = next(iter(models.values()))
@@ -124,6 +129,13 @@ def compare(
     held_out = reduce(np.intersect1d, [every if split is None else split.validation for split in splits])
     all_held_out = len(held_out) >= 2 and all(split is not None for split in splits)
     rows = held_out if len(held_out) >= 2 else every
+    if len(rows) < 2:
+        raise UsageError(f"{len(rows)} cell to compare models on; give at least 2, better {_FEW_CELLS} or more.")
+    if len(rows) < _FEW_CELLS:
+        why = "were held out by every model; those fitted with the same seed hold out the same" if all_held_out else ""
+        warnings.warn(
+            f"only {len(rows)} cells {why or 'to compare models on'}: a difference may be chance.", stacklevel=2
+        )
     rows = np.sort(np.random.default_rng([seed, 19]).permutation(rows)[:_CELLS])
     return _compared(models, adata, rows, n_samples, seed, held_out=all_held_out)
 
@@ -205,6 +217,8 @@ def choose(
         If fewer than 30 cells would be held out.
     """
     adata = read_adata(adata, layer=model.layer)
+    if (likelihood or latent_dim) and (n := round(adata.n_obs * model.train.validation_fraction)) < _FEW_CELLS:
+        raise UsageError(f"{n} cells would be held out, too few to choose by; give {_FEW_CELLS}, or choose yourself.")
     compared = []
     if likelihood:
         binary = _is_binary(model, adata)

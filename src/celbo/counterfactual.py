@@ -16,12 +16,14 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
+from scipy.stats import t as student_t
 from torch import Tensor
 from torch.distributions import Distribution
 
 from celbo.distributions import NegativeBinomial
+from celbo.errors import UsageError
 from celbo.inference import context_of, fill_in
-from celbo.minibatch import Contexts, Source, in_chunks
+from celbo.minibatch import Contexts, Rows, Source, in_chunks
 from celbo.vae import VAE
 
 __all__ = ["LEAST_CHANGE", "Counterfactual", "Decoded", "Draws", "changed_genes", "decode_under", "n_like", "support"]
@@ -77,37 +79,25 @@ class Counterfactual:
         anndata.AnnData
             Counts over the model's genes; obs as of the cells, conditions as asked for.
         """
-        vae, z, contexts, library, source = self.draws[seed % len(self.draws)]
-        device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
-        with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(seed)  # not every distribution of torch takes a generator
-            for rows in in_chunks(np.arange(len(z)), _CHUNK):
-                chosen = torch.from_numpy(z[rows, rng.integers(z.shape[1], size=len(rows))]).to(device)
-                size = torch.from_numpy(library[rows]).to(device)
-                p = vae.likelihood(chosen, context=contexts(rows).to(device) if vae.context_dim else None, library=size)
-                if isinstance(p, NegativeBinomial):
-                    cells = fill_in(vae, source.take(rows).to(device), source)
-                    own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
-                    counts = torch.poisson(_rates(p, own, cells.x.to_dense(), draw=True))
-                else:
-                    counts = p.sample()
-                blocks.append(sparse.csr_matrix(counts.cpu().numpy()))
-        adata = AnnData(X=sparse.vstack(blocks, format="csr"), obs=self.obs.copy())
+        counts = _draw(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
+        adata = AnnData(X=counts, obs=self.obs.copy())
         adata.var_names = self.genes.index
         return adata
 
     def group_mean(self, *, n_cells: int | None = None, n_draws: int = 100, seed: int = 0) -> pd.DataFrame:
         """What the mean of so many real cells would be: ``log(1 + 10,000 x / library)``, by gene.
 
-        From drawn counts of cells drawn with replacement: the interval holds the noise of counts, the choice of cells
-        and where they lie; what another model would say only if several models were asked.
+        Each draw takes as many cells as these from among them, with replacement and counts of their own, and from these
+        the group: a mean has the error of both samples, ``s**2 (1 / n + 1 / n_cells)``, since that of the cells asked
+        about is not known better than n cells tell. What another model would say is in it only if several were asked
+        (see `over_models`).
 
         Parameters
         ----------
         n_cells
             Cells that the mean is of; as many as these if None.
         n_draws
-            Draws of all of them.
+            Draws of all of them, at least two for each model.
         seed
             Of the draws.
 
@@ -116,14 +106,53 @@ class Counterfactual:
         pandas.DataFrame
             By gene: ``mean`` and its 90 % interval, ``lower`` and ``upper``.
         """
-        rng, means = np.random.default_rng([seed, 17]), []
+        n_models = len(self.draws)
+        if n_cells is not None and n_cells < 1:
+            raise UsageError(f"n_cells is {n_cells}; a mean is of at least 1 cell")
+        if n_draws < 2 * n_models:
+            raise UsageError(f"n_draws is {n_draws}; {n_models} models need at least {2 * n_models}")
+        n, rng, means = len(self.obs), np.random.default_rng([seed, 17]), []
         for number in range(n_draws):
-            counts = sparse.csr_matrix(self.sample(seed * n_draws + number).X, dtype=np.float64)
-            rows = rng.integers(counts.shape[0], size=n_cells or counts.shape[0])
+            again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
+            counts = _draw(self.draws[number % n_models], again, seed * n_draws + number).astype(np.float64)
             library = np.maximum(np.asarray(counts.sum(1)), 1)
+            rows = rng.integers(n, size=n if n_cells is None else n_cells)
             means.append(np.asarray(counts.multiply(1e4 / library).tocsr().log1p()[rows].mean(0)).ravel())
-        lower, upper = np.quantile(means, [0.05, 0.95], axis=0)
-        return pd.DataFrame({"mean": np.mean(means, axis=0), "lower": lower, "upper": upper}, index=self.genes.index)
+        mean, half = over_models([np.array(means[number::n_models]) for number in range(n_models)])
+        columns = {"mean": mean, "lower": np.maximum(mean - half, 0), "upper": mean + half}
+        return pd.DataFrame(columns, index=self.genes.index)
+
+
+def over_models(by_model: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where a draw from one more model is to be expected, nine times in ten: ``mean +- t sqrt(W + B)``.
+
+    ``W = (1 + 1/n) w``, w the variance among draws of a model, n draws in all; ``B = (1 + 1/M) b``, b the variance of
+    the M models' means beyond what their draws leave in them; t is the 95 % quantile of Student's distribution with
+    ``(W + B)**2 / (W**2 / (n - M) + B**2 / (M - 1))`` degrees of freedom (Satterthwaite 1946, doi 10.2307/3002019): few
+    models that differ say little about how much a further one will. It holds 88 to 90 % from three models on; of two
+    that differ much, 83 %.
+
+    Parameters
+    ----------
+    by_model
+        For each model its draws, ``(draws, genes)``, at least two.
+
+    Returns
+    -------
+    tuple
+        The mean over models, and the half-width of the 90 % interval, ``(genes,)`` each.
+    """
+    of_model, n_models, n = np.array([some.mean(0) for some in by_model]), len(by_model), sum(map(len, by_model))
+    variances = np.array([some.var(0, ddof=1) for some in by_model])
+    within = (1 + 1 / n) * variances.mean(0)
+    between, error = np.zeros_like(within), np.square(within) / (n - n_models)
+    if n_models > 1:
+        noise = (variances / [[len(some)] for some in by_model]).mean(0)
+        between = (1 + 1 / n_models) * np.maximum(of_model.var(0, ddof=1) - noise, 0)
+        error += np.square(between) / (n_models - 1)
+    total = within + between
+    t = student_t.ppf(0.95, np.square(total) / np.maximum(error, 1e-300))
+    return of_model.mean(0), np.where(total > 0, t * np.sqrt(total), 0)
 
 
 class Draws(NamedTuple):
@@ -214,6 +243,26 @@ def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_s
     own_mean, other_mean = ((total / n).flatten(0, 1).float().cpu().numpy() for total in (before, after))
     of_one = (noise / (n * n_samples * len(vaes))).cpu().numpy()
     return Decoded(mean, lower, upper, own_mean, other_mean, of_one, draws, means)
+
+
+def _draw(draws: Draws, rows: Rows, seed: int) -> sparse.csr_matrix:
+    """Counts of these cells, each by itself where one is named again, ``(rows, genes)``."""
+    vae, z, contexts, library, source = draws
+    device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(seed)  # not every distribution of torch takes a generator
+        for some in in_chunks(rows, _CHUNK):
+            chosen = torch.from_numpy(z[some, rng.integers(z.shape[1], size=len(some))]).to(device)
+            size = torch.from_numpy(library[some]).to(device)
+            p = vae.likelihood(chosen, context=contexts(some).to(device) if vae.context_dim else None, library=size)
+            if isinstance(p, NegativeBinomial):
+                cells = fill_in(vae, source.take(some).to(device), source)
+                own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
+                counts = torch.poisson(_rates(p, own, cells.x.to_dense(), draw=True))
+            else:
+                counts = p.sample()
+            blocks.append(sparse.csr_matrix(counts.cpu().numpy()))
+    return sparse.vstack(blocks, format="csr")
 
 
 def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:

@@ -210,7 +210,7 @@ def group_cells(
     for option, column in (("groupby", groupby), ("pair_by", pair_by)):
         if column is not None and column not in obs.columns:
             raise UsageError(f"{option}={column!r} is no column of obs; it has {listed(obs.columns)}.")
-    labels = obs[groupby].astype(object).where(obs[groupby].notna(), None).map(lambda each: each and str(each))
+    labels = _as_text(obs[groupby])
     sizes = labels.value_counts()
     if unknown := [each for each in (group, reference) if each is not None and each not in sizes]:
         raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
@@ -222,8 +222,12 @@ def group_cells(
         raise UsageError(f"{listed(few)} has fewer than {_FEWEST} cells, too few to compare.")
     asked = [group] if group is not None else sorted(each for each in sizes.index if each != reference)
     groups = [each for each in asked if sizes[each] >= _FEWEST]
-    levels = pd.Series("", obs.index) if pair_by is None else obs[pair_by].astype(object)
-    both = pd.DataFrame({"level": levels.map(lambda each: None if pd.isna(each) else str(each)), "group": labels})
+    if not groups:
+        raise UsageError(
+            f"none of the {len(sizes):,} groups of {groupby!r} has {_FEWEST} cells; group by a coarser column."
+        )
+    levels = pd.Series("", obs.index) if pair_by is None else _as_text(obs[pair_by])
+    both = pd.DataFrame({"level": levels, "group": labels})
     numbered = both.groupby(["level", "group"], sort=True)
     sets = numbered.ngroup().to_numpy()
     sets = np.where(both.notna().all(axis=1), sets, -1).astype(np.intp)
@@ -237,9 +241,15 @@ def group_cells(
             if (level, one) in enough and any((level, name) in enough for name in others):
                 pairs.append(([of_sets[level, one]], [of_sets[level, name] for name in others]))
         if not pairs:
-            raise UsageError(f"no level of {pair_by!r} has {_FEWEST} cells of {one!r} and of what it is compared with.")
+            within = "" if pair_by is None else f" in any level of {pair_by!r}"
+            raise UsageError(f"{one!r} or what it is compared with has fewer than {_FEWEST} cells{within}.")
         comparisons.append(pairs)
     return sets, groups, comparisons
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Each value as text, None where it is missing."""
+    return column.astype(object).map(lambda each: None if pd.isna(each) else str(each))
 
 
 def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
@@ -298,7 +308,7 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     >>> celbo.pseudobulk(adata, ["batch", "treatment"]).shape
     (4, 20)
     """
-    if isinstance(by, str) or any(name not in adata.obs.columns for name in by):
+    if isinstance(by, str) or not by or any(name not in adata.obs.columns for name in by):
         raise DataError(f"by={by!r}: give a list of columns of obs; it has {listed(adata.obs.columns)}.")
     if missing := [name for name in by if adata.obs[name].isna().any()]:
         raise DataError(f"cells have no value of {listed(missing)}; leave these cells out, or name the missing value.")

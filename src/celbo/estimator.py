@@ -20,7 +20,7 @@ from celbo.advice import Diagnosis, diagnose
 from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, changed_genes, decode_under, n_like, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
-from celbo.data.conditions import Condition, known_labels
+from celbo.data.conditions import known_labels
 from celbo.data.genes import select_genes
 from celbo.data.sources import sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
@@ -32,7 +32,7 @@ from celbo.importance import log_prob
 from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
 from celbo.labels import predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.mapping import copy_weights
+from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
@@ -53,8 +53,6 @@ _CELLS_TO_DIAGNOSE = 10_000
 _CELLS_TO_ANNOUNCE = 1000
 _OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is not None)
 """Parts of training that are a matter of the model."""
-_CELLS_TO_COMPARE = 200
-"""Cells of a level that decide which known level is nearest to it."""
 _FLAGS = ("held_out", "was_read")
 """Of the reference, which are 0 or 1 in a file."""
 _CELLS_TO_CALIBRATE = 3000
@@ -511,7 +509,8 @@ class ExpressionVAE:
             Column of obs, as donor: groups are compared within each of its levels that has both, and the mean of these
             contrasts is told.
         over
-            Conditions over whose levels to take the mean; the nuisance ones if None. Of others each cell has its own.
+            Conditions over whose levels to take the mean; the categorical nuisance if None. Of others each cell has its
+            own.
         n_samples
             Draws of z for each cell.
         seed
@@ -544,10 +543,12 @@ class ExpressionVAE:
         if not 0 <= least_change < math.inf or n_samples < 1:
             raise UsageError(f"least_change={least_change!r}, n_samples={n_samples!r}; give 0 or more, and at least 1.")
         adata = read_adata(adata, layer=schema.layer)
+        group, reference = (None if each is None else str(each) for each in (group, reference))
         sets, names, comparisons = group_cells(adata.obs, groupby, group, reference, pair_by)
-        over = [name for name in self.nuisance if name != groupby] if over is None else over
-        known = {condition.name for condition in schema.conditions}
-        settings = self._settings_over({}, [name for name in over if name in known])
+        if over is None:
+            over = [each.name for each in schema.conditions if each.name in self.nuisance and each.levels is not None]
+            over = [name for name in over if name != groupby]
+        settings = self._settings_over({}, over)
         contexts = [self._contexts(adata, each) if each else None for each in settings]
         source = self._source(adata)
         with kernels.threads(self.train.threads):
@@ -617,6 +618,8 @@ class ExpressionVAE:
             raise UsageError(
                 f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
             )
+        if isinstance(others, ExpressionVAE):
+            raise UsageError("others is one model; give a list of them: others=[model].")
         if any(
             (other.schema_.genes, other.schema_.conditions) != (schema.genes, schema.conditions) for other in others
         ):
@@ -1210,40 +1213,12 @@ class ExpressionVAE:
             mapped = self.map_query(adata, genes_present=genes_present)
             return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
         if unseen == "nearest":
-            adata, unseen = self._at_nearest_levels(adata, genes_present), "refuse"
-        return self, open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
-
-    def _at_nearest_levels(self, adata: AnnData, genes_present: float) -> AnnData:
-        """The cells, where levels that fit did not see are replaced by the known ones that suit their cells best."""
-        obs = adata.obs.copy()
-        for condition in self.schema_.conditions:
-            if condition.name not in obs.columns:
-                continue
-            column = obs[condition.name].astype(object)
-            for level in column[~condition.is_known(column)].unique():
-                there = np.flatnonzero(column == level)
-                some = there[np.linspace(0, len(there) - 1, min(len(there), _CELLS_TO_COMPARE)).astype(int)]
-                nearest = self._nearest_level(condition, adata[some], genes_present)
-                warnings.warn(
-                    f"condition {condition.name!r}: level {str(level)!r} ({len(there):,} cells), not seen in fit, is "
-                    f"read as {nearest!r}, the known level that suits its cells best.",
-                    stacklevel=5,
-                )
-                column.iloc[there] = nearest
-            obs[condition.name] = column
-        return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
-
-    def _nearest_level(self, condition: Condition, some: AnnData, genes_present: float) -> str:
-        """The level under which these cells have the highest mean ELBO."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all cells are checked, and warned of, afterwards
-            source = open_source(some, self.schema_, unseen="marginal", genes_present=genes_present)
-        elbo = {}
-        for level in condition.levels or ():
-            source.codes = self.schema_.codes(some.obs, {condition.name: level}, unseen="marginal")
             with kernels.threads(self.train.threads):
-                elbo[level] = cell_terms(self.vae_, source, objective=self._objective()).elbo.mean()
-        return max(elbo, key=lambda level: elbo[level])
+                adata = at_nearest_levels(
+                    self.vae_, self.schema_, adata, self._objective(), genes_present=genes_present
+                )
+            unseen = "refuse"
+        return self, open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
 
     def _refer(self, adata: AnnData, source: CellSource) -> Reference:
         """Positions of all held-out cells and of as many training cells as are kept."""

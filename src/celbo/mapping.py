@@ -1,14 +1,22 @@
-"""Surgery: a fitted model takes new levels of its conditions, and only their weights are new (Lotfollahi 2021)."""
+"""Levels that fit did not see: read as the nearest known one, or taken into the model (surgery, Lotfollahi 2021)."""
 
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from anndata import AnnData
 from torch import Tensor
 
-from celbo.data import Schema
+from celbo.data import Schema, open_source
+from celbo.inference import cell_terms
+from celbo.objective import Objective
 from celbo.vae import VAE
 
-__all__ = ["copy_weights"]
+__all__ = ["at_nearest_levels", "copy_weights"]
+
+_CELLS_TO_COMPARE = 200
+"""Cells of a level that decide which known level is nearest to it."""
 
 
 @torch.no_grad()
@@ -58,3 +66,48 @@ def _grow(weight: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Ten
         is_new += [False] * before + [True] * (after - before)
         start += before
     return torch.cat(parts, dim=1), torch.tensor(is_new)
+
+
+def at_nearest_levels(
+    vae: VAE, schema: Schema, adata: AnnData, objective: Objective, *, genes_present: float
+) -> AnnData:
+    """The cells, where levels that fit did not see are replaced by the known ones that suit their cells best.
+
+    Parameters
+    ----------
+    vae, schema, objective
+        Of the model.
+    adata
+        The cells; left as they are.
+    genes_present
+        Share of the model's genes that must be there.
+
+    Returns
+    -------
+    anndata.AnnData
+        With the levels under which the cells of each new level have the highest mean ELBO; each is warned of.
+    """
+    obs = adata.obs.copy()
+    for condition in schema.conditions:
+        if condition.name not in obs.columns:
+            continue
+        column = obs[condition.name].astype(object)
+        for level in column[~condition.is_known(column)].unique():
+            there = np.flatnonzero(column == level)
+            some = adata[there[np.linspace(0, len(there) - 1, min(len(there), _CELLS_TO_COMPARE)).astype(int)]]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # all cells are checked, and warned of, afterwards
+                source = open_source(some, schema, unseen="marginal", genes_present=genes_present)
+            elbo = {}
+            for known in condition.levels or ():
+                source.codes = schema.codes(some.obs, {condition.name: known}, unseen="marginal")
+                elbo[known] = cell_terms(vae, source, objective=objective).elbo.mean()
+            nearest = max(elbo, key=lambda each: elbo[each])
+            warnings.warn(
+                f"condition {condition.name!r}: level {str(level)!r} ({len(there):,} cells), not seen in fit, is "
+                f"read as {nearest!r}, the known level that suits its cells best.",
+                stacklevel=5,
+            )
+            column.iloc[there] = nearest
+        obs[condition.name] = column
+    return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))

@@ -79,7 +79,9 @@ class Condition:
         return codes.astype(np.float32)
 
     def code(self, value: object) -> float:
-        """`codes` of one value."""
+        """`codes` of one value that somebody asks for."""
+        if self.levels is not None and (asked := as_text(pd.Series([value]))[0]) not in self.levels:
+            raise DataError(f"condition {self.name!r} has no level {asked!r} in fit; it has {listed(self.levels)}.")
         return float(self.codes(pd.Series([value]))[0])
 
     def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:

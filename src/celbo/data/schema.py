@@ -96,6 +96,8 @@ class Schema:
         Parameters and errors are those of `encode`, which expands them.
         """
         given = given or {}
+        if not isinstance(given, Mapping):
+            raise UsageError(f"conditions are given as {given!r}; give each its value: {{'treatment': 'treated'}}.")
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"{listed(unknown)} is not a condition of this model; it has {listed(known) or 'none'}.")
@@ -107,10 +109,9 @@ class Schema:
                 "Add the column, or set one value for all cells."
             )
         columns = [
-            condition.codes(
-                pd.Series([given[condition.name]] * len(obs)) if condition.name in given else obs[condition.name],
-                unseen,
-            )
+            np.full(len(obs), condition.code(given[condition.name]), np.float32)
+            if condition.name in given
+            else condition.codes(obs[condition.name], unseen)
             for condition in self.conditions
         ]
         return np.stack(columns, axis=1) if columns else np.empty((len(obs), 0), np.float32)
