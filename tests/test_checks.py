@@ -161,6 +161,24 @@ def test_a_config_file_that_is_wrong_is_refused_in_words(file, tmp_path, text, m
     assert not (tmp_path / "run").exists()
 
 
+def test_options_whose_default_is_nothing_are_read_from_a_file(tmp_path):
+    model = celbo.ExpressionVAE().options()
+    train = model.pop("train")
+    chosen = {"decoder_dims": [16, 32], "decoder_dropout": 0.1, "n_top_genes": 40, "labels": "cell_type"}
+    text = "\n".join(f"{name} = {json.dumps(value)}" for name, value in {**chosen, "latent_dim": "auto"}.items())
+    (tmp_path / "run.toml").write_text(f"{text}\n[train]\nthreads = 1\n")
+    read = read_config(tmp_path / "run.toml", model, train)
+    assert read["model"] == {**chosen, "latent_dim": "auto"}
+    assert read["train"] == {"threads": 1}
+    record = celbo.ExpressionVAE(**chosen, train=celbo.TrainConfig(threads=1)).options()
+    (tmp_path / "run.json").write_text(json.dumps({"options": record}))
+    assert read_config(tmp_path / "run.json", model, train)["model"].items() >= chosen.items()
+    for text in ('decoder_dims = ["a"]', "decoder_dims = 16", 'decoder_dropout = "much"', 'latent_dim = "ten"'):
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(UsageError, match=text.split()[0]):
+            read_config(tmp_path / "run.toml", model, train)
+
+
 def test_every_unknown_option_is_named_at_once(tmp_path):
     (tmp_path / "run.toml").write_text("latent = 3\nnorms = 'x'\n[train]\nepoch = 1\n")
     with pytest.raises(UsageError, match=r"(?=.*'latent')(?=.*'norms')(?=.*'train.epoch')"):

@@ -14,6 +14,16 @@ __all__ = ["READING", "read_config"]
 READING = {"gene_column": None, "make_unique": False, "na_as_level": False, "on_disk": False}
 """Options of how data are read, and their defaults; the others belong to the model, or to its training."""
 
+_LIKE = {
+    "n_top_genes": 0,
+    "max_epochs": 0,
+    "threads": 0,
+    "decoder_dropout": 0.0,
+    "hidden_dims": [0],
+    "decoder_dims": [0],
+}
+"""Examples of the values of those options whose default does not show of what type they are."""
+
 
 def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Read options from a file; every one that is not known is refused.
@@ -75,13 +85,11 @@ def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str
         close = difflib.get_close_matches(option, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
         return f"unknown option {shown!r} ({hint})"
-    default = known[option]
-    if default is None:
-        default = 0 if option in ("n_top_genes", "max_epochs", "threads") else ""
-        if value is None:  # as run.json has it
-            return None
+    if (value is None and known[option] is None) or (value == "auto" and option == "latent_dim"):
+        return None  # run.json has null where nothing was chosen
+    default = _LIKE.get(option, "" if known[option] is None else known[option])
     if isinstance(default, list | tuple):
-        item, words = (0, "whole numbers") if option == "hidden_dims" else ("", "texts")
+        item, words = (0, "whole numbers") if 0 in default else ("", "texts")
         right = isinstance(value, list) and all(_is_like(item, part) for part in value)
         return None if right else f"{shown} is to be a list of {words}, and is {value!r}"
     words = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[type(default)]
