@@ -148,8 +148,10 @@ def test_inspect_needs_no_torch(fitted_run):
 
 def test_the_command_lines_defaults_are_the_estimators():
     names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs", "remedy": "remedies"}
+    names["interaction"] = "interactions"
     model = celbo.ExpressionVAE().options()
-    defaults = {**model, **model["train"], "hidden_dims": None, "conditions": None, "remedies": None, "nuisance": None}
+    lists = dict.fromkeys(["hidden_dims", "conditions", "remedies", "nuisance", "interactions"])
+    defaults = {**model, **model["train"], **lists}
     defaults["latent_dim"] = str(model["latent_dim"])  # which may be a word
     options = inspect.signature(cli.fit).parameters
     for name in options.keys() - {"ctx", "data", "output", "keep_reference", "auto_remedy", "config", *READING}:

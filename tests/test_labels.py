@@ -127,12 +127,31 @@ def test_the_temperature_is_that_of_the_truth():
 def test_without_enough_labelled_cells_nothing_is_called_none_of_these():
     rng = np.random.default_rng(0)
     z, odds = rng.normal(size=(300, 2)).astype(np.float32), np.full((300, 2), 0.5, np.float32)
-    found = predictions(odds, z + 100, z[:99], ("a", "b"), pd.RangeIndex(300))
+    labels, index = np.arange(300, dtype=np.int32) % 2, pd.RangeIndex(300)
+    found = predictions(odds, z + 100, z[:99], labels[:99], ("a", "b"), index)
     assert found["p_known"].isna().all()
     assert (found["label"] == "a").all()
-    assert (predictions(odds, z + 100, z, ("a", "b"), pd.RangeIndex(300))["label"] == NONE_OF_THESE).all()
+    assert (predictions(odds, z + 100, z, labels, ("a", "b"), index)["label"] == NONE_OF_THESE).all()
     among = rng.normal(size=(300, 2)).astype(np.float32)
-    assert (predictions(odds, among, z, ("a", "b"), pd.RangeIndex(300))["label"] == NONE_OF_THESE).mean() < 0.04
+    assert (predictions(odds, among, z, labels, ("a", "b"), index)["label"] == NONE_OF_THESE).mean() < 0.04
+
+
+def test_what_is_far_is_told_by_the_label_dense_or_loose():
+    """Of two labels one is ten times as loose: cells of either are known alike, and one far from the dense is not."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.array([0, 1], np.int32), 1000)
+
+    def drawn():
+        spread = np.where(labels == 0, 0.1, 1.0)[:, None]
+        return (rng.normal(size=(2000, 2)) * spread + 20 * labels[:, None]).astype(np.float32)
+
+    odds = np.eye(2, dtype=np.float32)[labels]
+    p_known = predictions(odds, drawn(), drawn(), labels, ("a", "b"), pd.RangeIndex(2000))["p_known"]
+    for label in (0, 1):
+        assert abs((p_known[labels == label] < 0.1).mean() - 0.1) < 0.03
+    outside = np.array([[1.0, 0.0]], np.float32)  # usual among the loose, and ten spreads from the dense
+    far = predictions(odds[:1], outside, drawn(), labels, ("a", "b"), pd.RangeIndex(1))
+    assert (far["label"] == NONE_OF_THESE).all()
 
 
 def test_the_command_line_predicts(many, model, tmp_path, celbo_command):

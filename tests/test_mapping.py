@@ -57,6 +57,7 @@ def test_the_reference_does_not_move_by_a_bit(reference, mapped, many):
         {"hidden_dims": (16, 12), "skip": True},
         {"hidden_dims": (16, 12), "context_skip": True, "prior": "conditional"},
         {"dispersion": "gene-condition", "encode_context": False},
+        {"interactions": ["batch:treatment"]},
         {"hidden_dims": ()},
         {"likelihood": "zinb", "prior": "vamp:8"},
     ],

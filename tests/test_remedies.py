@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -99,9 +100,45 @@ def test_capacity_holds_the_kl_at_what_the_schedule_has_reached():
 def test_mmd_is_nothing_for_draws_of_the_prior_and_something_elsewhere():
     generator = torch.Generator().manual_seed(0)
     pull = combine(["mmd:1"]).pull
-    of_prior = [pull(torch.randn(200, 4, generator=generator), generator).item() for _ in range(50)]
+    of_prior = [pull(torch.randn(200, 4, generator=generator), None, generator).item() for _ in range(50)]
     assert abs(np.mean(of_prior)) < 3 * np.std(of_prior) / math.sqrt(50)  # unbiased
-    assert pull(torch.randn(200, 4, generator=generator) + 2, generator) > 10 * np.std(of_prior)
+    assert pull(torch.randn(200, 4, generator=generator) + 2, None, generator) > 10 * np.std(of_prior)
+
+
+def squared_mmd(a, b):
+    """Unbiased, pair by pair."""
+    scale = 2 * a.shape[1]
+
+    def mean(pairs):
+        return np.mean([scale / (scale + ((one - other) ** 2).sum()) for one, other in pairs])
+
+    return mean(permutations(a, 2)) + mean(permutations(b, 2)) - 2 * mean(product(a, b))
+
+
+def test_levels_are_matched_by_the_mmd_of_each_against_the_others():
+    rng = np.random.default_rng(0)
+    z, level = rng.normal(size=(12, 3)), np.repeat([0, 1, 2], [3, 4, 5])
+    z[level == 2] += 1
+    dose, lonely = rng.normal(size=(12, 1)), np.eye(12)[:, :1]  # neither has levels to compare
+    context = torch.from_numpy(np.hstack([np.eye(3)[level], dose, lonely]))
+    found = combine(["match_levels:2"]).pull(torch.from_numpy(z), context, torch.Generator())
+    wanted = 2 * sum((level == n).mean() * squared_mmd(z[level == n], z[level != n]) for n in range(3))
+    assert found.item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_matched_levels_lie_nearer_to_each_other():
+    cells = celbo.simulate_cells(
+        n_cells=1000, n_genes=100, n_batches=2, batch_strength=1.5, median_library=1500, seed=0
+    )
+    level = torch.from_numpy(np.eye(2)[(cells.obs["batch"] == "batch_0").to_numpy().astype(int)])
+    apart = {}
+    for remedies in ([], ["match_levels:10"]):
+        model = celbo.ExpressionVAE(latent_dim=4, nuisance=["batch"], encode_context=False, remedies=remedies)
+        mu_z, sd_z = model.fit(cells).posterior(cells)
+        z = torch.from_numpy(mu_z + sd_z * np.random.default_rng(0).standard_normal(mu_z.shape))
+        apart[bool(remedies)] = combine(["match_levels:1"]).pull(z, level, torch.Generator()).item()
+    assert apart[False] > 1e-3
+    assert apart[True] < 0.3 * apart[False]
 
 
 def test_remedies_of_different_parts_go_together():
@@ -146,6 +183,7 @@ def test_one_text_in_place_of_a_list_is_refused():
         ({"remedies": ["vamp_prior", "norm_mu"]}, "batch norms do not allow"),
         ({"remedies": ["learned_sigma"]}, "is for likelihood='gaussian'"),
         ({"remedies": ["mmd"], "prior": "mixture:3"}, "the prior is another"),
+        ({"remedies": ["match_levels"]}, "needs a condition"),
     ],
 )
 def test_a_remedy_that_the_model_cannot_take_is_refused_with_the_table(options, said, cells):

@@ -36,6 +36,7 @@ from celbo.options import (
     DataPath,
     GeneColumn,
     GenesPresent,
+    Interactions,
     Layer,
     LikelihoodName,
     LikelihoodToFit,
@@ -153,6 +154,7 @@ def fit(
     output: OutFolder,
     condition: Conditions = None,
     nuisance: Nuisance = None,
+    interaction: Interactions = None,
     likelihood: LikelihoodToFit = "nb",
     labels: Annotated[
         str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")

@@ -48,7 +48,13 @@ class Reading(NamedTuple):
 
 
 # Options of the command line that have another name in Python, or stand for one of several.
-_NAMES = {"condition": "conditions", "hidden_dim": "hidden_dims", "epochs": "max_epochs", "remedy": "remedies"}
+_NAMES = {
+    "condition": "conditions",
+    "interaction": "interactions",
+    "hidden_dim": "hidden_dims",
+    "epochs": "max_epochs",
+    "remedy": "remedies",
+}
 
 
 def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:

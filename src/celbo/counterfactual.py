@@ -34,10 +34,13 @@ _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
 _NEIGHBOURS = 50
 """Known cells beside a cell that are asked how many of them are of the condition asked for."""
+_LIKE = 30
+"""Known cells without that condition, nearest to a cell, over which that share is averaged: cells like it."""
 _NEAREST = 15
 """Of the known cells of that condition, the one whose distance is measured."""
-_ENOUGH = 0.1
-"""Share of neighbours of that condition, in units of what it would be by chance, below which a cell is off the map."""
+_ENOUGH, _SELDOM = 0.4, 0.1
+"""Share of neighbours of that condition, in units of what it would be by chance, from which on a cell can be supported,
+and below which it is off the map."""
 _FAR = 0.95
 """Quantile of the distances among cells of that condition beyond which a cell is far from them."""
 
@@ -284,7 +287,11 @@ def _rates(p: Distribution, own: Distribution, x: Tensor, *, draw: bool = False)
 
 
 def support(
-    mu_z: NDArray[np.float32], known: NDArray[np.float32], has_it: NDArray[np.bool_], index: pd.Index
+    mu_z: NDArray[np.float32],
+    known: NDArray[np.float32],
+    has_it: NDArray[np.bool_],
+    seen: NDArray[np.bool_],
+    index: pd.Index,
 ) -> pd.DataFrame:
     """Whether cells of the conditions asked for were seen near each cell in the latent space.
 
@@ -296,28 +303,44 @@ def support(
         Of the cells that the model learned from.
     has_it
         Which of these have the conditions asked for.
+    seen
+        Which cells' own other levels were seen with these conditions; see `celbo.reference.seen_together`.
     index
         Names of the cells.
 
     Returns
     -------
     pandas.DataFrame
-        See `Counterfactual.support`: "supported" where the share is at least a tenth of what chance would give and the
-        distance usual, "edge" where one of both holds, else "extrapolation".
+        See `Counterfactual.support`: "supported" where the combination was seen, the share is at least .4 of what
+        chance would give, and the distance usual; "extrapolation" where the distance is not, and the combination was
+        not seen or the share is less than .1 of that; else "edge". The share is a mean over the 30 known cells without
+        the conditions that are nearest, for those are like the cell: a type never seen so has none around
+        it, even if one cell of it has by chance.
     """
     with_it = known[has_it]
     if len(with_it) < 2:
         nothing = {"share": 0.0, "distance": np.inf, "verdict": "extrapolation"}
         return pd.DataFrame(nothing, index=index)
-    n_near, nearest = min(_NEIGHBOURS, len(known)), min(_NEAREST, len(with_it))
+    nearest = min(_NEAREST, len(with_it))
     tree, tree_with = cKDTree(known), cKDTree(with_it)
-    neighbours = tree.query(mu_z, n_near)[1].reshape(len(mu_z), n_near)
-    share = has_it[neighbours].mean(1)
+    like = known if has_it.all() else known[~has_it]
+    nearby = _neighbours(cKDTree(like), mu_z, _LIKE)
+    looked_at, where = np.unique(nearby, return_inverse=True)
+    shares = has_it[_neighbours(tree, like[looked_at], _NEIGHBOURS)].mean(1)
+    share = shares[where.reshape(nearby.shape)].mean(1)
     distance = tree_with.query(mu_z, [nearest])[0][:, 0]
     usual = np.quantile(tree_with.query(with_it, [min(nearest + 1, len(with_it))])[0][:, 0], _FAR)
-    often, near = share >= _ENOUGH * has_it.mean(), distance <= usual
-    verdict = np.where(often & near, "supported", np.where(often | near, "edge", "extrapolation"))
+    near, chance = distance <= usual, has_it.mean()
+    supported = near & seen & (share >= _ENOUGH * chance)
+    off = ~near & (~seen | (share < _SELDOM * chance))
+    verdict = np.where(supported, "supported", np.where(off, "extrapolation", "edge"))
     return pd.DataFrame({"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}, index=index)
+
+
+def _neighbours(tree: cKDTree, cells: NDArray[np.float32], n: int) -> NDArray[np.intp]:
+    """Positions of the n nearest in the tree, or of all if it has fewer, ``(cells, n)``."""
+    n = min(n, tree.n)
+    return np.asarray(tree.query(cells, n)[1]).reshape(len(cells), n)
 
 
 def n_like(mu_z: NDArray[np.float32], known: NDArray[np.float32], has_it: NDArray[np.bool_]) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.reference import Reference, has_conditions, nested_conditions
+from celbo.reference import Reference, has_conditions, nested_conditions, seen_together
 from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
@@ -133,8 +133,11 @@ class ExpressionVAE:
     """Give the conditions alone to every layer of the decoder."""
     norm_mu: bool = False
     """Normalise the posterior means over cells; see `celbo.vae.NormMu`."""
+    interactions: Sequence[str] = ()
+    """Pairs of conditions whose combinations do more than their parts: "batch:treatment". Two levels that were never
+    seen together do no more."""
     embedding_dim: int = 10
-    """Learned numbers in place of the levels of a condition that has more than 50."""
+    """Learned numbers in place of the levels of a condition that has more than 50, and of each combination of two."""
     prior: str = "normal"
     """A name in `celbo.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
     remedies: Sequence[str] = ()
@@ -652,6 +655,14 @@ class ExpressionVAE:
                 stacklevel=2,
             )
         learned_from = self.reference_.mu_z[~self.reference_.held_out]
+        others_known, others_asked = (
+            self._levels_but(given, codes, mu_z, labels)
+            for codes, mu_z, labels in (
+                (self.reference_.conditions, self.reference_.mu_z, self.reference_.labels),
+                (schema.codes(adata.obs), found.mu_z, None),
+            )
+        )
+        seen = seen_together(others_known[~self.reference_.held_out], has_it, others_asked)
         obs = adata.obs.copy()
         for name, value in given.items():
             obs[name] = value
@@ -659,7 +670,7 @@ class ExpressionVAE:
             mean=found.mean,
             lower=found.lower,
             upper=found.upper,
-            support=support(found.mu_z, learned_from, has_it, adata.obs_names),
+            support=support(found.mu_z, learned_from, has_it, seen, adata.obs_names),
             genes=changed_genes(
                 found.before,
                 found.after,
@@ -717,8 +728,9 @@ class ExpressionVAE:
         mu_z, _ = self.posterior(adata, unseen=unseen, genes_present=genes_present)
         with torch.inference_mode():
             found = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).exp().cpu().numpy()
-        labelled = self.reference_.mu_z[self.reference_.labels >= 0]
-        return predictions(found, mu_z, labelled, labels.levels, adata.obs_names)
+        is_known = self.reference_.labels >= 0
+        labelled = self.reference_.mu_z[is_known], self.reference_.labels[is_known]
+        return predictions(found, mu_z, *labelled, labels.levels, adata.obs_names)
 
     def map_query(
         self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
@@ -983,10 +995,15 @@ class ExpressionVAE:
             raise UsageError(
                 f"remedy 'learned_sigma' is for likelihood='gaussian', not {self.likelihood!r}.\n{remedy_table()}"
             )
-        if recipe.pull is not None and recipe.options.get("prior", self.prior) != "normal":
+        names = {text.partition(":")[0] for text in self.remedies}
+        if "mmd" in names and recipe.options.get("prior", self.prior) != "normal":
             raise UsageError(
                 "remedy 'mmd' draws all cells together to the standard normal, and the prior is another; leave one of "
                 "them out.\n" + remedy_table()
+            )
+        if "match_levels" in names and not (*self.conditions, *self.nuisance):
+            raise UsageError(
+                f"remedy 'match_levels' needs a condition or a nuisance whose levels are matched.\n{remedy_table()}"
             )
         return recipe
 
@@ -1053,6 +1070,7 @@ class ExpressionVAE:
             "n_top_genes": self.n_top_genes and int(self.n_top_genes),
             "conditions": list(self.conditions),
             "nuisance": list(self.nuisance),
+            "interactions": list(self.interactions),
             "decoder_dims": None if self.decoder_dims is None else [int(width) for width in self.decoder_dims],
             "remedies": list(self.remedies),
             "train": asdict(self.train),
@@ -1065,6 +1083,26 @@ class ExpressionVAE:
                 f"this model has no {name}: call fit first, or celbo.load a fitted one (split_ is not kept by save)."
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _levels_but(
+        self,
+        given: Mapping[str, Any],
+        codes: NDArray[np.float32],
+        mu_z: NDArray[np.float32],
+        labels: NDArray[np.int32] | None,
+    ) -> NDArray[np.float32]:
+        """Levels of the categorical conditions that are not asked for, and the label, told where it is not known."""
+        columns = [
+            codes[:, number]
+            for number, condition in enumerate(self.schema_.conditions)
+            if condition.levels is not None and condition.name not in given
+        ]
+        if self.vae_.classifier is not None:
+            with torch.inference_mode():
+                device = self.vae_.classifier.temperature.device
+                told = self.vae_.classifier(torch.from_numpy(mu_z).to(device)).argmax(-1).cpu().numpy()
+            columns.append(told if labels is None else np.where(labels >= 0, labels, told))
+        return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood not in LIKELIHOODS:
@@ -1094,6 +1132,7 @@ class ExpressionVAE:
                     for condition, columns in zip(schema.conditions, schema.context_columns, strict=True)
                     if condition.embedded
                 ],
+                interactions=schema.pairs(self.interactions),
                 n_labels=0 if schema.labels is None else schema.labels.dim,
                 **self._options_of_vae(),
             )

@@ -41,10 +41,18 @@ def copy_weights(old: VAE, new: VAE, old_schema: Schema, new_schema: Schema) -> 
     dim = 0 if new.embed_context is None else new.embed_context.dim
     # As `celbo.vae.ContextEmbedding` lays the context out: one-hot levels and numbers, then what is learned.
     sizes = [(before.dim, after.dim) for before, after in pairs if not after.embedded]
-    sizes += [(dim, dim) for _, after in pairs if after.embedded]
+    if new.embed_context is not None:
+        sizes += [(dim, dim)] * (len(new.embed_context.levels) + len(new.embed_context.combinations))
     state, is_new = old.state_dict(), dict[str, Tensor]()
     for name, parameter in new.named_parameters():
         weight, columns = state[name], torch.zeros(parameter.shape[-1], dtype=torch.bool)
+        if name.startswith("embed_context.combinations."):  # a new one is no more than its parts, at first
+            rows, others, _ = weight.shape
+            is_new[name] = torch.ones_like(parameter, dtype=torch.bool)
+            is_new[name][:rows, :others] = False
+            state[name] = torch.zeros_like(parameter)
+            state[name][:rows, :others] = weight
+            continue
         if name.startswith("embed_context."):  # a row for each level
             grown, rows = _grow(weight.t(), [(len(weight), len(parameter))])
             state[name], is_new[name] = grown.t(), rows[:, None].expand(parameter.shape)

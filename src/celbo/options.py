@@ -21,6 +21,10 @@ Nuisance = Annotated[
     list[str] | None,
     typer.Option(help="Column of obs to be removed, as batch or donor: a condition one does not ask about; repeat."),
 ]
+Interactions = Annotated[
+    list[str] | None,
+    typer.Option("--interaction", help="Two conditions that do more together: batch:treatment; repeat for more."),
+]
 _LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian"
 LikelihoodName = Annotated[str, typer.Option(help=f"{_LIKELIHOODS}.")]
 LikelihoodToFit = Annotated[

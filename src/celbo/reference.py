@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 
 from celbo.data import Schema
 
-__all__ = ["Reference", "has_conditions", "nested_conditions"]
+__all__ = ["Reference", "has_conditions", "nested_conditions", "seen_together"]
 
 _ABOUT = 0.25
 """Standard deviations within which a continuous condition is about what was asked for."""
+_SELDOM = 0.1
+"""Share of what chance would give, up to which levels count as not seen together."""
 _MOST_COLUMNS = 200
 """Levels of all conditions together beyond which nesting is not looked for: the rank would take too long."""
 
@@ -55,6 +57,41 @@ def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[st
             near = 0.5 if condition.levels is not None else _ABOUT
             has_it &= np.abs(codes[:, number] - wanted) < near
     return has_it
+
+
+def seen_together(
+    known: NDArray[np.float32], has_it: NDArray[np.bool_], asked: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Whether cells with the same levels as each of these were seen with the conditions that are asked for.
+
+    Parameters
+    ----------
+    known
+        Levels of the cells learned from, ``(cells, n)``: of all other categorical conditions, and labels.
+    has_it
+        Which of them have the conditions asked for.
+    asked
+        The same levels of the cells asked about.
+
+    Returns
+    -------
+    ndarray
+        True where more than a tenth were of what chance would give, ``(asked,)``.
+
+    Examples
+    --------
+    >>> types, treated = np.array([[0], [0], [1], [1]], np.float32), np.array([True, False, False, False])
+    >>> seen_together(types, treated, np.array([[0], [1], [2]], np.float32))
+    array([ True, False, False])
+    """
+    _, group = np.unique(np.concatenate([known, asked]), axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    of_known = group[: len(known)]
+    n_groups = int(group.max(initial=-1)) + 1
+    there = np.bincount(of_known, minlength=n_groups)
+    with_it = np.bincount(of_known, weights=has_it, minlength=n_groups)
+    often = with_it > _SELDOM * has_it.mean() * there
+    return np.asarray(often[group[len(known) :]])
 
 
 def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Mapping[str, Any]) -> list[str]:

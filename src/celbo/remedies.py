@@ -28,7 +28,7 @@ Schedule = Callable[[float], float]
 """KL weight at a share of the annealing, from 0 to 1."""
 Penalty = Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
 """``(kl (cells, latent_dim), weight, what it remembers)`` to a loss, and to what it remembers at the next step."""
-Pull = Callable[[Tensor, Generator], Tensor]
+Pull = Callable[[Tensor, Tensor | None, Generator], Tensor]
 """``(z (cells, latent_dim), generator)`` to a loss."""
 
 
@@ -121,17 +121,37 @@ def capacity(kl: Tensor, weight: float, memory: Tensor | None, nats: float) -> t
     return _CAPACITY_PULL * (kl.sum(-1).mean() - nats * weight).abs(), memory
 
 
-def mmd(z: Tensor, generator: Generator, weight: float) -> Tensor:
+def mmd(z: Tensor, context: Tensor | None, generator: Generator, weight: float) -> Tensor:
     """``weight * MMD**2(z, N(0, I))`` over a minibatch, kernel ``C / (C + |z - z'|**2)`` (InfoVAE, Zhao 2019)."""
     prior = torch.randn(z.shape, generator=generator).to(z.device)
-    scale = 2.0 * z.shape[1]
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return scale / (scale + (a[:, None] - b[None]).square().sum(-1))
-
     n = len(z)
-    off_diagonal = (kernel(z, z) + kernel(prior, prior)).sum() - 2 * n  # a point is at distance 0 of itself
-    return weight * (off_diagonal / max(1, n * (n - 1)) - 2 * kernel(z, prior).mean())
+    off_diagonal = (_kernel(z, z) + _kernel(prior, prior)).sum() - 2 * n  # a point is at distance 0 of itself
+    return weight * (off_diagonal / max(1, n * (n - 1)) - 2 * _kernel(z, prior).mean())
+
+
+def match_levels(z: Tensor, context: Tensor | None, generator: Generator, weight: float) -> Tensor:
+    """``weight * sum_l (n_l / n) MMD**2(z of level l, z of the others)`` over a minibatch (trVAE, Lotfollahi 2020).
+
+    Over the levels of all categorical conditions that at least two cells have and two have not; the kernel of `mmd`.
+    """
+    if context is None:
+        return z.new_zeros(())
+    there = context.sum(0)
+    one_hot = ((context == 0) | (context == 1)).all(0) & (there >= 2) & (there <= len(z) - 2)
+    has, n = context[:, one_hot].T, there[one_hot]
+    others = len(z) - n
+    near = _kernel(z, z) - torch.eye(len(z), device=z.device)
+    of_level = has @ near
+    within = (of_level * has).sum(1)
+    across = of_level.sum(1) - within
+    among_others = near.sum() - within - 2 * across
+    squared = within / (n * (n - 1)) + among_others / (others * (others - 1)) - 2 * across / (n * others)
+    return weight * (n / len(z) * squared).sum()
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    scale = 2.0 * a.shape[1]
+    return scale / (scale + (a[:, None] - b[None]).square().sum(-1))
 
 
 def start_narrow(vae: VAE) -> None:
@@ -206,6 +226,11 @@ REMEDIES: dict[str, Remedy] = {
         Remedy(
             *("mmd", "pull", 10.0, "all cells together are drawn to the prior, with this weight", "Zhao 2019"),
             pull=mmd,
+            is_bound=False,
+        ),
+        Remedy(
+            *("match_levels", "pull", 10.0, "cells of each level are drawn to those of the others", "Lotfollahi 2020"),
+            pull=match_levels,
             is_bound=False,
         ),
         Remedy(

@@ -309,7 +309,7 @@ def epochs(
             penalty, remembered = recipe.penalty(terms.kl, kl_weight, memory)
             loss = penalty - terms.reconstruction.mean()
             if recipe.pull is not None and terms.z is not None:
-                loss = loss + recipe.pull(terms.z, generator)
+                loss = loss + recipe.pull(terms.z, context, generator)
             if vae.classifier is not None and minibatch.labels is not None and terms.z is not None:
                 loss = loss + label_loss(vae.classifier, terms.z, minibatch.labels)
             optimizer.zero_grad(set_to_none=False)

@@ -64,8 +64,11 @@ class VAE(nn.Module):
     embedded
         Columns of the context that become ``embedding_dim`` learned numbers before anything sees them: those of a
         condition of many levels.
+    interactions
+        Pairs of conditions, each as its columns of the context, whose combinations have ``embedding_dim`` learned
+        numbers of their own: what a combination does beyond its parts. Of one that was never seen they stay 0.
     embedding_dim
-        Width of that.
+        Width of what is learned of each.
     n_labels
         Labels that a classifier on z tells apart; 0 for none.
 
@@ -104,6 +107,7 @@ class VAE(nn.Module):
         norm_mu: bool = False,
         prior: str = "normal",
         embedded: Sequence[slice] = (),
+        interactions: Sequence[tuple[slice, slice]] = (),
         embedding_dim: int = 10,
         n_labels: int = 0,
     ):
@@ -129,7 +133,9 @@ class VAE(nn.Module):
         self.encode_context = encode_context
         self.skip = skip
         self.context_skip = context_skip
-        self.embed_context = ContextEmbedding(context_dim, embedded, embedding_dim) if embedded else None
+        self.embed_context = None
+        if embedded or interactions:
+            self.embed_context = ContextEmbedding(context_dim, embedded, interactions, embedding_dim)
         context_dim = context_dim if self.embed_context is None else self.embed_context.out_dim
 
         seen_dim = input_dim + (context_dim if encode_context else 0)
@@ -280,21 +286,30 @@ class VAE(nn.Module):
 class ContextEmbedding(nn.Module):
     r"""``c -> c W`` for the columns of a condition of many levels, W learned, ``(levels, out)``; others pass.
 
-    Of a one-hot level that is a row of W; of several levels in parts, what lies between theirs.
+    Of a one-hot level that is a row of W; of several levels in parts, what lies between theirs. For an interaction of
+    conditions a and b, ``sum_ij a_i b_j V_ij`` comes behind, V ``(levels, levels, out)``, 0 at first.
     """
 
-    def __init__(self, context_dim: int, embedded: Sequence[slice], dim: int):
+    def __init__(
+        self, context_dim: int, embedded: Sequence[slice], interactions: Sequence[tuple[slice, slice]], dim: int
+    ):
         super().__init__()
-        self.embedded = tuple(embedded)
+        self.embedded, self.interactions = tuple(embedded), tuple(interactions)
         self.dim = dim
         self.levels = nn.ParameterList(torch.randn(columns.stop - columns.start, dim) for columns in embedded)
+        self.combinations = nn.ParameterList(
+            torch.zeros(a.stop - a.start, b.stop - b.start, dim) for a, b in interactions
+        )
         taken = {column for columns in embedded for column in range(columns.start, columns.stop)}
         self.passing = [column for column in range(context_dim) if column not in taken]
-        self.out_dim = context_dim + sum(dim - len(weight) for weight in self.levels)
+        self.out_dim = len(self.passing) + dim * (len(self.levels) + len(self.combinations))
 
     def forward(self, context: Tensor) -> Tensor:
         """``(cells, context_dim)`` to ``(cells, out_dim)``: what passes first, then the learned numbers."""
         learned = [context[:, columns] @ weight for columns, weight in zip(self.embedded, self.levels, strict=True)]
+        for (a, b), weight in zip(self.interactions, self.combinations, strict=True):
+            pairs = context[:, a, None] * context[:, None, b]
+            learned.append(pairs.flatten(1) @ weight.flatten(0, 1))
         return torch.cat([context[:, self.passing], *learned], dim=-1)
 
 

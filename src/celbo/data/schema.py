@@ -1,9 +1,9 @@
 """The contract with an AnnData: which genes in which order, which values, which conditions with which levels."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,38 @@ class Schema:
         """Make the context of what `codes` gave, ``(cells, context_dim)`` float32."""
         columns = [condition.expand(column) for condition, column in zip(self.conditions, codes.T, strict=True)]
         return torch.from_numpy(np.concatenate([np.empty((len(codes), 0), np.float32), *columns], axis=1))
+
+    def pairs(self, interactions: Sequence[str]) -> list[tuple[slice, slice]]:
+        """Columns of the context that belong to each "one:other", two conditions by name.
+
+        Raises
+        ------
+        UsageError
+            If that is not two conditions of the model, or one of them has so many levels that it is embedded.
+
+        Examples
+        --------
+        >>> two = tuple(Condition(name, levels=("a", "b")) for name in ("batch", "treatment"))
+        >>> Schema(genes=("g",), conditions=two).pairs(["batch:treatment"])
+        [(slice(0, 2, None), slice(2, 4, None))]
+        """
+        columns = {each.name: where for each, where in zip(self.conditions, self.context_columns, strict=True)}
+        known, found = {f"{one}:{other}": (one, other) for one, other in permutations(columns, 2)}, []
+        many = {condition.name for condition in self.conditions if condition.embedded}
+        for text in interactions:
+            if text not in known:
+                raise UsageError(
+                    f"interaction {text!r} is not two conditions of this model joined by a colon, as "
+                    f"'batch:treatment'; it has {listed(columns) or 'none'}."
+                )
+            if odd := many.intersection(known[text]):
+                raise UsageError(
+                    f"interaction {text!r}: {listed(odd)} has too many levels to learn their combinations; leave it "
+                    "out, or make a column of fewer."
+                )
+            one, other = known[text]
+            found.append((columns[one], columns[other]))
+        return found
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
         """Positions of the model's genes among these names, in the model's order; -1 for a gene that is not there."""
