@@ -125,8 +125,8 @@ def test_with_labels_the_type_left_out_is_told_from_its_neighbours(cells):
     model.fit(both[~hidden].copy())
     for name, seen in (("a twin of type_1", False), ("type_2", True)):
         asked = controls(both, name)
-        of_type = (model.predict(asked)["label"] == name).to_numpy()
-        verdicts = model.counterfactual(asked, {"treatment": "treated"}).support["verdict"][of_type]
+        asked.obs["known"] = name  # who asks may know, whatever the classifier would tell
+        verdicts = model.counterfactual(asked, {"treatment": "treated"}).support["verdict"]
         assert len(verdicts) > 20
         assert (verdicts == "supported").any() == seen
 
@@ -210,8 +210,9 @@ def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_
     ask = ["counterfactual", tmp_path / "model", tmp_path / "cells.h5ad", "--set", "treatment=treated"]
     done = run(*ask, "-o", tmp_path / "treated.h5ad")
     assert done.returncode == 0, done.stderr
-    assert "supported" in done.stderr
     found = anndata.read_h5ad(tmp_path / "treated.h5ad")
+    counts = found.obs["celbo_verdict"].value_counts()
+    assert f"{counts.get('supported', 0)} supported, {counts.get('edge', 0)} edge" in done.stderr
     assert set(found.layers) == {"lower", "upper"}
     assert {"celbo_share", "celbo_distance", "celbo_verdict"} <= set(found.obs)
     assert {"before", "after", "log2_fold_change", "lower", "upper"} <= set(found.var)
@@ -286,3 +287,48 @@ def test_genes_that_change_are_told_from_those_that_do_not(cells, whole):
     assert (truth[called] > 0.1).mean() > 0.8
     order = np.argsort(-found["probability"].to_numpy(), kind="stable")
     assert (np.diff(found["fdr"].to_numpy()[order]) >= -1e-12).all()
+
+
+def test_a_group_mean_is_of_counts(cells):
+    train = celbo.TrainConfig(max_epochs=2, seed=0)
+    model = celbo.ExpressionVAE(latent_dim=3, likelihood="bernoulli", conditions=["treatment"], train=train).fit(cells)
+    found = model.counterfactual(cells[:20].copy(), {"treatment": "treated"})
+    with pytest.raises(celbo.UsageError, match="group mean is of log-normalised counts"):
+        found.group_mean()
+
+
+def test_of_genes_that_the_cells_lack_no_change_is_called(cells, whole):
+    asked = controls(cells, "type_1")
+    all_genes = whole.counterfactual(asked, {"treatment": "treated"}).genes
+    strongest = all_genes["probability"].idxmax()
+    with pytest.warns(UserWarning, match="fills them in"):
+        found = whole.counterfactual(asked[:, asked.var_names != strongest].copy(), {"treatment": "treated"}).genes
+    assert found.loc[strongest, ["probability", "fdr"]].isna().all()
+    assert found.drop(index=strongest)["fdr"].notna().all()
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_seeds_that_are_none_are_refused(cells, whole, seed):
+    asked = cells[:5].copy()
+    calls = (
+        lambda: whole.counterfactual(asked, {"treatment": "treated"}, seed=seed),
+        lambda: whole.counterfactual(asked, {"treatment": "treated"}, n_samples=2).sample(seed=seed),
+        lambda: whole.log_prob(asked, seed=seed),
+        lambda: whole.outliers(asked, seed=seed),
+        lambda: whole.differential_expression(cells, groupby="cell_type", seed=seed),
+        lambda: whole.sample(5, seed=seed),
+    )
+    for call in calls:
+        with pytest.raises(celbo.UsageError, match="a seed is a whole number"):
+            call()
+
+
+@pytest.mark.parametrize(("given", "said"), [({"dose": float("inf")}, "finite number"), ({"dose": "much"}, "finite")])
+def test_a_continuous_condition_is_asked_for_by_a_finite_number(cells, given, said):
+    dosed = cells[:300].copy()
+    dosed.obs["dose"] = np.random.default_rng(0).random(300) * 5
+    model = celbo.ExpressionVAE(latent_dim=3, conditions=["dose"], train=celbo.TrainConfig(max_epochs=2)).fit(dosed)
+    with pytest.raises(celbo.DataError, match=said):
+        model.counterfactual(dosed[:5].copy(), given)
+    with pytest.raises(celbo.UsageError, match="given several values"):
+        model.counterfactual(dosed[:5].copy(), {"dose": [1.0, 2.0]})

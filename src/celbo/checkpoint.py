@@ -34,7 +34,15 @@ from safetensors import SafetensorError
 from celbo import __version__
 from celbo.errors import CelboError, ModelFileError, StorageError
 
-__all__ = ["FORMAT_VERSION", "FolderDescription", "ModelFolder", "describe_folder", "read_folder", "write_folder"]
+__all__ = [
+    "FORMAT_VERSION",
+    "FolderDescription",
+    "ModelFolder",
+    "describe_folder",
+    "read_folder",
+    "refuse_to_replace",
+    "write_folder",
+]
 
 FORMAT_VERSION = 1
 """What this celbo writes; it reads this and everything older."""
@@ -123,7 +131,7 @@ def write_folder(
     needed = sum(map(len, contents.values()))
     new, old = _sibling(path, f"new-{uuid.uuid4().hex[:8]}"), _sibling(path, "previous")
     try:
-        _refuse_to_replace(path)
+        refuse_to_replace(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(new)
         if (free := shutil.disk_usage(path.parent).free) < needed:
@@ -418,7 +426,8 @@ def _tensors(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.array(value, order="C") for name, value in arrays.items()})
 
 
-def _refuse_to_replace(path: Path) -> None:
+def refuse_to_replace(path: Path) -> None:
+    """Refuse, by a `StorageError`, a place that holds something else than a model folder."""
     if not path.exists():
         return
     inside = {entry.name for entry in path.iterdir()} - _LITTER if path.is_dir() else {path.name}

@@ -22,9 +22,11 @@ from celbo.commands import (
     describe,
     fit_and_write,
     make_model,
+    new_levels,
     open_run,
     read_cells,
     refuse_options_of_fit,
+    refuse_same_run,
     show_trail,
 )
 from celbo.errors import DataError, UsageError
@@ -38,7 +40,6 @@ from celbo.options import (
     GenesPresent,
     Interactions,
     Layer,
-    LikelihoodName,
     LikelihoodToFit,
     MakeUnique,
     NaAsLevel,
@@ -93,7 +94,8 @@ def check(
     model: Annotated[Path | None, typer.Option(help="A run, or its model folder, that is to read these cells.")] = None,
     condition: Conditions = None,
     nuisance: Nuisance = None,
-    likelihood: LikelihoodName = "nb",
+    interaction: Interactions = None,
+    likelihood: LikelihoodToFit = "nb",
     layer: Layer = None,
     size_factor: SizeFactor = None,
     allow_noninteger: AllowNoninteger = False,
@@ -126,6 +128,8 @@ def check(
             found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
         else:
             chosen, reading = chosen_options(ctx, config)
+            if chosen["model"].get("likelihood") == "auto":  # among those of counts
+                del chosen["model"]["likelihood"]
             unfitted = make_model(chosen)
             found = unfitted.check(
                 read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
@@ -333,6 +337,7 @@ def cure(
     from celbo.progress import shown_progress
     from celbo.runs import claimed_folder, write_run
 
+    refuse_same_run(run, output)
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
@@ -394,6 +399,8 @@ def counterfactual(
     refuse_no_counterfactual(output)
     model = celbo.load(run)
     given = conditions_of(model, conditions, "--set")
+    if twice := [path for path in other or () if path.resolve() == run.resolve()]:
+        raise UsageError(f"--other {twice[0]} is the run itself; name runs of other seeds.")
     reading = Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
     with shown_warnings():
@@ -463,8 +470,9 @@ def predict(
     with shown_warnings():
         found = model.predict(adata, unseen=unseen, genes_present=genes_present)
     write_table(found, output)
-    none = int((found["label"] == "none of these").sum())
-    say(f"{len(found):,} cells, {none:,} of them none of these: {output}")
+    none, empty = int((found["label"] == "none of these").sum()), int(found["label"].isna().sum())
+    without = f", {empty:,} without a count" if empty else ""
+    say(f"{len(found):,} cells, {none:,} of them none of these{without}: {output}")
 
 
 @app.command()
@@ -537,8 +545,10 @@ def compare(
 
     `celbo compare run_nb run_zinb --data counts.h5ad`
     """
-    models = {str(run): open_run(run, data, on_disk=on_disk)[0] for run in runs}
-    adata = open_run(runs[0], data, on_disk=on_disk)[1]
+    if len({run.resolve() for run in runs}) < max(2, len(runs)):
+        raise UsageError("a run is compared with others: name two different ones, or more, each once.")
+    first, adata, _, _ = open_run(runs[0], data, on_disk=on_disk)
+    models = {str(runs[0]): first, **{str(run): celbo.load(run) for run in runs[1:]}}
     with shown_warnings():
         found = celbo.compare(models, adata, seed=seed)
     typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else plain(str(found)))
@@ -612,6 +622,7 @@ def map_query(
     from celbo.progress import shown_progress
     from celbo.runs import claimed_folder, embedding, write_embedding
 
+    refuse_same_run(run, output)
     model = celbo.load(run)
     reading = Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
@@ -623,7 +634,9 @@ def map_query(
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:
         say("every level of the conditions is known: nothing was trained")
-    say(f"{adata.n_obs:,} cells mapped: {output}")
+    else:
+        say(f"learned, with so many cells: {', '.join(new_levels(model, mapped, adata))}")
+    say(f"cells mapped: {adata.n_obs:,}: {output}")
 
 
 @app.command()

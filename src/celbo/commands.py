@@ -31,9 +31,11 @@ __all__ = [
     "describe",
     "fit_and_write",
     "make_model",
+    "new_levels",
     "open_run",
     "read_cells",
     "refuse_options_of_fit",
+    "refuse_same_run",
     "show_trail",
 ]
 
@@ -148,7 +150,9 @@ def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -
     continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
     given: dict[str, str | float] = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        named = [each.name for each in model.schema_.conditions if text.startswith(f"{each.name}=")]
+        name = max(named, key=len) if named else text.partition("=")[0]
+        value = text[len(name) + 1 :]
         if not value:
             raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
         if name in given:
@@ -158,6 +162,23 @@ def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -
         except ValueError:
             raise UsageError(f"{option} {text}: {name!r} is continuous; give a number.") from None
     return given
+
+
+def refuse_same_run(run: Path, output: Path) -> None:
+    """Refuse to write over the run that is read."""
+    if (output / "model").resolve() in (run.resolve(), (run / "model").resolve()):
+        raise UsageError(f"{output} is the run that is read, and would be lost; name another folder with -o.")
+
+
+def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:
+    """Levels that the second model knows beside those of the first, with how many cells have them."""
+    from celbo.data.conditions import as_text
+
+    said = []
+    for old, new in zip(before.schema_.conditions, after.schema_.conditions, strict=True):
+        n_cells = as_text(adata.obs[old.name]).value_counts()
+        said += [f"{old.name}={level} ({n_cells[level]:,})" for level in (new.levels or ())[len(old.levels or ()) :]]
+    return said
 
 
 def show_trail(trail: "Sequence[Step]") -> None:
@@ -257,6 +278,9 @@ def describe(folder: "FolderDescription") -> dict[str, Any]:
         "layer": schema.get("layer"),
         "size_factor": schema.get("size_factor"),
         "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},
+        "nuisance": [item["name"] for item in schema.get("conditions", []) if item.get("nuisance")],
+        "interactions": options.get("interactions"),
+        "labels": (schema.get("labels") or {}).get("levels"),
         "epochs": len(document.get("history") or []),
         "kl_weight": history[-1].get("kl_weight"),
         "elbo_validation": history[-1].get("validation_elbo"),

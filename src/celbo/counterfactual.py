@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from celbo.distributions import NegativeBinomial
-from celbo.errors import UsageError
-from celbo.inference import context_of, fill_in
+from celbo.errors import UsageError, check_seed
+from celbo.inference import context_of, false_share, fill_in
 from celbo.minibatch import Contexts, Rows, Source, in_chunks
 from celbo.vae import VAE
 
@@ -59,14 +59,14 @@ class Counterfactual:
     upper: NDArray[np.float32]
     """95 % quantile."""
     support: pd.DataFrame
-    """By cell: ``share`` of the neighbours that have the conditions asked for, ``distance`` to known cells that have
-    them (1 is the farthest that is usual among these), and ``verdict``: "supported", "edge" or "extrapolation". It
-    speaks of coverage, not of correctness."""
+    """By cell: ``share`` of the known cells around it that have the conditions asked for (a mean over the cells without
+    them that are nearest to it), ``distance`` to known cells that have them (1 is the farthest that is usual among
+    these), and ``verdict``: "supported", "edge" or "extrapolation". It speaks of coverage, not of correctness."""
     genes: pd.DataFrame
     """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` and its 90 % interval (draws of z and
     models, and the error that so many cells leave), ``probability``: share of the draws in which it changes by
     `LEAST_CHANGE` or more, and ``fdr``: the share of false ones among this gene and those that are surer, as far as the
-    draws tell."""
+    draws tell; NaN, both, of genes that the cells lack."""
     draws: "list[Draws]"
     """What `sample` draws from, by model."""
     obs: pd.DataFrame
@@ -82,6 +82,7 @@ class Counterfactual:
         anndata.AnnData
             Counts over the model's genes; obs as of the cells, conditions as asked for.
         """
+        check_seed(seed)
         counts = _draw(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
         adata = AnnData(X=counts, obs=self.obs.copy())
         adata.var_names = self.genes.index
@@ -108,8 +109,16 @@ class Counterfactual:
         -------
         pandas.DataFrame
             By gene: ``mean`` and its 90 % interval, ``lower`` and ``upper``.
+
+        Raises
+        ------
+        UsageError
+            If the model is not of counts, there is no cell to take the mean of, or too few draws.
         """
         n_models = len(self.draws)
+        if self.draws[0].vae.values != "counts":
+            raise UsageError("a group mean is of log-normalised counts, and this model is of other values.")
+        check_seed(seed)
         if n_cells is not None and n_cells < 1:
             raise UsageError(f"n_cells is {n_cells}; a mean is of at least 1 cell")
         if n_draws < 2 * n_models:
@@ -358,6 +367,7 @@ def changed_genes(
     noise: NDArray[np.float64],
     n_cells: tuple[int, int],
     index: pd.Index,
+    measured: NDArray[np.bool_],
     *,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -376,6 +386,8 @@ def changed_genes(
         Cells learned from like these that do not have the conditions, and that do; see `n_like`.
     index
         Names of the genes.
+    measured
+        Which of them the cells have; of the others nothing is told but the means.
     seed
         Of the errors.
     """
@@ -386,9 +398,8 @@ def changed_genes(
     moved = np.abs(after - before).max(0) > 0
     drawn = change + moved * error * np.random.default_rng([seed, 16]).standard_normal(change.shape)
     low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
-    probability = (np.abs(drawn) >= LEAST_CHANGE).mean(0)
-    fdr, order = np.empty(len(probability)), np.argsort(-probability, kind="stable")
-    fdr[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
+    probability = np.where(measured, (np.abs(drawn) >= LEAST_CHANGE).mean(0), np.nan)
+    fdr = np.where(measured, false_share(np.nan_to_num(probability)), np.nan)
     columns = {"before": before.mean(0), "after": after.mean(0), "log2_fold_change": change.mean(0)}
     columns |= {"lower": low, "upper": high, "probability": probability, "fdr": fdr}
     return pd.DataFrame(columns, index=index)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from celbo import kernels
 from celbo.advice import Advice, Diagnosis
 from celbo.data import read_adata
-from celbo.errors import DivergedError, UsageError
+from celbo.data.conditions import as_text
+from celbo.errors import DivergedError, UsageError, listed
 from celbo.estimator import ExpressionVAE
 from celbo.importance import log_prob
 from celbo.minibatch import Rows
@@ -89,7 +91,7 @@ def cure(
     Returns
     -------
     tuple
-        The best model (the same one, if nothing helped), and the trail: a `Step` for each.
+        The best model (this one, if nothing helped), and the trail: a `Step` for each.
 
     Examples
     --------
@@ -111,7 +113,18 @@ def cure(
             "these are not the cells the model was fitted to, in their order, or it keeps no reference to tell by "
             "(keep_reference); cure needs to know which cells were held out. Fit it again with these cells."
         )
+    new_levels = {
+        f"{each.name}={level}"
+        for each in model.schema_.conditions
+        for level in set(each.levels or ()) - set(as_text(adata.obs[each.name]))
+    }
+    if new_levels:
+        raise UsageError(
+            f"the model knows levels that these cells do not have ({listed(sorted(new_levels))}), and would forget "
+            "them: cure the model they were mapped to, then map again."
+        )
     if "split_" not in model.__dict__:
+        model = copy(model)
         model.split_ = split  # which a loaded model has lost
     held_out = split.validation if len(split.validation) >= 2 else split.train
     rows = np.sort(np.random.default_rng([model.train.seed, 15]).permutation(held_out)[:_CELLS_TO_COMPARE])

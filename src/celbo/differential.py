@@ -6,6 +6,7 @@ of how many cells it learned from. So its group means are corrected by the ratio
 what those of all genes are like (adaptive shrinkage; Stephens 2017, Biostatistics 18:275).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ from scipy import sparse
 from scipy.special import polygamma
 from scipy.stats import norm
 
+from celbo.data.conditions import as_text
 from celbo.errors import DataError, UsageError, listed
-from celbo.inference import context_of, fill_in
+from celbo.inference import context_of, false_share, fill_in
 from celbo.minibatch import Contexts, Source, in_chunks
 from celbo.vae import VAE
 
-__all__ = ["Sums", "add_up", "contrast", "fold_changes", "group_cells", "pseudobulk", "shrink"]
+__all__ = ["Sums", "add_up", "contrast", "fold_changes", "group_cells", "of_genes", "pseudobulk", "shrink"]
 
 _CHUNK = 256
 _JEFFREYS = 0.5
@@ -95,6 +97,12 @@ def add_up(
     n_cells = np.bincount(sets[sets >= 0], minlength=n_sets)
     share /= torch.from_numpy(np.maximum(n_cells, 1)).to(device)[:, None]
     return Sums(share.cpu().numpy(), counted.cpu().numpy(), expected.cpu().numpy(), variance.cpu().numpy(), n_cells)
+
+
+def of_genes(sums: Sums, chosen: NDArray[np.bool_]) -> Sums:
+    """The same of some genes."""
+    share, counted, expected, variance = (part[..., chosen] for part in (sums[0], sums[1], sums[2], sums[3]))
+    return Sums(share, counted, expected, variance, sums.n_cells)
 
 
 def fold_changes(sums: Sums, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[NDArray[np.float64], ...]:
@@ -185,10 +193,8 @@ def shrink(change: NDArray[np.float64], variance: NDArray[np.float64], least: fl
     chosen = (of_gene.cumsum(1)[:, None] < rng.random((len(change), _DRAWS))[:, :, None]).sum(2).clip(max=_SCALES - 1)
     drawn = np.take_along_axis(mean, chosen, 1) + np.take_along_axis(sd, chosen, 1) * rng.standard_normal(chosen.shape)
     lower, upper = np.quantile(drawn, [0.05, 0.95], axis=1)
-    order, fdr = np.argsort(-probability, kind="stable"), np.empty(len(change))
-    fdr[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
     columns = {"log2_fold_change": (of_gene * mean).sum(1), "lower": lower, "upper": upper}
-    return pd.DataFrame({**columns, "probability": probability, "fdr": fdr})
+    return pd.DataFrame({**columns, "probability": probability, "fdr": false_share(probability)})
 
 
 def group_cells(
@@ -222,6 +228,8 @@ def group_cells(
         raise UsageError(f"{listed(few)} has fewer than {_FEWEST} cells, too few to compare.")
     asked = [group] if group is not None else sorted(each for each in sizes.index if each != reference)
     groups = [each for each in asked if sizes[each] >= _FEWEST]
+    if few := sorted(set(asked) - set(groups)):
+        warnings.warn(f"groups of one cell are left out: {listed(few)}.", stacklevel=3)
     if not groups:
         raise UsageError(
             f"none of the {len(sizes):,} groups of {groupby!r} has {_FEWEST} cells; group by a coarser column."
@@ -233,23 +241,29 @@ def group_cells(
     sets = np.where(both.notna().all(axis=1), sets, -1).astype(np.intp)
     of_sets = {key: int(number) for number, key in enumerate(numbered.size().index)}
     enough = {key for key, n in numbered.size().items() if n >= _FEWEST}
-    comparisons = []
+    comparisons, unpaired = [], []
     for one in groups:
         pairs = []
         for level in dict.fromkeys(level for level, _ in of_sets):
             others = [name for at, name in of_sets if at == level and name != one and reference in (None, name)]
             if (level, one) in enough and any((level, name) in enough for name in others):
                 pairs.append(([of_sets[level, one]], [of_sets[level, name] for name in others]))
-        if not pairs:
-            within = "" if pair_by is None else f" in any level of {pair_by!r}"
-            raise UsageError(f"{one!r} or what it is compared with has fewer than {_FEWEST} cells{within}.")
-        comparisons.append(pairs)
-    return sets, groups, comparisons
+        if pairs:
+            comparisons.append(pairs)
+        else:
+            unpaired.append(one)
+    within = "" if pair_by is None else f" in any level of {pair_by!r}"
+    few_left = f"{listed(unpaired)} or what it is compared with has fewer than {_FEWEST} cells{within}"
+    if not comparisons:
+        raise UsageError(f"{few_left}.")
+    if unpaired:
+        warnings.warn(f"{few_left}, and is left out.", stacklevel=3)
+    return sets, [name for name in groups if name not in unpaired], comparisons
 
 
 def _as_text(column: pd.Series) -> pd.Series:
     """Each value as text, None where it is missing."""
-    return column.astype(object).map(lambda each: None if pd.isna(each) else str(each))
+    return as_text(column).astype(object).where(column.notna(), None)
 
 
 def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:

@@ -12,6 +12,7 @@ A message says what was found (where, how many), what was expected, and what to 
 """
 
 from collections.abc import Iterable
+from numbers import Integral
 
 __all__ = [
     "CelboError",
@@ -21,6 +22,7 @@ __all__ = [
     "NotFittedError",
     "StorageError",
     "UsageError",
+    "check_seed",
     "listed",
 ]
 
@@ -63,6 +65,19 @@ class StorageError(CelboError):
     """A disk that is full, a folder without permission, or one in use by another process."""
 
     exit_code = 6
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what no random numbers can start from.
+
+    Examples
+    --------
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+    celbo.errors.UsageError: seed=-1; a seed is a whole number of at least 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
+        raise UsageError(f"seed={seed!r}; a seed is a whole number of at least 0.")
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -20,17 +21,17 @@ from celbo.advice import Diagnosis, diagnose
 from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, changed_genes, decode_under, n_like, support
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
-from celbo.data.conditions import known_labels
+from celbo.data.conditions import as_text, known_labels
 from celbo.data.genes import select_genes
-from celbo.data.sources import sum_of_genes
+from celbo.data.sources import empty_cells, sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
-from celbo.differential import add_up, contrast, group_cells
-from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, listed
+from celbo.differential import add_up, contrast, group_cells, of_genes
+from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_seed, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
 from celbo.importance import log_prob
 from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
-from celbo.labels import predictions
+from celbo.labels import Labelled, predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
 from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
@@ -59,6 +60,12 @@ _CELLS_TO_CALIBRATE = 3000
 """Held-out cells that others are compared with to tell how unusual they are."""
 _FEW_SAMPLES = 10
 """Effective importance samples below which an estimate is not to be trusted."""
+
+
+_FEW_TO_MAP = 20
+"""Cells of a new level below which what is learned of it is little."""
+_LETTERS = re.compile(r"[\W_]+")
+"""What two spellings of a level may differ in."""
 
 
 class History(list[Epoch]):
@@ -185,6 +192,11 @@ class ExpressionVAE:
         if self.labels is not None:
             if self.labels not in adata.obs.columns:
                 raise DataError(f"obs has no column {self.labels!r} for labels; it has {listed(adata.obs.columns)}.")
+            if self.unlabelled != "unknown" and self.unlabelled not in set(as_text(adata.obs[self.labels])):
+                raise UsageError(
+                    f"unlabelled={self.unlabelled!r} (--unlabelled) occurs nowhere in obs column {self.labels!r}; give "
+                    "what it reads where the label is not known, or leave it out."
+                )
             labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
             schema = replace(schema, labels=labels)
         levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
@@ -242,6 +254,11 @@ class ExpressionVAE:
         )
         if self.n_top_genes is not None and check.schema is not None and check.schema.values == "real":
             raise UsageError(f"n_top_genes={self.n_top_genes} needs counts; choose genes of real numbers beforehand.")
+        if check.schema is not None:
+            check.schema.pairs(self.interactions)
+            categorical = [condition for condition in check.schema.conditions if condition.levels is not None]
+            if any(text.startswith("match_levels") for text in self.remedies) and not categorical:
+                raise UsageError("remedy 'match_levels' needs a condition or a nuisance of two levels or more.")
         return check
 
     def embed(
@@ -346,6 +363,7 @@ class ExpressionVAE:
         """
         if n_samples < 2:
             raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        check_seed(seed)
         adata = read_adata(adata, layer=self.schema_.layer)
         self._refuse_autoencoder()
         model, source = self._open(adata, unseen, genes_present)
@@ -399,6 +417,7 @@ class ExpressionVAE:
         np.True_
         """
         schema = self.schema_
+        check_seed(seed)
         adata = read_adata(adata, layer=schema.layer)
         self._refuse_autoencoder()
         if self.reference_ is None:
@@ -524,7 +543,8 @@ class ExpressionVAE:
         pandas.DataFrame
             By gene, surest first: ``group``, ``reference``, mean shares of both, ``log2_fold_change`` and its 90 %
             interval, ``probability`` that it is beyond ``least_change``, ``fdr``: the share of false ones among this
-            gene and those that are surer; and the fold change before it was shrunk.
+            gene and those that are surer; and the fold change before it was shrunk. Genes that the cells lack, and
+            groups of one cell or without a partner in any level of ``pair_by``, are left out.
 
         Raises
         ------
@@ -545,20 +565,31 @@ class ExpressionVAE:
             raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
         if not 0 <= least_change < math.inf or n_samples < 1:
             raise UsageError(f"least_change={least_change!r}, n_samples={n_samples!r}; give 0 or more, and at least 1.")
+        check_seed(seed)
         adata = read_adata(adata, layer=schema.layer)
         group, reference = (None if each is None else str(each) for each in (group, reference))
         sets, names, comparisons = group_cells(adata.obs, groupby, group, reference, pair_by)
         if over is None:
             over = [each.name for each in schema.conditions if each.name in self.nuisance and each.levels is not None]
             over = [name for name in over if name != groupby]
+            if math.prod(each.dim for each in schema.conditions if each.name in over) > _MOST_COMBINATIONS:
+                warnings.warn(
+                    f"{listed(over)} has more than {_MOST_COMBINATIONS} levels, too many to average: each cell is "
+                    "decoded under its own. Name others with over=[...].",
+                    stacklevel=2,
+                )
+                over = []
         settings = self._settings_over({}, over)
         contexts = [self._contexts(adata, each) if each else None for each in settings]
         source = self._source(adata)
         with kernels.threads(self.train.threads):
             sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed)
+        measured = schema.columns(adata.var_names) >= 0
+        sums = of_genes(sums, measured)
+        genes = np.array(schema.genes)[measured].tolist()
         against = "rest" if reference is None else reference
         tables = [
-            contrast(sums, pairs, schema.genes, names=(name, against), least=least_change, seed=seed)
+            contrast(sums, pairs, genes, names=(name, against), least=least_change, seed=seed)
             for name, pairs in zip(names, comparisons, strict=True)
         ]
         return pd.concat(tables)
@@ -629,6 +660,7 @@ class ExpressionVAE:
             raise UsageError("others have other genes or conditions than this model; fit them to the same cells.")
         if n_samples < 2:
             raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        check_seed(seed)
         if self.reference_ is None:
             raise UsageError(
                 "the model keeps no reference cells, without which support cannot be told; save it with "
@@ -659,7 +691,7 @@ class ExpressionVAE:
             self._levels_but(given, codes, mu_z, labels)
             for codes, mu_z, labels in (
                 (self.reference_.conditions, self.reference_.mu_z, self.reference_.labels),
-                (schema.codes(adata.obs), found.mu_z, None),
+                (schema.codes(adata.obs), found.mu_z, self._labels_of(adata.obs)),
             )
         )
         seen = seen_together(others_known[~self.reference_.held_out], has_it, others_asked)
@@ -677,6 +709,7 @@ class ExpressionVAE:
                 found.noise,
                 n_like(found.mu_z, learned_from, has_it),
                 pd.Index(schema.genes),
+                schema.columns(adata.var_names) >= 0,
                 seed=seed,
             ),
             draws=found.draws,
@@ -699,8 +732,9 @@ class ExpressionVAE:
         -------
         pandas.DataFrame
             By cell: ``label`` ("none of these" where ``p_known`` is below .01), ``probability`` of the likeliest label
-            (calibrated on held-out labelled cells), ``p_known``: share of labelled cells that lie at least as far from
-            the others; then a column of probabilities for each label.
+            (calibrated on held-out labelled cells), ``p_known``: probability that a cell of a known label lies as far
+            from the labelled ones (`celbo.labels.predictions`); then a column of probabilities for each label. NaN
+            throughout of a cell without a count.
 
         Raises
         ------
@@ -729,8 +763,9 @@ class ExpressionVAE:
         with torch.inference_mode():
             found = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).exp().cpu().numpy()
         is_known = self.reference_.labels >= 0
-        labelled = self.reference_.mu_z[is_known], self.reference_.labels[is_known]
-        return predictions(found, mu_z, *labelled, labels.levels, adata.obs_names)
+        reference = self.reference_
+        known = Labelled(reference.mu_z[is_known], reference.labels[is_known], reference.held_out[is_known])
+        return predictions(found, mu_z, known, labels.levels, adata.obs_names, empty_cells(adata, self.schema_))
 
     def map_query(
         self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
@@ -738,7 +773,9 @@ class ExpressionVAE:
         """Take cells of new batches into this model, without moving what it knows by a bit (surgery, as scArches).
 
         New levels of categorical conditions get weights of their own, which start as the mean of the known levels' and
-        are trained on these cells; all other weights stay. Cells of known levels need no training.
+        are trained on these cells; all other weights stay. Cells of known levels need no training. The reference cells
+        stay those of fit: cells of a new level are not among what `sample` draws from, nor what support is told by.
+        Warns of a new level that has few cells, or reads nearly as a known one.
 
         Parameters
         ----------
@@ -773,6 +810,7 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         schema = self.schema_.with_levels_of(adata.obs)
+        _doubt_levels(self.schema_, schema, adata.obs)
         if schema == self.schema_:
             open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
             return self
@@ -852,8 +890,7 @@ class ExpressionVAE:
         schema, reference, names = self.schema_, self.reference_, None
         if not isinstance(n, int | np.integer) or n < 1:
             raise UsageError(f"n={n!r}; give a whole number of cells, at least 1.")
-        if seed < 0:
-            raise UsageError(f"seed={seed}; a seed is a whole number of at least 0.")
+        check_seed(seed)
         self._check_library(library)
         if around is not None:
             if source != "aggregated":
@@ -1021,7 +1058,7 @@ class ExpressionVAE:
     def split_again(self, adata: AnnData | str | Path) -> tuple[CellSource, Split | None]:
         """A source of these cells, and how fit split them; None if they are not those of fit, as far as one can tell.
 
-        The split is drawn again from the seed, and compared with the library sizes of the held-out reference cells.
+        The split is drawn again from the seed, and the library sizes compared with those of the reference cells.
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         source = self._source(adata)
@@ -1030,8 +1067,9 @@ class ExpressionVAE:
         is_level = [condition.levels is not None for condition in self.schema_.conditions]
         levels = self.schema_.codes(adata.obs)[:, is_level]
         split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
-        held_out = self.reference_.library[self.reference_.held_out]
-        is_same = np.array_equal(source.library[split.validation], held_out)
+        rows = self._reference_rows(split)
+        same = len(rows) == len(self.reference_.library) and (rows < source.n_cells).all()
+        is_same = same and np.array_equal(source.library[rows], self.reference_.library)
         return source, split if is_same else None
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
@@ -1089,7 +1127,7 @@ class ExpressionVAE:
         given: Mapping[str, Any],
         codes: NDArray[np.float32],
         mu_z: NDArray[np.float32],
-        labels: NDArray[np.int32] | None,
+        labels: NDArray[np.int32],
     ) -> NDArray[np.float32]:
         """Levels of the categorical conditions that are not asked for, and the label, told where it is not known."""
         columns = [
@@ -1101,8 +1139,15 @@ class ExpressionVAE:
             with torch.inference_mode():
                 device = self.vae_.classifier.temperature.device
                 told = self.vae_.classifier(torch.from_numpy(mu_z).to(device)).argmax(-1).cpu().numpy()
-            columns.append(told if labels is None else np.where(labels >= 0, labels, told))
+            columns.append(np.where(labels >= 0, labels, told))
         return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
+
+    def _labels_of(self, obs: pd.DataFrame) -> NDArray[np.int32]:
+        """Numbers of the labels that these cells come with, -1 where the model does not know them."""
+        labels = self.schema_.labels
+        if labels is None or labels.levels is None or labels.name not in obs.columns:
+            return np.full(len(obs), -1, np.int32)
+        return pd.Index(labels.levels).get_indexer(as_text(obs[labels.name])).astype(np.int32)
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood not in LIKELIHOODS:
@@ -1121,6 +1166,7 @@ class ExpressionVAE:
         return {name: getattr(self, name) for name in names} | dict(self.recipe().options)
 
     def _make_vae(self, schema: Schema) -> VAE:
+        interactions = schema.pairs(self.interactions)
         try:
             return VAE(
                 input_dim=len(schema.genes),
@@ -1132,7 +1178,7 @@ class ExpressionVAE:
                     for condition, columns in zip(schema.conditions, schema.context_columns, strict=True)
                     if condition.embedded
                 ],
-                interactions=schema.pairs(self.interactions),
+                interactions=interactions,
                 n_labels=0 if schema.labels is None else schema.labels.dim,
                 **self._options_of_vae(),
             )
@@ -1259,10 +1305,14 @@ class ExpressionVAE:
             unseen = "refuse"
         return self, open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
 
+    def _reference_rows(self, split: Split) -> Rows:
+        """Which cells of fit are kept as a reference, in their order."""
+        chosen = np.random.default_rng([self.train.seed, 3]).permutation(split.train)[:_REFERENCE_CELLS]
+        return np.sort(np.concatenate([chosen, split.validation]))
+
     def _refer(self, adata: AnnData, source: CellSource) -> Reference:
         """Positions of all held-out cells and of as many training cells as are kept."""
-        chosen = np.random.default_rng([self.train.seed, 3]).permutation(self.split_.train)[:_REFERENCE_CELLS]
-        rows = np.sort(np.concatenate([chosen, self.split_.validation]))
+        rows = self._reference_rows(self.split_)
         with kernels.threads(self.train.threads):
             mu_z, logvar_z = posterior(self.vae_, source, rows)
         found = Reference(
@@ -1350,6 +1400,27 @@ def load(path: str | Path) -> ExpressionVAE:
     vae.load_state_dict(found, assign=True)
     model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
     return model
+
+
+def _doubt_levels(known: Schema, schema: Schema, obs: pd.DataFrame) -> None:
+    """Warn of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
+    for before, after in zip(known.conditions, schema.conditions, strict=True):
+        new = (after.levels or ())[len(before.levels or ()) :]
+        plain = {_LETTERS.sub("", level).casefold(): level for level in before.levels or ()}
+        n_cells = as_text(obs[before.name]).value_counts() if new else {}
+        for level in new:
+            if like := plain.get(_LETTERS.sub("", level).casefold()):
+                warnings.warn(
+                    f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
+                    "spelling and map again.",
+                    stacklevel=3,
+                )
+            elif n_cells[level] < _FEW_TO_MAP:
+                warnings.warn(
+                    f"condition {before.name!r}: the new level {level!r} has {n_cells[level]} cells, from which little "
+                    "is learned.",
+                    stacklevel=3,
+                )
 
 
 def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int, n_read: int) -> Reference:

@@ -103,8 +103,6 @@ def draw_cells(
     """
     if source not in SOURCES:
         raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
-    if source not in SOURCES:
-        raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
     rng = np.random.default_rng([seed, 18])
     wanted = _codes_of(schema, given)
     is_given = np.array([condition.name in given for condition in schema.conditions], bool)

@@ -22,6 +22,7 @@ __all__ = [
     "cell_terms",
     "context_of",
     "expected_values",
+    "false_share",
     "fill_in",
     "in_brief",
     "posterior",
@@ -362,3 +363,16 @@ class Filled:
 def context_of(vae: VAE, minibatch: Minibatch) -> Tensor | None:
     """The minibatch's context as the model takes it: None where the model has no conditions."""
     return minibatch.context if vae.context_dim else None
+
+
+def false_share(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of false ones expected among each and those that are surer: the mean of ``1 - probability`` over them.
+
+    Examples
+    --------
+    >>> false_share(np.array([0.5, 1.0, 0.9])).round(2).tolist()
+    [0.2, 0.0, 0.05]
+    """
+    order, share = np.argsort(-probability, kind="stable"), np.empty(len(probability))
+    share[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
+    return share

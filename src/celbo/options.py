@@ -26,7 +26,6 @@ Interactions = Annotated[
     typer.Option("--interaction", help="Two conditions that do more together: batch:treatment; repeat for more."),
 ]
 _LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian"
-LikelihoodName = Annotated[str, typer.Option(help=f"{_LIKELIHOODS}.")]
 LikelihoodToFit = Annotated[
     str, typer.Option(help=f"{_LIKELIHOODS}; auto for the simplest that explains held-out counts as well as any.")
 ]

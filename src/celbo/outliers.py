@@ -107,7 +107,7 @@ def readings(
     found[:, 1] = np.log(np.maximum(distance, _SMALLEST))
     if is_counts:
         n_centres = min(_CENTRES, len(np.unique(known, axis=0)))
-        centres = KMeans(n_centres, n_init=1, random_state=seed).fit(known).cluster_centers_.astype(np.float32)
+        centres = KMeans(n_centres, n_init=1, random_state=0).fit(known).cluster_centers_.astype(np.float32)
         found[:, 2:] = _better_explained(vae, source, rows, mu_z, torch.from_numpy(centres), codes, expand)
     return found
 

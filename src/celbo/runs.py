@@ -17,12 +17,12 @@ import pandas as pd
 from anndata import AnnData, read_h5ad, settings
 from numpy.typing import NDArray
 
-from celbo import __version__, report
+from celbo import __version__, checkpoint, report
 from celbo.advice import Diagnosis
 from celbo.comparing import Comparison
 from celbo.counterfactual import Counterfactual
 from celbo.curing import Step
-from celbo.data.sources import sum_of_genes
+from celbo.data.sources import empty_cells
 from celbo.data.stored import stored_values
 from celbo.diagnostics import ACTIVE
 from celbo.errors import DataError, StorageError, UsageError
@@ -99,6 +99,8 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
         written = {(path / name).resolve() for name in WRITTEN}
         if data.resolve() in written or path.resolve().is_relative_to(data.resolve()):
             raise UsageError(f"{data} would be overwritten by this run; name another folder with -o.")
+    if (path / "model").exists():
+        checkpoint.refuse_to_replace(path / "model")
     there = [name for name in WRITTEN if (path / name).exists()]
     if there and not {"run.json", "model"} & set(there):
         raise UsageError(f"{path} has {', '.join(there)} that celbo did not write; name another folder with -o.")
@@ -229,11 +231,9 @@ def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", g
     `celbo.ExpressionVAE.posterior`.
     """
     mu_z, sd_z = model.posterior(adata, unseen=unseen, genes_present=genes_present)
-    obs, schema = adata.obs.copy(), model.schema_
-    if schema.values != "real":
-        empty = sum_of_genes(stored_values(adata, schema.layer), schema.columns(adata.var_names)) == 0
-        if empty.any():
-            obs["celbo_empty"] = empty
+    obs = adata.obs.copy()
+    if (empty := empty_cells(adata, model.schema_)).any():
+        obs["celbo_empty"] = empty
     return AnnData(obs=obs, obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
 
 

@@ -127,6 +127,7 @@ class VAE(nn.Module):
             )
         if prior.startswith("vamp") and (norm == "batch" or norm_mu):
             raise UsageError("prior='vamp' sends pseudo-cells through the encoder, which batch norms do not allow")
+        self.values = likelihood.values
         self.input_dim = input_dim
         self.latent_dim = latent_dim
         self.context_dim = context_dim

@@ -1,5 +1,6 @@
 """Conditions: columns of obs given to the model, encoded as numbers; and size factors."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ __all__ = ["UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
+_TOLD = ("label", "probability", "p_known", "none of these")
+"""What a table of predictions says beside the labels."""
 
 UNSEEN = ("refuse", "nearest", "marginal", "adapt")
 """What to do with a level that fit did not see: refuse it, take the likeliest known one, all in equal parts, or learn
@@ -64,7 +67,7 @@ class Condition:
         DataError
             If there are missing values, values that are not numbers, or levels not seen in fit.
         """
-        _refuse_missing(self.name, column, _NA_AS_LEVEL)
+        _refuse_missing(self.name, column, "" if self.levels is None else _NA_AS_LEVEL)
         if self.levels is None:
             return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
         text = as_text(column)
@@ -74,7 +77,8 @@ class Condition:
             raise DataError(
                 f"condition {self.name!r} has levels not seen in fit: {listed(sorted(strange.unique()))} "
                 f"({len(strange):,} cells; known: {listed(self.levels)}). Refit with them, correct their spelling, "
-                "drop these cells, or say how to read them: unseen='nearest', 'marginal' or 'adapt' (embed --unseen)."
+                "drop these cells, take them into the model (map_query, celbo map), or, to embed, predict or score, "
+                "say how to read them: unseen='nearest', 'marginal' or 'adapt' (--unseen)."
             )
         return codes.astype(np.float32)
 
@@ -82,6 +86,8 @@ class Condition:
         """`codes` of one value that somebody asks for."""
         if self.levels is not None and (asked := as_text(pd.Series([value]))[0]) not in self.levels:
             raise DataError(f"condition {self.name!r} has no level {asked!r} in fit; it has {listed(self.levels)}.")
+        if self.levels is None and not (isinstance(value, int | float | np.number) and np.isfinite(float(value))):
+            raise DataError(f"condition {self.name!r} is continuous; give a finite number, not {value!r}.")
         return float(self.codes(pd.Series([value]))[0])
 
     def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
@@ -126,7 +132,8 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     Raises
     ------
     DataError
-        If fewer than two labels are known.
+        If fewer than two labels are known, they are floating-point numbers, or one reads as a table of predictions
+        does itself: "label", "probability", "p_known", "none of these".
 
     Examples
     --------
@@ -134,9 +141,19 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     >>> labels.levels, codes
     (('B', 'T'), array([ 1, -1, -1,  0], dtype=int32))
     """
+    if pd.api.types.is_float_dtype(column):
+        raise DataError(
+            f"obs column {column.name!r} holds floating-point numbers, which are no labels. If they name types, make "
+            f"them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
+        )
     text = as_text(column)
     is_known = (column.notna() & (text != unlabelled)).to_numpy()
     levels = tuple(sorted(text[is_known].unique()))
+    if taken := set(levels).intersection(_TOLD):
+        raise DataError(
+            f"obs column {column.name!r} has the label {listed(sorted(taken))}, which a table of predictions says "
+            "itself; rename it, or, if it says that the type is not known, give it as unlabelled (--unlabelled)."
+        )
     if len(levels) < 2:
         raise DataError(
             f"obs column {column.name!r} has {len(levels)} known labels ({listed(levels)}) in {is_known.sum():,} "
@@ -144,6 +161,12 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
         )
     codes = pd.Index(levels).get_indexer(pd.Index(text)).astype(np.int32)
     codes[~is_known] = -1
+    if (single := np.bincount(codes[is_known]) == 1).mean() > 0.5:
+        warnings.warn(
+            f"obs column {column.name!r}: {single.sum():,} of {len(levels):,} labels have one cell, from which nothing "
+            "can be learned; is it a column of types?",
+            stacklevel=3,
+        )
     return Condition(str(column.name), levels), codes
 
 
@@ -177,7 +200,7 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
     >>> make_condition("batch", pd.Series(["b", "a", "b"])).levels
     ('a', 'b')
     """
-    _refuse_missing(name, column, _NA_AS_LEVEL)
+    _refuse_missing(name, column, "" if pd.api.types.is_float_dtype(column) else _NA_AS_LEVEL)
     if pd.api.types.is_float_dtype(column):
         values = _numbers(name, column)
         if values.min() == values.max():

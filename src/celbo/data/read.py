@@ -124,7 +124,9 @@ def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
     >>> list(fill_missing_levels(adata, ["batch"]).obs["batch"])
     ['a', '(missing)']
     """
-    for column in columns:
+    for column in columns:  # a missing number is no level
+        if column in adata.obs.columns and pd.api.types.is_float_dtype(adata.obs[column]):
+            continue
         if column in adata.obs.columns and adata.obs[column].isna().any():
             values = adata.obs[column].astype(object)
             adata.obs[column] = values.where(values.notna(), MISSING_LEVEL).astype(str)

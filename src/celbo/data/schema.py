@@ -101,6 +101,8 @@ class Schema:
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"{listed(unknown)} is not a condition of this model; it has {listed(known) or 'none'}.")
+        if several := [name for name, value in given.items() if pd.api.types.is_list_like(value)]:
+            raise UsageError(f"{listed(several)} is given several values; give one, the same for all cells.")
         if empty := [name for name, value in given.items() if pd.isna(value)]:
             raise UsageError(f"{listed(empty)} is given no value; give a level, or leave it out.")
         if missing := [name for name in known if name not in given and name not in obs.columns]:
@@ -127,7 +129,7 @@ class Schema:
         Raises
         ------
         UsageError
-            If that is not two conditions of the model, or one of them has so many levels that it is embedded.
+            If that is not two conditions of the model, is named twice, or one has so many levels that it is embedded.
 
         Examples
         --------
@@ -136,13 +138,15 @@ class Schema:
         [(slice(0, 2, None), slice(2, 4, None))]
         """
         columns = {each.name: where for each, where in zip(self.conditions, self.context_columns, strict=True)}
+        if isinstance(interactions, str):
+            raise UsageError(f"interactions is the text {interactions!r}; give a list of them: [{interactions!r}].")
         known, found = {f"{one}:{other}": (one, other) for one, other in permutations(columns, 2)}, []
         many = {condition.name for condition in self.conditions if condition.embedded}
         for text in interactions:
             if text not in known:
                 raise UsageError(
                     f"interaction {text!r} is not two conditions of this model joined by a colon, as "
-                    f"'batch:treatment'; it has {listed(columns) or 'none'}."
+                    f"'batch:treatment'; it has {listed(columns) or 'none'} (one with a single level is none)."
                 )
             if odd := many.intersection(known[text]):
                 raise UsageError(
@@ -150,7 +154,9 @@ class Schema:
                     "out, or make a column of fewer."
                 )
             one, other = known[text]
-            found.append((columns[one], columns[other]))
+            if (pair := (columns[one], columns[other])) in found or pair[::-1] in found:
+                raise UsageError(f"interaction {text!r} is named twice, whichever comes first; name it once.")
+            found.append(pair)
         return found
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from celbo.data.checks import Check, check_query
 from celbo.data.conditions import size_factors
 from celbo.data.schema import Schema
-from celbo.data.stored import Stored
+from celbo.data.stored import Stored, stored_values
 from celbo.minibatch import Minibatch, Rows, csr_tensor
 
 __all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
@@ -122,6 +122,13 @@ def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "
         values=schema.values,
         library_is_sum=schema.size_factor is None and schema.values != "real",
     )
+
+
+def empty_cells(adata: AnnData, schema: Schema) -> NDArray[np.bool_]:
+    """Which cells have no count of the model's genes, ``(cells,)``; none where values are real numbers."""
+    if schema.values == "real":
+        return np.zeros(adata.n_obs, bool)
+    return sum_of_genes(stored_values(adata, schema.layer), schema.columns(adata.var_names)) == 0
 
 
 def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
