@@ -19,6 +19,7 @@ ORDER = [
     ["curing", "comparing"],
     ["report", "estimator", "simulate"],
     ["train", "evidence", "outliers", "counterfactual", "differential", "generate", "realism", "mapping", "labels"],
+    ["support"],
     ["importance", "advice", "reference"],
     ["inference", "checkpoint", "data", "diagnostics"],
     ["objective", "remedies"],
@@ -81,7 +82,7 @@ def test_every_room_has_its_place():
             "pandas",
             {
                 *("data", "estimator", "simulate", "runs", "demo", "cli", "comparing"),
-                *("counterfactual", "differential", "generate", "labels", "outliers"),
+                *("counterfactual", "differential", "generate", "labels", "outliers", "support"),
             },
         ),
         ("typer", {"cli", "commands", "options", "terminal"}),

@@ -3,6 +3,10 @@
 Of negative binomial counts its own deviations are carried over. Such a count is Poisson with a rate ``mu u``, ``u ~
 Gamma(theta, theta)``; what the cell shows tells of u, ``u | x ~ Gamma(theta + x, theta + mu)``, and under the other
 condition the rate is ``mu' u``, scaled to the library (abduction, action, prediction; Pearl 2009, section 7.1).
+
+Of cells that are not supported there are two answers, neither of which is known to be right: what the decoder says
+there, mu', and its mean under the cell's own condition times the effect that it has learned at the nearest cells that
+are supported, mu e. Half of the draws take the one, half the other; counts are drawn from ``(mu' mu e)**(1/2)``.
 """
 
 from collections.abc import Sequence
@@ -22,27 +26,19 @@ from torch.distributions import Distribution
 
 from celbo.distributions import NegativeBinomial
 from celbo.errors import UsageError, check_seed
-from celbo.inference import context_of, false_share, fill_in
+from celbo.inference import context_of, false_share, fill_in, posterior
 from celbo.minibatch import Contexts, Rows, Source, in_chunks
+from celbo.support import nearest
 from celbo.vae import VAE
 
-__all__ = ["LEAST_CHANGE", "Counterfactual", "Decoded", "Draws", "changed_genes", "decode_under", "n_like", "support"]
+__all__ = ["LEAST_CHANGE", "Carried", "Counterfactual", "Decoded", "Draws", "carry", "changed_genes", "decode_under"]
 
 LEAST_CHANGE = 0.25
 """Of the log2 of a mean, from which on a gene counts as changed."""
 _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
-_NEIGHBOURS = 50
-"""Known cells beside a cell that are asked how many of them are of the condition asked for."""
-_LIKE = 30
-"""Known cells without that condition, nearest to a cell, over which that share is averaged: cells like it."""
-_NEAREST = 15
-"""Of the known cells of that condition, the one whose distance is measured."""
-_ENOUGH, _SELDOM = 0.4, 0.1
-"""Share of neighbours of that condition, in units of what it would be by chance, from which on a cell can be supported,
-and below which it is off the map."""
-_FAR = 0.95
-"""Quantile of the distances among cells of that condition beyond which a cell is far from them."""
+_CARRIERS = 100
+"""Known cells nearest to one that is not supported, over which the effect that is carried to it is a mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +90,7 @@ class Counterfactual:
         Each draw takes as many cells as these from among them, with replacement and counts of their own, and from these
         the group: a mean has the error of both samples, ``s**2 (1 / n + 1 / n_cells)``, since that of the cells asked
         about is not known better than n cells tell. What another model would say is in it only if several were asked
-        (see `over_models`).
+        (see `one_more_draw`).
 
         Parameters
         ----------
@@ -121,50 +117,107 @@ class Counterfactual:
         check_seed(seed)
         if n_cells is not None and n_cells < 1:
             raise UsageError(f"n_cells is {n_cells}; a mean is of at least 1 cell")
-        if n_draws < 2 * n_models:
-            raise UsageError(f"n_draws is {n_draws}; {n_models} models need at least {2 * n_models}")
+        if n_draws < 4 * n_models:
+            raise UsageError(f"n_draws is {n_draws}; {n_models} models need at least {4 * n_models}")
         n, rng, means = len(self.obs), np.random.default_rng([seed, 17]), []
-        for number in range(n_draws):
+        for number in range(n_draws // (2 * n_models) * 2 * n_models):
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
-            counts = _draw(self.draws[number % n_models], again, seed * n_draws + number).astype(np.float64)
+            of_model, weight = self.draws[number // 2 % n_models], float(number % 2)
+            counts = _draw(of_model, again, seed * n_draws + number, weight).astype(np.float64)
             library = np.maximum(np.asarray(counts.sum(1)), 1)
             rows = rng.integers(n, size=n if n_cells is None else n_cells)
             means.append(np.asarray(counts.multiply(1e4 / library).tocsr().log1p()[rows].mean(0)).ravel())
-        mean, half = over_models([np.array(means[number::n_models]) for number in range(n_models)])
+        mean, half = one_more_draw(np.array(means).reshape(-1, n_models, 2, len(self.genes)))
         columns = {"mean": mean, "lower": np.maximum(mean - half, 0), "upper": mean + half}
         return pd.DataFrame(columns, index=self.genes.index)
 
 
-def over_models(by_model: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where a draw from one more model is to be expected, nine times in ten: ``mean +- t sqrt(W + B)``.
+def one_more_draw(draws: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where a draw from one more model is to be expected, nine times in ten: ``mean +- t sqrt(W + B + A)``.
 
-    ``W = (1 + 1/n) w``, w the variance among draws of a model, n draws in all; ``B = (1 + 1/M) b``, b the variance of
-    the M models' means beyond what their draws leave in them; t is the 95 % quantile of Student's distribution with
-    ``(W + B)**2 / (W**2 / (n - M) + B**2 / (M - 1))`` degrees of freedom (Satterthwaite 1946, doi 10.2307/3002019): few
-    models that differ say little about how much a further one will. It holds 88 to 90 % from three models on; of two
-    that differ much, 83 %.
+    ``W = (1 + 1/n) w``, w the variance among draws of a model and answer, n draws in all; ``B = (1 + 1/M) b``, b the
+    variance of the M models' means, and ``A = (1 + 1/2) a``, a that of the two answers', beyond what the draws leave in
+    them. t is the 95 % quantile of Student's distribution with ``(W + B)**2 / (W**2 / (n - 2 M) + B**2 / (M - 1))``
+    degrees of freedom (Satterthwaite 1946, doi 10.2307/3002019): few models that differ say little about how much a
+    further one will. It holds 88 to 90 % from three models on; of two that differ much, 83 %.
 
     Parameters
     ----------
-    by_model
-        For each model its draws, ``(draws, genes)``, at least two.
+    draws
+        ``(draws, models, answers, genes)``: two draws at least, two answers.
 
     Returns
     -------
     tuple
-        The mean over models, and the half-width of the 90 % interval, ``(genes,)`` each.
+        The mean over all, and the half-width of the 90 % interval, ``(genes,)`` each.
     """
-    of_model, n_models, n = np.array([some.mean(0) for some in by_model]), len(by_model), sum(map(len, by_model))
-    variances = np.array([some.var(0, ddof=1) for some in by_model])
-    within = (1 + 1 / n) * variances.mean(0)
-    between, error = np.zeros_like(within), np.square(within) / (n - n_models)
+    n_each, n_models, n_answers, _ = draws.shape
+    n, w = n_each * n_models * n_answers, draws.var(0, ddof=1).mean((0, 1))
+    within = (1 + 1 / n) * w
+    between, answers, error = np.zeros_like(w), np.zeros_like(w), np.square(within) / (n - n_models * n_answers)
     if n_models > 1:
-        noise = (variances / [[len(some)] for some in by_model]).mean(0)
-        between = (1 + 1 / n_models) * np.maximum(of_model.var(0, ddof=1) - noise, 0)
+        of_models = draws.mean((0, 2)).var(0, ddof=1)
+        between = (1 + 1 / n_models) * np.maximum(of_models - w / (n_each * n_answers), 0)
         error += np.square(between) / (n_models - 1)
+    of_answers = draws.mean((0, 1)).var(0, ddof=1)
+    answers = (1 + 1 / n_answers) * np.maximum(of_answers - w / (n_each * n_models), 0)
     total = within + between
     t = student_t.ppf(0.95, np.square(total) / np.maximum(error, 1e-300))
-    return of_model.mean(0), np.where(total > 0, t * np.sqrt(total), 0)
+    return draws.mean((0, 1, 2)), np.where(total + answers > 0, t * np.sqrt(total + answers), 0)
+
+
+class Carried(NamedTuple):
+    """What the conditions asked for do where it was seen, for cells that are not supported."""
+
+    log_effect: NDArray[np.float32]
+    """Log of the ratio of mean shares, ``(cells that are not supported, genes)``."""
+    where: NDArray[np.intp]
+    """The row of each cell therein, or -1, ``(cells,)``."""
+
+
+def carry(
+    vae: VAE, source: Source, contexts: Contexts, off: NDArray[np.bool_], supported: NDArray[np.float32]
+) -> Carried:
+    """What the decoder has learned of the conditions at the supported cells nearest to each that is not supported.
+
+    ``log mean_k mu(z_k, c') - log mean_k mu(z_k, c)`` over the 100 nearest, c and c' the cell's own.
+
+    Parameters
+    ----------
+    vae
+        The model.
+    source
+        The cells.
+    contexts
+        To decode under, c'.
+    off
+        Which cells are not supported, ``(cells,)``.
+    supported
+        Where known cells lie that are, ``(cells, latent_dim)``; if there are none, nothing is carried.
+
+    Returns
+    -------
+    Carried
+    """
+    rows = np.flatnonzero(off) if len(supported) and vae.values == "counts" else np.zeros(0, np.intp)
+    where = np.full(source.n_cells, -1, np.intp)
+    where[rows] = np.arange(len(rows))
+    if not len(rows):
+        return Carried(np.zeros((0, source.n_genes), np.float32), where)
+    near = nearest(cKDTree(supported), posterior(vae, source, rows)[0], _CARRIERS)
+    log_effect = np.empty((len(rows), source.n_genes), np.float32)
+    device = next(vae.parameters()).device
+    with torch.inference_mode():
+        for some in in_chunks(np.arange(len(rows)), _CHUNK):
+            z = torch.from_numpy(supported[near[some]]).to(device)
+            library = z.new_ones(len(some), 1)
+            own, other = (
+                _decode(vae, z, context.to(device), library).mean.view(*z.shape[:2], -1).mean(1)
+                for context in (source.take(rows[some]).context, contexts(rows[some]))
+            )
+            smallest = torch.finfo(own.dtype).tiny
+            log_effect[some] = (other.clamp(min=smallest).log() - own.clamp(min=smallest).log()).cpu().numpy()
+    return Carried(log_effect, where)
 
 
 class Draws(NamedTuple):
@@ -178,6 +231,7 @@ class Draws(NamedTuple):
     """``(cells, 1)``; grown by what was filled in for genes that the cells lack."""
     source: Source
     """The cells as they are."""
+    carried: Carried
 
 
 class Decoded(NamedTuple):
@@ -194,11 +248,17 @@ class Decoded(NamedTuple):
     """Variance of a count around its mean, before and after, mean over cells: ``(2, genes)``."""
     draws: list[Draws]
     """By model."""
-    mu_z: NDArray[np.float32]
-    """Of the first model."""
 
 
-def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_samples: int, seed: int) -> Decoded:
+def decode_under(
+    vaes: Sequence[VAE],
+    source: Source,
+    contexts: Contexts,
+    carried: Sequence[Carried],
+    *,
+    n_samples: int,
+    seed: int,
+) -> Decoded:
     """Decode the cells of a source under another context, with the same draws of z as under their own.
 
     Parameters
@@ -209,6 +269,8 @@ def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_s
         The cells.
     contexts
         To decode under.
+    carried
+        By model, for cells that are not supported.
     n_samples
         Draws of z for each cell and model.
     seed
@@ -222,13 +284,18 @@ def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_s
     mean, lower, upper = (np.empty((n, n_genes), np.float32) for _ in range(3))
     before, after = (torch.zeros(len(vaes), n_samples, n_genes, dtype=torch.float64, device=device) for _ in range(2))
     draws = [
-        Draws(vae, np.empty((n, n_samples, vae.latent_dim), np.float32), contexts, np.empty((n, 1), np.float32), source)
-        for vae in vaes
+        Draws(
+            vae,
+            np.empty((n, n_samples, vae.latent_dim), np.float32),
+            contexts,
+            np.empty((n, 1), np.float32),
+            source,
+            of_model,
+        )
+        for vae, of_model in zip(vaes, carried, strict=True)
     ]
-    means, noise = (
-        np.empty((n, vaes[0].latent_dim), np.float32),
-        torch.zeros(2, n_genes, dtype=torch.float64).to(device),
-    )
+    noise = torch.zeros(2, n_genes, dtype=torch.float64).to(device)
+    weights = torch.arange(n_samples).float() % 2  # either answer in turns
     generator, quantiles = torch.Generator().manual_seed(seed), torch.tensor([0.05, 0.95], device=device)
     with torch.inference_mode():
         for rows in in_chunks(np.arange(n), _CHUNK):
@@ -241,25 +308,24 @@ def decode_under(vaes: Sequence[VAE], source: Source, contexts: Contexts, *, n_s
                 own = _decode(vae, z, cells.context, cells.library)
                 other = _decode(vae, z, contexts(rows).to(device), cells.library)
                 x = cells.x.to_dense().repeat_interleave(n_samples, 0)
-                pair = [_rates(p, own, x).view(len(rows), n_samples, n_genes) for p in (own, other)]
+                means = own.mean, _between(other, own, carried[number], rows, weights.repeat(len(rows)))
+                pair = [_rates(mean, own, x).view(len(rows), n_samples, n_genes) for mean in means]
                 found.append(pair[1])
                 before[number] += pair[0].sum(0)
                 after[number] += pair[1].sum(0)
                 noise += torch.stack([p.variance.sum(0) for p in (own, other)])
                 draws[number].z[rows], draws[number].library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
-                if number == 0:
-                    means[rows] = mu_z.cpu().numpy()
             decoded = torch.cat(found, dim=1)
             mean[rows] = decoded.mean(1).cpu().numpy()
             lower[rows], upper[rows] = torch.quantile(decoded, quantiles, dim=1).cpu().numpy()
     own_mean, other_mean = ((total / n).flatten(0, 1).float().cpu().numpy() for total in (before, after))
     of_one = (noise / (n * n_samples * len(vaes))).cpu().numpy()
-    return Decoded(mean, lower, upper, own_mean, other_mean, of_one, draws, means)
+    return Decoded(mean, lower, upper, own_mean, other_mean, of_one, draws)
 
 
-def _draw(draws: Draws, rows: Rows, seed: int) -> sparse.csr_matrix:
-    """Counts of these cells, each by itself where one is named again, ``(rows, genes)``."""
-    vae, z, contexts, library, source = draws
+def _draw(draws: Draws, rows: Rows, seed: int, weight: float = 0.5) -> sparse.csr_matrix:
+    """Counts of these cells, each by itself where one is named again, ``(rows, genes)``; weight of what is carried."""
+    vae, z, contexts, library, source, carried = draws
     device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)  # not every distribution of torch takes a generator
@@ -270,7 +336,8 @@ def _draw(draws: Draws, rows: Rows, seed: int) -> sparse.csr_matrix:
             if isinstance(p, NegativeBinomial):
                 cells = fill_in(vae, source.take(some).to(device), source)
                 own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
-                counts = torch.poisson(_rates(p, own, cells.x.to_dense(), draw=True))
+                mean = _between(p, own, carried, some, torch.full((len(some),), weight))
+                counts = torch.poisson(_rates(mean, own, cells.x.to_dense(), draw=True))
             else:
                 counts = p.sample()
             blocks.append(sparse.csr_matrix(counts.cpu().numpy()))
@@ -284,81 +351,28 @@ def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distributi
     return vae.likelihood(z.flatten(0, 1), context=again, library=library.repeat_interleave(n_samples, 0))
 
 
-def _rates(p: Distribution, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:
-    """Means of p, ``(cells, genes)``; of negative binomials times what x says of u under its own, or a draw of that."""
+def _between(p: Distribution, own: Distribution, carried: Carried, rows: Rows, weights: Tensor) -> Tensor:
+    """Mean of p; of negative binomials of carried cells ``mu'**(1 - w) (mu e)**w``. Draws of a cell lie together."""
+    mean: Tensor = p.mean
+    place = np.repeat(carried.where[rows], len(mean) // len(rows))
+    off = np.flatnonzero(place >= 0)
+    if not (len(off) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
+        return mean
+    effect = torch.from_numpy(carried.log_effect[place[off]]).to(mean.device)
+    decoded, here = p.log_mu[off], torch.from_numpy(off).to(mean.device)
+    log_mean = decoded + weights[off, None].to(mean.device) * (own.log_mu[off] + effect - decoded)
+    between = log_mean.exp() * (mean[off].sum(-1, keepdim=True) / log_mean.exp().sum(-1, keepdim=True))
+    return mean.index_copy(0, here, between)
+
+
+def _rates(mean: Tensor, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:
+    """Means, ``(cells, genes)``; of negative binomials times what x says of u under its own, or a draw of that."""
     if not isinstance(own, NegativeBinomial):
-        mean: Tensor = p.mean
         return mean
     theta = own.log_theta.exp()
     known = theta + x
-    rates = p.mean * (torch._standard_gamma(known) if draw else known) / (theta + own.mean)
-    return rates * (p.mean.sum(-1, keepdim=True) / rates.sum(-1, keepdim=True).clamp(min=1e-30))
-
-
-def support(
-    mu_z: NDArray[np.float32],
-    known: NDArray[np.float32],
-    has_it: NDArray[np.bool_],
-    seen: NDArray[np.bool_],
-    index: pd.Index,
-) -> pd.DataFrame:
-    """Whether cells of the conditions asked for were seen near each cell in the latent space.
-
-    Parameters
-    ----------
-    mu_z
-        Of the cells, ``(cells, latent_dim)``.
-    known
-        Of the cells that the model learned from.
-    has_it
-        Which of these have the conditions asked for.
-    seen
-        Which cells' own other levels were seen with these conditions; see `celbo.reference.seen_together`.
-    index
-        Names of the cells.
-
-    Returns
-    -------
-    pandas.DataFrame
-        See `Counterfactual.support`: "supported" where the combination was seen, the share is at least .4 of what
-        chance would give, and the distance usual; "extrapolation" where the distance is not, and the combination was
-        not seen or the share is less than .1 of that; else "edge". The share is a mean over the 30 known cells without
-        the conditions that are nearest, for those are like the cell: a type never seen so has none around
-        it, even if one cell of it has by chance.
-    """
-    with_it = known[has_it]
-    if len(with_it) < 2:
-        nothing = {"share": 0.0, "distance": np.inf, "verdict": "extrapolation"}
-        return pd.DataFrame(nothing, index=index)
-    nearest = min(_NEAREST, len(with_it))
-    tree, tree_with = cKDTree(known), cKDTree(with_it)
-    like = known if has_it.all() else known[~has_it]
-    nearby = _neighbours(cKDTree(like), mu_z, _LIKE)
-    looked_at, where = np.unique(nearby, return_inverse=True)
-    shares = has_it[_neighbours(tree, like[looked_at], _NEIGHBOURS)].mean(1)
-    share = shares[where.reshape(nearby.shape)].mean(1)
-    distance = tree_with.query(mu_z, [nearest])[0][:, 0]
-    usual = np.quantile(tree_with.query(with_it, [min(nearest + 1, len(with_it))])[0][:, 0], _FAR)
-    near, chance = distance <= usual, has_it.mean()
-    supported = near & seen & (share >= _ENOUGH * chance)
-    off = ~near & (~seen | (share < _SELDOM * chance))
-    verdict = np.where(supported, "supported", np.where(off, "extrapolation", "edge"))
-    return pd.DataFrame({"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}, index=index)
-
-
-def _neighbours(tree: cKDTree, cells: NDArray[np.float32], n: int) -> NDArray[np.intp]:
-    """Positions of the n nearest in the tree, or of all if it has fewer, ``(cells, n)``."""
-    n = min(n, tree.n)
-    return np.asarray(tree.query(cells, n)[1]).reshape(len(cells), n)
-
-
-def n_like(mu_z: NDArray[np.float32], known: NDArray[np.float32], has_it: NDArray[np.bool_]) -> tuple[int, int]:
-    """How many different known cells are among the 15 nearest of a cell: of those without the conditions, and with."""
-    counts = []
-    for some in (known[~has_it], known[has_it]):
-        nearest = min(_NEAREST, len(some))
-        counts.append(len(np.unique(cKDTree(some).query(mu_z, nearest)[1])) if nearest else 0)
-    return counts[0], counts[1]
+    rates = mean * (torch._standard_gamma(known) if draw else known) / (theta + own.mean)
+    return rates * (mean.sum(-1, keepdim=True) / rates.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
 def changed_genes(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from celbo import checkpoint, kernels
 from celbo.advice import Diagnosis, diagnose
 from celbo.classifier import calibrate
-from celbo.counterfactual import Counterfactual, changed_genes, decode_under, n_like, support
+from celbo.counterfactual import Counterfactual, carry, changed_genes, decode_under
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import as_text, known_labels
 from celbo.data.genes import select_genes
@@ -37,8 +37,9 @@ from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.reference import Reference, has_conditions, nested_conditions, seen_together
+from celbo.reference import Reference, has_conditions, nested_conditions
 from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
+from celbo.support import Known, n_like, support, supported_positions
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
 
@@ -661,14 +662,14 @@ class ExpressionVAE:
         if n_samples < 2:
             raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
         check_seed(seed)
-        if self.reference_ is None:
+        models = [self, *others]
+        if self.reference_ is None or any(model.reference_ is None for model in others):
             raise UsageError(
-                "the model keeps no reference cells, without which support cannot be told; save it with "
-                "keep_reference=True."
+                "the model, or one of others, keeps no reference cells, without which support cannot be told; save it "
+                "with keep_reference=True."
             )
         adata = read_adata(adata, layer=schema.layer)
         contexts = self._contexts(adata, given)
-        has_it = has_conditions(self.reference_.conditions[~self.reference_.held_out], schema, given)
         for name in nested_conditions(self.reference_.conditions, schema, given):
             rest = listed(each for each in known if each != name)
             warnings.warn(
@@ -678,23 +679,23 @@ class ExpressionVAE:
             )
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            vaes = [self.vae_, *(other.vae_ for other in others)]
-            found = decode_under(vaes, source, contexts, n_samples=n_samples, seed=seed)
+            mu_z, _ = posterior(self.vae_, source)
+            learned_from = [model._known(given) for model in models]
+            levels = self._levels_but(given, schema.codes(adata.obs), mu_z, self._labels_of(adata.obs))
+            standing = support(mu_z, levels, learned_from[0], adata.obs_names)
+            off = (standing["verdict"] != "supported").to_numpy()
+            vaes = [model.vae_ for model in models]
+            carried = [
+                carry(vae, source, contexts, off, supported_positions(each, seed=seed))
+                for vae, each in zip(vaes, learned_from, strict=True)
+            ]
+            found = decode_under(vaes, source, contexts, carried, n_samples=n_samples, seed=seed)
         if np.abs(found.after - found.before).sum() < _HARDLY_CHANGED * np.abs(found.before).sum():
             warnings.warn(
                 f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
                 "or the decoder ignores them; model.diagnose(adata) says which.",
                 stacklevel=2,
             )
-        learned_from = self.reference_.mu_z[~self.reference_.held_out]
-        others_known, others_asked = (
-            self._levels_but(given, codes, mu_z, labels)
-            for codes, mu_z, labels in (
-                (self.reference_.conditions, self.reference_.mu_z, self.reference_.labels),
-                (schema.codes(adata.obs), found.mu_z, self._labels_of(adata.obs)),
-            )
-        )
-        seen = seen_together(others_known[~self.reference_.held_out], has_it, others_asked)
         obs = adata.obs.copy()
         for name, value in given.items():
             obs[name] = value
@@ -702,12 +703,12 @@ class ExpressionVAE:
             mean=found.mean,
             lower=found.lower,
             upper=found.upper,
-            support=support(found.mu_z, learned_from, has_it, seen, adata.obs_names),
+            support=standing,
             genes=changed_genes(
                 found.before,
                 found.after,
                 found.noise,
-                n_like(found.mu_z, learned_from, has_it),
+                n_like(mu_z, learned_from[0]),
                 pd.Index(schema.genes),
                 schema.columns(adata.var_names) >= 0,
                 seed=seed,
@@ -1121,6 +1122,14 @@ class ExpressionVAE:
                 f"this model has no {name}: call fit first, or celbo.load a fitted one (split_ is not kept by save)."
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _known(self, given: Mapping[str, Any]) -> Known:
+        """The cells learned from, and which of them have these conditions."""
+        assert self.reference_ is not None
+        trained = ~self.reference_.held_out
+        mu_z, codes = self.reference_.mu_z[trained], self.reference_.conditions[trained]
+        levels = self._levels_but(given, codes, mu_z, self.reference_.labels[trained])
+        return Known(mu_z, has_conditions(codes, self.schema_, given), levels)
 
     def _levels_but(
         self,
