@@ -121,6 +121,19 @@ def test_the_temperature_is_that_of_the_truth():
     assert abs(float(classifier.temperature) - 3) < 0.15
 
 
+def test_few_labels_move_the_temperature_little_and_none_not_at_all():
+    torch.manual_seed(0)
+    classifier, z = Classifier(2, 2), 5 * torch.randn(2000, 2)
+    told = classifier.fc(z).argmax(1).int().numpy()  # always right: the likeliest temperature is 0
+    found = []
+    for n in (0, 5, 50, 2000):
+        calibrate(classifier, z[:n].numpy(), told[:n])
+        found.append(float(classifier.temperature))
+    assert found[0] == pytest.approx(1, abs=1e-3)
+    assert 0.4 < found[1] < 0.95
+    assert found[1] > found[2] > found[3]
+
+
 def test_without_enough_labelled_cells_nothing_is_called_none_of_these():
     rng = np.random.default_rng(0)
     z, odds = rng.normal(size=(300, 2)).astype(np.float32), np.full((300, 2), 0.5, np.float32)

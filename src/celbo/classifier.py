@@ -12,8 +12,6 @@ __all__ = ["Classifier", "calibrate", "label_loss"]
 
 _WEIGHT = 50.0
 """Of the label of a cell beside its counts: nats of the bound for each nat of cross-entropy (as in scANVI)."""
-_FEWEST = 20
-"""Held-out labelled cells below which nothing is calibrated."""
 
 
 class Classifier(nn.Module):
@@ -51,15 +49,17 @@ def label_loss(classifier: Classifier, z: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(classifier: Classifier, mu_z: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
-    """Set the temperature under which held-out labels are likeliest (Guo 2017, arXiv 1706.04599)."""
+    """Set the temperature under which held-out labels are likeliest (Guo 2017, arXiv 1706.04599).
+
+    Its logarithm is normal around 0 with variance 1 beforehand, so that few labels move it little, and none not at all.
+    """
     is_known = labels >= 0
-    if is_known.sum() < _FEWEST:
-        return
     logits = classifier.fc(torch.from_numpy(mu_z[is_known]).to(classifier.fc.weight.device)).double().cpu()
     truth = torch.from_numpy(labels[is_known]).long()
 
     def loss(log_temperature: float) -> float:
-        return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), truth))
+        surprise = nn.functional.cross_entropy(logits / math.exp(log_temperature), truth, reduction="sum")
+        return float(surprise) + log_temperature**2 / 2
 
     found = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(float(found.x)))
