@@ -37,9 +37,9 @@ from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.reference import Reference, has_conditions, nested_conditions
+from celbo.reference import Reference, nested_conditions
 from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
-from celbo.support import Known, n_like, support, supported_positions
+from celbo.support import known_cells, n_like, other_levels, support, supported_positions
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
 
@@ -646,32 +646,19 @@ class ExpressionVAE:
         ((50, 60), (50, 60))
         """
         schema = self.schema_
-        if not given:
-            raise UsageError("given names no condition; give what is to be different, as {'treatment': 'treated'}.")
-        known = [condition.name for condition in schema.conditions]
-        if single := [name for name in given if name in (*self.conditions, *self.nuisance) and name not in known]:
-            raise UsageError(
-                f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
-            )
-        if isinstance(others, ExpressionVAE):
-            raise UsageError("others is one model; give a list of them: others=[model].")
-        if any(
-            (other.schema_.genes, other.schema_.conditions) != (schema.genes, schema.conditions) for other in others
-        ):
-            raise UsageError("others have other genes or conditions than this model; fit them to the same cells.")
-        if n_samples < 2:
-            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        self._check_asked(given, others, n_samples)
         check_seed(seed)
         models = [self, *others]
-        if self.reference_ is None or any(model.reference_ is None for model in others):
+        references = [model.reference_ for model in models if model.reference_ is not None]
+        if len(references) < len(models):
             raise UsageError(
                 "the model, or one of others, keeps no reference cells, without which support cannot be told; save it "
                 "with keep_reference=True."
             )
         adata = read_adata(adata, layer=schema.layer)
         contexts = self._contexts(adata, given)
-        for name in nested_conditions(self.reference_.conditions, schema, given):
-            rest = listed(each for each in known if each != name)
+        for name in nested_conditions(references[0].conditions, schema, given):
+            rest = listed(each.name for each in schema.conditions if each.name != name)
             warnings.warn(
                 f"condition {name!r} is nested in the others ({rest}): its effect cannot be told from theirs, and "
                 "what is decoded under another level may be either's.",
@@ -680,8 +667,12 @@ class ExpressionVAE:
         source = self._source(adata)
         with kernels.threads(self.train.threads):
             mu_z, _ = posterior(self.vae_, source)
-            learned_from = [model._known(given) for model in models]
-            levels = self._levels_but(given, schema.codes(adata.obs), mu_z, self._labels_of(adata.obs))
+            learned_from = [
+                known_cells(reference, model.schema_, model.vae_.classifier, given)
+                for model, reference in zip(models, references, strict=True)
+            ]
+            codes, labels = schema.codes(adata.obs), self._labels_of(adata.obs)
+            levels = other_levels(schema, self.vae_.classifier, given, codes, mu_z, labels)
             standing = support(mu_z, levels, learned_from[0], adata.obs_names)
             off = (standing["verdict"] != "supported").to_numpy()
             vaes = [model.vae_ for model in models]
@@ -1123,33 +1114,24 @@ class ExpressionVAE:
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def _known(self, given: Mapping[str, Any]) -> Known:
-        """The cells learned from, and which of them have these conditions."""
-        assert self.reference_ is not None
-        trained = ~self.reference_.held_out
-        mu_z, codes = self.reference_.mu_z[trained], self.reference_.conditions[trained]
-        levels = self._levels_but(given, codes, mu_z, self.reference_.labels[trained])
-        return Known(mu_z, has_conditions(codes, self.schema_, given), levels)
-
-    def _levels_but(
-        self,
-        given: Mapping[str, Any],
-        codes: NDArray[np.float32],
-        mu_z: NDArray[np.float32],
-        labels: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """Levels of the categorical conditions that are not asked for, and the label, told where it is not known."""
-        columns = [
-            codes[:, number]
-            for number, condition in enumerate(self.schema_.conditions)
-            if condition.levels is not None and condition.name not in given
-        ]
-        if self.vae_.classifier is not None:
-            with torch.inference_mode():
-                device = self.vae_.classifier.temperature.device
-                told = self.vae_.classifier(torch.from_numpy(mu_z).to(device)).argmax(-1).cpu().numpy()
-            columns.append(np.where(labels >= 0, labels, told))
-        return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
+    def _check_asked(self, given: Mapping[str, Any], others: "Sequence[ExpressionVAE]", n_samples: int) -> None:
+        """Refuse a counterfactual that cannot be answered."""
+        if not given:
+            raise UsageError("given names no condition; give what is to be different, as {'treatment': 'treated'}.")
+        schema = self.schema_
+        known = [condition.name for condition in schema.conditions]
+        if single := [name for name in given if name in (*self.conditions, *self.nuisance) and name not in known]:
+            raise UsageError(
+                f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
+            )
+        if isinstance(others, ExpressionVAE):
+            raise UsageError("others is one model; give a list of them: others=[model].")
+        if any(
+            (other.schema_.genes, other.schema_.conditions) != (schema.genes, schema.conditions) for other in others
+        ):
+            raise UsageError("others have other genes or conditions than this model; fit them to the same cells.")
+        if n_samples < 2:
+            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
 
     def _labels_of(self, obs: pd.DataFrame) -> NDArray[np.int32]:
         """Numbers of the labels that these cells come with, -1 where the model does not know them."""

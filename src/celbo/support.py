@@ -1,15 +1,19 @@
 """Whether cells like these were seen under the conditions that are asked for."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from celbo.reference import seen_together
+from celbo.classifier import Classifier
+from celbo.data import Schema
+from celbo.reference import Reference, has_conditions, seen_together
 
-__all__ = ["Known", "n_like", "nearest", "support", "supported_positions"]
+__all__ = ["Known", "known_cells", "n_like", "nearest", "other_levels", "support", "supported_positions"]
 
 _NEIGHBOURS = 50
 """Known cells beside a cell that are asked how many of them are of the condition asked for."""
@@ -35,6 +39,35 @@ class Known(NamedTuple):
     """Which have the conditions asked for, ``(cells,)``."""
     levels: NDArray[np.float32]
     """Levels of all other categorical conditions, and labels, ``(cells, n)``."""
+
+
+def known_cells(reference: Reference, schema: Schema, classifier: Classifier | None, given: Mapping[str, Any]) -> Known:
+    """The cells that a model learned from, and which of them have these conditions."""
+    trained = ~reference.held_out
+    mu_z, codes = reference.mu_z[trained], reference.conditions[trained]
+    levels = other_levels(schema, classifier, given, codes, mu_z, reference.labels[trained])
+    return Known(mu_z, has_conditions(codes, schema, given), levels)
+
+
+def other_levels(
+    schema: Schema,
+    classifier: Classifier | None,
+    given: Mapping[str, Any],
+    codes: NDArray[np.float32],
+    mu_z: NDArray[np.float32],
+    labels: NDArray[np.int32],
+) -> NDArray[np.float32]:
+    """Levels of the categorical conditions that are not asked for, and the label (told if -1), ``(cells, n)``."""
+    columns = [
+        codes[:, number]
+        for number, condition in enumerate(schema.conditions)
+        if condition.levels is not None and condition.name not in given
+    ]
+    if classifier is not None:
+        with torch.inference_mode():
+            told = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).argmax(-1).cpu().numpy()
+        columns.append(np.where(labels >= 0, labels, told))
+    return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
 
 
 def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known, index: pd.Index) -> pd.DataFrame:
