@@ -181,6 +181,8 @@ def main() -> None:
     if options.table:
         print(table([record for path in options.table for record in json.loads(path.read_text())]))
         return
+    if options.folder is None:
+        parser.error("name the folder of the .h5ad files")
     warnings.simplefilter("ignore")
     records: list[dict[str, Any]] = []
     for name in options.sets:

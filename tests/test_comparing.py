@@ -128,3 +128,14 @@ def test_from_the_command_line(tmp_path, celbo_command, monkeypatch):
     assert done.returncode == 2
     assert "--latent-dim some" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_models_of_other_counts_are_not_compared():
+    adata = planted("nb", 0, n_cells=300)
+    adata.layers["twice"] = adata.X * 2
+    models = {
+        str(layer): celbo.ExpressionVAE(layer=layer, **options(train=celbo.TrainConfig(max_epochs=1))).fit(adata)
+        for layer in (None, "twice")
+    }
+    with pytest.raises(celbo.UsageError, match="the models read another layer"):
+        celbo.compare(models, adata)

@@ -25,7 +25,7 @@ def mixing(z, cells):
     types, batch, shares = cells.obs["cell_type"].to_numpy(), cells.obs["batch"].to_numpy(), []
     for name in np.unique(types):
         here = types == name
-        near = NearestNeighbors(n_neighbors=16).fit(z[here]).kneighbors(return_distance=False)[:, 1:]
+        near = NearestNeighbors(n_neighbors=15).fit(z[here]).kneighbors(return_distance=False)
         shares.append((batch[here][near] != batch[here][:, None]).mean())
     return float(np.mean(shares))
 
@@ -81,7 +81,7 @@ def test_a_type_that_a_batch_lacks_is_not_merged_into_another():
             .fit(cells)
             .embed(cells)
         )
-    near = NearestNeighbors(n_neighbors=16).fit(z).kneighbors(return_distance=False)[:, 1:]
+    near = NearestNeighbors(n_neighbors=15).fit(z).kneighbors(return_distance=False)
     is_it = (cells.obs["cell_type"] == "type_3").to_numpy()
     assert is_it[near[is_it]].mean() > 0.9
 

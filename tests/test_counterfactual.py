@@ -359,7 +359,7 @@ def test_of_genes_that_the_cells_lack_no_change_is_called(cells, whole):
     assert found.drop(index=strongest)["fdr"].notna().all()
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, None])
+@pytest.mark.parametrize("seed", [-1, 0.5, None, 2**32])
 def test_seeds_that_are_none_are_refused(cells, whole, seed):
     asked = cells[:5].copy()
     calls = (
@@ -369,6 +369,10 @@ def test_seeds_that_are_none_are_refused(cells, whole, seed):
         lambda: whole.outliers(asked, seed=seed),
         lambda: whole.differential_expression(cells, groupby="cell_type", seed=seed),
         lambda: whole.sample(5, seed=seed),
+        lambda: whole.elbo(asked, seed=seed),
+        lambda: whole.diagnose(asked, seed=seed),
+        lambda: celbo.compare({"a": whole, "b": whole}, cells, seed=seed),
+        lambda: celbo.check_realism(cells[:100], cells, seed=seed),
     )
     for call in calls:
         with pytest.raises(celbo.UsageError, match="a seed is a whole number"):
@@ -384,3 +388,73 @@ def test_a_continuous_condition_is_asked_for_by_a_finite_number(cells, given, sa
         model.counterfactual(dosed[:5].copy(), given)
     with pytest.raises(celbo.UsageError, match="given several values"):
         model.counterfactual(dosed[:5].copy(), {"dose": [1.0, 2.0]})
+
+
+def test_others_are_models_of_the_same_values_each_once(cells, whole):
+    train = celbo.TrainConfig(max_epochs=1)
+    asked, given = cells[:5].copy(), {"treatment": "treated"}
+    of_detection = celbo.ExpressionVAE(latent_dim=6, likelihood="bernoulli", conditions=["treatment"], train=train)
+    of_points = celbo.ExpressionVAE(latent_dim=6, objective="autoencoder", conditions=["treatment"], train=train)
+    for others, said in (
+        ([of_detection.fit(cells)], "other values"),
+        ([of_points.fit(cells)], "another objective"),
+        ([whole], "twice, or this one"),
+        (["run"], "fitted models"),
+    ):
+        with pytest.raises(celbo.UsageError, match=said):
+            whole.counterfactual(asked, given, others=others)
+
+
+def test_of_a_plain_autoencoder_z_is_a_point(cells):
+    """Its variances were never trained, and are not drawn from."""
+    train = celbo.TrainConfig(max_epochs=5)
+    options = {"latent_dim": 3, "objective": "autoencoder", "likelihood": "poisson", "conditions": ["treatment"]}
+    model = celbo.ExpressionVAE(**options, train=train).fit(cells)
+    found = model.counterfactual(cells[:20].copy(), {"treatment": "treated"})
+    np.testing.assert_allclose(found.lower, found.upper, rtol=1e-5)
+    assert (model.posterior(cells[:20].copy())[1] == 0).all()
+    changed, again = (
+        model.differential_expression(cells, groupby="cell_type", n_samples=n).set_index("group", append=True)
+        for n in (1, 5)
+    )
+    change = "log2_fold_change"
+    np.testing.assert_allclose(changed[change].sort_index(), again[change].sort_index(), atol=1e-5)
+
+
+def test_a_handful_of_cells_supports_nothing(cells):
+    few = cells[(cells.obs["treatment"] == "ctrl").to_numpy()][:600].copy()
+    few.obs["treatment"] = "ctrl"
+    few.obs.iloc[:8, few.obs.columns.get_loc("treatment")] = "treated"
+    train = celbo.TrainConfig(max_epochs=5)
+    model = celbo.ExpressionVAE(latent_dim=3, conditions=["treatment"], train=train).fit(few)
+    verdicts = model.counterfactual(few[100:200].copy(), {"treatment": "treated"}).support["verdict"]
+    assert not (verdicts == "supported").any()
+
+
+def test_numbers_that_are_no_whole_ones_are_refused(cells, whole):
+    asked, given = cells[:5].copy(), {"treatment": "treated"}
+    for call in (
+        lambda: whole.counterfactual(asked, given, n_samples=2.5),
+        lambda: whole.counterfactual(asked, given, n_samples=2).group_mean(n_cells=1.5),
+        lambda: whole.counterfactual(asked, given, n_samples=2).group_mean(n_draws=3),
+        lambda: whole.log_prob(asked, n_samples=2.5),
+        lambda: whole.differential_expression(cells, groupby="cell_type", n_samples=1.5),
+        lambda: whole.sample(2.5),
+        lambda: celbo.compare({"a": whole, "b": whole}, cells, n_samples=0),
+        lambda: celbo.check_realism(cells[:100], cells, max_cells=1.5),
+    ):
+        with pytest.raises(celbo.UsageError, match="give a whole number of at least"):
+            call()
+
+
+def test_what_is_given_is_a_table_of_conditions(cells, whole):
+    with pytest.raises(celbo.UsageError, match="give each condition its value"):
+        whole.expected_expression(cells[:5].copy(), given="treated")
+
+
+def test_a_library_size_may_be_a_number_of_numpy(cells, whole):
+    some = cells[:5].copy()
+    at = whole.expected_expression(some, library=1000)
+    np.testing.assert_array_equal(whole.expected_expression(some, library=np.float32(1000)), at)
+    with pytest.raises(celbo.UsageError, match="library=True"):
+        whole.expected_expression(some, library=True)

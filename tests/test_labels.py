@@ -235,3 +235,16 @@ def test_what_is_usual_is_told_by_the_cells_held_out():
         assert abs((found["p_known"] < share).mean() - share) < max(0.02, share / 2)
     far = predictions(odds[:50], asked[:50] + 30, known, ("a",), index[:50])
     assert (far["label"] == NONE_OF_THESE).all()
+
+
+def test_labels_are_no_condition(many):
+    with pytest.raises(celbo.UsageError, match="is a condition and the column of labels"):
+        fitted(many[:200].copy(), labels="batch")
+
+
+def test_where_none_of_these_cannot_be_told_it_is_said(many):
+    few = many[:300].copy()
+    few.obs["known"] = few.obs["cell_type"].astype(str).where(np.arange(300) < 40, "unknown")
+    model = fitted(few, train=celbo.TrainConfig(max_epochs=2))
+    with pytest.warns(UserWarning, match="no cell is called none of these"):
+        assert model.predict(few)["p_known"].isna().all()

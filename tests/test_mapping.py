@@ -229,3 +229,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", program], **options)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 10_000 * 10_000 * 4 / 2**20
+
+
+def test_levels_that_read_nearly_as_known_ones_are_doubted(many):
+    """Case, spaces and separators, and whole numbers read as floats; but not numbers that are others."""
+    known = many.copy()
+    names = np.array(["Donor_1", "donor_11", "10", "+"])
+    known.obs["batch"] = names[np.arange(known.n_obs) % 4]
+    model = celbo.ExpressionVAE(latent_dim=2, conditions=["batch"], train=celbo.TrainConfig(max_epochs=1)).fit(known)
+    for level, like in (("donor 1", "Donor_1"), ("10.0", "10"), ("1.0", None), ("donor_1_1", None), ("-", None)):
+        query = known[:40].copy()
+        query.obs["batch"] = level
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.map_query(query)
+        doubts = [str(each.message) for each in caught if "taken for a new level" in str(each.message)]
+        assert [f"if {like!r} is meant" in doubt for doubt in doubts] == ([True] if like else [])

@@ -195,3 +195,19 @@ def test_cells_of_a_batch_never_seen_are_read_as_asked(known, unseen):
     assert (found["p_value"] > 0.01).mean() > 0.8
     as_known = model.log_prob(usual[:60], n_samples=50)["log_p"]
     assert abs(log_p.mean() - as_known.mean()) < 0.05 * abs(as_known.mean())
+
+
+@pytest.mark.parametrize("which", ["rarest", "some"])
+def test_cells_that_lack_genes_are_as_usual_as_they_are(known, which):
+    """Depth is that with the missing genes filled in, and what is said of log p(x) is not compared."""
+    model, usual, of_new_type = known
+    order = np.argsort(np.asarray(usual.X.sum(0)).ravel())
+    lacking = order[:1] if which == "rarest" else np.random.default_rng(0).permutation(order)[:30]
+    left = np.setdiff1d(np.arange(usual.n_vars), lacking)
+    with pytest.warns(UserWarning, match="fills them in"):
+        found, new = (model.outliers(cells[:, left].copy()) for cells in (usual, of_new_type))
+    assert kstest(found["p_value"], "uniform").statistic < 0.12
+    assert found["unlikely"].isna().all()
+    assert (np.abs(found[["distance", "mixture", "ambient"]].mean()) < 0.6).all()
+    assert (found["kind"] == "usual").mean() > 0.95
+    assert area(found["score"], new["score"]) > 0.75

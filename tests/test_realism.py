@@ -99,3 +99,14 @@ def test_what_cannot_be_compared_is_refused(cells):
         celbo.check_realism(cells[:5], cells[:100])
     with pytest.raises(celbo.UsageError, match="labels='tissue' is no column of obs"):
         celbo.check_realism(cells[:100], cells[100:200], labels="tissue")
+
+
+def test_counts_are_looked_for_where_they_are(cells):
+    real = cells[300:].copy()
+    real.layers["counts"] = real.X.copy()
+    real.X = np.log1p(real.X.toarray())
+    with pytest.raises(celbo.UsageError, match="name the layer of their counts"):
+        celbo.check_realism(cells[:300], real)
+    assert celbo.check_realism(cells[:300], real, layer="counts").auc < 0.6
+    with pytest.raises(celbo.UsageError, match="layer='raw' is none of the real cells; they have 'counts'"):
+        celbo.check_realism(cells[:300], real, layer="raw")

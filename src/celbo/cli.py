@@ -399,8 +399,8 @@ def counterfactual(
     refuse_no_counterfactual(output)
     model = celbo.load(run)
     given = conditions_of(model, conditions, "--set")
-    if twice := [path for path in other or () if path.resolve() == run.resolve()]:
-        raise UsageError(f"--other {twice[0]} is the run itself; name runs of other seeds.")
+    if len({path.resolve() for path in (run, *(other or ()))}) <= len(other or ()):
+        raise UsageError("--other names a run twice, or the run itself; name runs of other seeds, each once.")
     reading = Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
     with shown_warnings():
@@ -472,7 +472,8 @@ def predict(
     write_table(found, output)
     none, empty = int((found["label"] == "none of these").sum()), int(found["label"].isna().sum())
     without = f", {empty:,} without a count" if empty else ""
-    say(f"{len(found):,} cells, {none:,} of them none of these{without}: {output}")
+    could_not = "" if found["p_known"].notna().any() else " (which could not be told)"
+    say(f"{len(found):,} cells, {none:,} of them none of these{could_not}{without}: {output}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from celbo import kernels
 from celbo.data import read_adata
-from celbo.errors import UsageError, listed
+from celbo.errors import UsageError, check_count, check_seed, listed
 from celbo.estimator import ExpressionVAE
 from celbo.importance import log_prob
 from celbo.likelihoods import LIKELIHOODS
@@ -117,6 +117,11 @@ def compare(
         raise UsageError("the models have other genes; log p(x) can be compared over the same genes only.")
     if any(model.objective == "autoencoder" for model in models.values()):
         raise UsageError("a plain autoencoder has no p(x) to compare; leave it out.")
+    for part in ("layer", "size_factor"):
+        if any(getattr(model.schema_, part) != getattr(first.schema_, part) for model in models.values()):
+            raise UsageError(f"the models read another {part}; log p(x) can be compared of the same counts only.")
+    check_count("n_samples", n_samples, 2)
+    check_seed(seed)
     adata = read_adata(adata, layer=first.schema_.layer)
     kinds = {name: model.schema_.values for name, model in models.items()}
     if len(set(kinds.values())) > 1 and not (

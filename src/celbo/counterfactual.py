@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from celbo.distributions import NegativeBinomial
-from celbo.errors import UsageError, check_seed
+from celbo.errors import UsageError, check_count, check_seed
 from celbo.inference import context_of, false_share, fill_in, posterior
+from celbo.likelihoods import NegativeBinomialHead
 from celbo.minibatch import Contexts, Rows, Source, in_chunks
 from celbo.support import nearest
 from celbo.vae import VAE
@@ -47,11 +48,11 @@ class Counterfactual:
 
     mean: NDArray[np.float32]
     """What is expected of each cell, over the posterior of z, ``(cells, genes)``: at its own library size. Of nb counts
-    ``mu' (theta + x) / (theta + mu)``, scaled to the library, which keeps what is the cell's own; else the mean of
-    p(x | z, c')."""
+    ``mu' (theta + x) / (theta + mu)``, scaled to the library, which keeps what is the cell's own, and of cells that are
+    not supported the mean of that and of the same with ``mu e``; else the mean of p(x | z, c')."""
     lower: NDArray[np.float32]
-    """5 % quantile of that mean over draws of z, ``(cells, genes)``. It is about z: not the noise of counts, nor what
-    another model would say."""
+    """5 % quantile of that mean over draws of z, ``(cells, genes)``. It is about z, and of cells that are not supported
+    about the two answers: not the noise of counts, nor what another model would say."""
     upper: NDArray[np.float32]
     """95 % quantile."""
     support: pd.DataFrame
@@ -71,7 +72,8 @@ class Counterfactual:
     def sample(self, seed: int = 0) -> AnnData:
         """Draw counts of each cell, with the likelihood's own noise, and z (of nb counts u, too) from its posterior.
 
-        With several models, those of one of them: the next with the next seed.
+        With several models, those of one of them: the next with the next seed. Of cells that are not supported, rates
+        are the geometric mean of the two answers.
 
         Returns
         -------
@@ -97,7 +99,7 @@ class Counterfactual:
         n_cells
             Cells that the mean is of; as many as these if None.
         n_draws
-            Draws of all of them, at least two for each model.
+            Draws of all of them, at least two for each model and answer.
         seed
             Of the draws.
 
@@ -115,10 +117,9 @@ class Counterfactual:
         if self.draws[0].vae.values != "counts":
             raise UsageError("a group mean is of log-normalised counts, and this model is of other values.")
         check_seed(seed)
-        if n_cells is not None and n_cells < 1:
-            raise UsageError(f"n_cells is {n_cells}; a mean is of at least 1 cell")
-        if n_draws < 4 * n_models:
-            raise UsageError(f"n_draws is {n_draws}; {n_models} models need at least {4 * n_models}")
+        if n_cells is not None:
+            check_count("n_cells", n_cells, 1)
+        check_count("n_draws", n_draws, 4 * n_models)
         n, rng, means = len(self.obs), np.random.default_rng([seed, 17]), []
         for number in range(n_draws // (2 * n_models) * 2 * n_models):
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
@@ -193,13 +194,15 @@ def carry(
     off
         Which cells are not supported, ``(cells,)``.
     supported
-        Where known cells lie that are, ``(cells, latent_dim)``; if there are none, nothing is carried.
+        Where known cells lie that are, ``(cells, latent_dim)``; if there are none, or the likelihood is not nb,
+        nothing is carried.
 
     Returns
     -------
     Carried
     """
-    rows = np.flatnonzero(off) if len(supported) and vae.values == "counts" else np.zeros(0, np.intp)
+    is_nb = isinstance(vae.head, NegativeBinomialHead)
+    rows = np.flatnonzero(off) if len(supported) and is_nb else np.zeros(0, np.intp)
     where = np.full(source.n_cells, -1, np.intp)
     where[rows] = np.arange(len(rows))
     if not len(rows):
@@ -258,6 +261,7 @@ def decode_under(
     *,
     n_samples: int,
     seed: int,
+    has_width: bool = True,
 ) -> Decoded:
     """Decode the cells of a source under another context, with the same draws of z as under their own.
 
@@ -275,6 +279,8 @@ def decode_under(
         Draws of z for each cell and model.
     seed
         Of the draws.
+    has_width
+        Whether posteriors have one; of a plain autoencoder z is mu_z.
 
     Returns
     -------
@@ -304,7 +310,7 @@ def decode_under(
                 cells = fill_in(vae, taken, source)
                 mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
                 eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
-                z = mu_z[:, None] + (0.5 * logvar_z[:, None]).exp() * eps
+                z = mu_z[:, None] + has_width * (0.5 * logvar_z[:, None]).exp() * eps
                 own = _decode(vae, z, cells.context, cells.library)
                 other = _decode(vae, z, contexts(rows).to(device), cells.library)
                 x = cells.x.to_dense().repeat_interleave(n_samples, 0)

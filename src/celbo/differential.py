@@ -56,7 +56,14 @@ class Sums(NamedTuple):
 
 
 def add_up(
-    vae: VAE, source: Source, sets: NDArray[np.intp], contexts: Sequence[Contexts | None], *, n_samples: int, seed: int
+    vae: VAE,
+    source: Source,
+    sets: NDArray[np.intp],
+    contexts: Sequence[Contexts | None],
+    *,
+    n_samples: int,
+    seed: int,
+    has_width: bool = True,
 ) -> Sums:
     """Add up over sets of cells what `fold_changes` compares.
 
@@ -74,6 +81,8 @@ def add_up(
         Draws of z for each cell.
     seed
         Of the draws.
+    has_width
+        Whether posteriors have one; of a plain autoencoder z is mu_z.
     """
     n_sets, n_genes, device = int(sets.max()) + 1, source.n_genes, next(vae.parameters()).device
     share = torch.zeros(n_samples, n_sets, n_genes, dtype=torch.float64, device=device)
@@ -90,7 +99,7 @@ def add_up(
             one = torch.ones_like(cells.library)
             for draw in range(n_samples):
                 eps = torch.randn(mu_z.shape, generator=generator).to(device)
-                z = mu_z + (0.5 * logvar_z).exp() * eps
+                z = mu_z + has_width * (0.5 * logvar_z).exp() * eps
                 for context in contexts:
                     given = own if context is None or own is None else context(rows).to(device)
                     share[draw].index_add_(0, of_set, vae.decode(z, given, one).double() / len(contexts))
@@ -329,6 +338,8 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     grouped = adata.obs.groupby(list(by), observed=True, sort=True)
     codes, n_cells = grouped.ngroup().to_numpy(), grouped.size()
     which = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(n_cells), len(codes)))
+    if layer is not None and layer not in adata.layers:
+        raise UsageError(f"layer={layer!r} is none of these cells; they have {listed(adata.layers) or 'none'}.")
     counts = adata.X if layer is None else adata.layers[layer]
     obs = n_cells.index.to_frame(index=False).assign(n_cells=n_cells.to_numpy())
     obs.index = pd.Index(obs[list(by)].astype(str).agg(" | ".join, axis=1))

@@ -22,6 +22,7 @@ __all__ = [
     "NotFittedError",
     "StorageError",
     "UsageError",
+    "check_count",
     "check_seed",
     "listed",
 ]
@@ -67,6 +68,19 @@ class StorageError(CelboError):
     exit_code = 6
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number of at least this.
+
+    Examples
+    --------
+    >>> check_count("n_samples", 2.5, 1)
+    Traceback (most recent call last):
+    celbo.errors.UsageError: n_samples=2.5; give a whole number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise UsageError(f"{name}={value!r}; give a whole number of at least {least}.")
+
+
 def check_seed(seed: object) -> None:
     """Refuse what no random numbers can start from.
 
@@ -74,10 +88,10 @@ def check_seed(seed: object) -> None:
     --------
     >>> check_seed(-1)
     Traceback (most recent call last):
-    celbo.errors.UsageError: seed=-1; a seed is a whole number of at least 0.
+    celbo.errors.UsageError: seed=-1; a seed is a whole number from 0 to 4294967295.
     """
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise UsageError(f"seed={seed!r}; a seed is a whole number of at least 0.")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
+        raise UsageError(f"seed={seed!r}; a seed is a whole number from 0 to {2**32 - 1}.")
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

@@ -26,12 +26,20 @@ from celbo.data.genes import select_genes
 from celbo.data.sources import empty_cells, sum_of_genes
 from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
 from celbo.differential import add_up, contrast, group_cells, of_genes
-from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_seed, listed
+from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_count, check_seed, listed
 from celbo.evidence import expected_dim, gather, gene_mean_log_prob
 from celbo.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
 from celbo.importance import log_prob
-from celbo.inference import Filled, cell_terms, context_of, expected_values, posterior, use_of_latent
-from celbo.labels import Labelled, predictions
+from celbo.inference import (
+    Filled,
+    cell_terms,
+    context_of,
+    expected_values,
+    filled_library,
+    posterior,
+    use_of_latent,
+)
+from celbo.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
 from celbo.mapping import at_nearest_levels, copy_weights
 from celbo.minibatch import Contexts, Rows, gene_moments
@@ -65,8 +73,8 @@ _FEW_SAMPLES = 10
 
 _FEW_TO_MAP = 20
 """Cells of a new level below which what is learned of it is little."""
-_LETTERS = re.compile(r"[\W_]+")
-"""What two spellings of a level may differ in."""
+_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
+"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
 
 
 class History(list[Epoch]):
@@ -191,6 +199,10 @@ class ExpressionVAE:
         schema = self._choose_genes(check, adata, check.accept())
         source = make_source(check, adata, schema)
         if self.labels is not None:
+            if self.labels in (*self.conditions, *self.nuisance):
+                raise UsageError(
+                    f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
+                )
             if self.labels not in adata.obs.columns:
                 raise DataError(f"obs has no column {self.labels!r} for labels; it has {listed(adata.obs.columns)}.")
             if self.unlabelled != "unknown" and self.unlabelled not in set(as_text(adata.obs[self.labels])):
@@ -287,14 +299,14 @@ class ExpressionVAE:
         Returns
         -------
         tuple
-            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``.
+            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``; of a plain autoencoder sd_z is 0.
         """
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
         model, source = self._open(adata, unseen, genes_present)
         with kernels.threads(self.train.threads):
             mu_z, logvar_z = posterior(model.vae_, source)
-        return mu_z, np.exp(0.5 * logvar_z)
+        return mu_z, np.exp(0.5 * logvar_z) * self._has_width
 
     def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
         """Evidence lower bound of each cell and its terms, in nats, with one sample of z.
@@ -304,6 +316,7 @@ class ExpressionVAE:
         pandas.DataFrame
             By cell: ``elbo = reconstruction - kl``, and ``kl_0``, ``kl_1``, ... which sum to ``kl``.
         """
+        check_seed(seed)
         adata = read_adata(adata, layer=self.schema_.layer)
         source = self._source(adata)
         with kernels.threads(self.train.threads):
@@ -362,8 +375,7 @@ class ExpressionVAE:
         >>> model.log_prob(adata[:3]).columns.tolist()
         ['log_p', 'se', 'ess', 'trusted']
         """
-        if n_samples < 2:
-            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        check_count("n_samples", n_samples, 2)
         check_seed(seed)
         adata = read_adata(adata, layer=self.schema_.layer)
         self._refuse_autoencoder()
@@ -402,6 +414,7 @@ class ExpressionVAE:
             ``p_value`` and ``q_value``; ``kind``: "usual" (q above .1), "doublet-like", "ambient-like", "unseen type",
             "unexplained", after the reading that stands out most, or "low-depth"; the standardised readings
             ``unlikely, distance, mixture, ambient``; and ``top_genes``, + where more of them than expected was seen.
+            Where cells lack genes of the model, log p(x) is of the others, and ``unlikely`` does not count (NaN).
 
         Raises
         ------
@@ -440,13 +453,15 @@ class ExpressionVAE:
         with kernels.threads(self.train.threads):
             found = model._read_cells(source, rows, self.reference_, seed)
             mu_z, _ = posterior(model.vae_, source)
+            library = filled_library(model.vae_, source)
             genes = surprising_genes(model.vae_, source, mu_z, np.array(schema.genes), rows)
         table = unusual(
             self.reference_.readings[known],
             found,
-            library=(self.reference_.library[known], source.library),
+            library=(self.reference_.library[known], library),
             batch=(batch[: known.sum()].astype(int), batch[known.sum() :].astype(int)),
             index=adata.obs_names,
+            without=() if (schema.columns(adata.var_names) >= 0).all() else ("unlikely",),
         )
         return table.assign(top_genes=genes)
 
@@ -489,13 +504,12 @@ class ExpressionVAE:
             libraries = torch.full((adata.n_obs, 1), float(library))
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            means = [
-                expected_values(
-                    self.vae_, source, contexts=self._contexts(adata, each) if each else None, library=libraries
-                )
-                for each in settings
-            ]
-        return means[0] if len(means) == 1 else np.mean(means, axis=0)
+            total, n = np.zeros((), np.float32), np.float32(len(settings))
+            for each in settings:
+                contexts = self._contexts(adata, each) if each else None
+                of_setting = expected_values(self.vae_, source, contexts=contexts, library=libraries)
+                total = np.add(total, of_setting / n)
+        return total
 
     def differential_expression(
         self,
@@ -564,8 +578,9 @@ class ExpressionVAE:
         schema = self.schema_
         if self._likelihood().values != "counts":
             raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
-        if not 0 <= least_change < math.inf or n_samples < 1:
-            raise UsageError(f"least_change={least_change!r}, n_samples={n_samples!r}; give 0 or more, and at least 1.")
+        if not 0 <= least_change < math.inf:
+            raise UsageError(f"least_change={least_change!r}; give a number from 0 on, of log2.")
+        check_count("n_samples", n_samples, 1)
         check_seed(seed)
         adata = read_adata(adata, layer=schema.layer)
         group, reference = (None if each is None else str(each) for each in (group, reference))
@@ -584,7 +599,7 @@ class ExpressionVAE:
         contexts = [self._contexts(adata, each) if each else None for each in settings]
         source = self._source(adata)
         with kernels.threads(self.train.threads):
-            sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed)
+            sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed, has_width=self._has_width)
         measured = schema.columns(adata.var_names) >= 0
         sums = of_genes(sums, measured)
         genes = np.array(schema.genes)[measured].tolist()
@@ -680,7 +695,9 @@ class ExpressionVAE:
                 carry(vae, source, contexts, off, supported_positions(each, seed=seed))
                 for vae, each in zip(vaes, learned_from, strict=True)
             ]
-            found = decode_under(vaes, source, contexts, carried, n_samples=n_samples, seed=seed)
+            found = decode_under(
+                vaes, source, contexts, carried, n_samples=n_samples, seed=seed, has_width=self._has_width
+            )
         if np.abs(found.after - found.before).sum() < _HARDLY_CHANGED * np.abs(found.before).sum():
             warnings.warn(
                 f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
@@ -757,6 +774,13 @@ class ExpressionVAE:
         is_known = self.reference_.labels >= 0
         reference = self.reference_
         known = Labelled(reference.mu_z[is_known], reference.labels[is_known], reference.held_out[is_known])
+        if known.held_out.sum() < FEWEST_HELD_OUT_LABELLED:
+            warnings.warn(
+                f"{known.held_out.sum()} cells with a label were held out of fitting; of fewer than "
+                f"{FEWEST_HELD_OUT_LABELLED} it cannot be told what is usual, so that no cell is called none of these. "
+                "Label more cells, or fit with a larger validation_fraction.",
+                stacklevel=2,
+            )
         return predictions(found, mu_z, known, labels.levels, adata.obs_names, empty_cells(adata, self.schema_))
 
     def map_query(
@@ -880,8 +904,7 @@ class ExpressionVAE:
         ((100, 60), ['treated'])
         """
         schema, reference, names = self.schema_, self.reference_, None
-        if not isinstance(n, int | np.integer) or n < 1:
-            raise UsageError(f"n={n!r}; give a whole number of cells, at least 1.")
+        check_count("n", n, 1)
         check_seed(seed)
         self._check_library(library)
         if around is not None:
@@ -981,6 +1004,7 @@ class ExpressionVAE:
         >>> model.diagnose(adata).collapsed
         False
         """
+        check_seed(seed)
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
         if groupby is not None and groupby not in adata.obs.columns:
@@ -1126,19 +1150,24 @@ class ExpressionVAE:
             )
         if isinstance(others, ExpressionVAE):
             raise UsageError("others is one model; give a list of them: others=[model].")
-        if any(
-            (other.schema_.genes, other.schema_.conditions) != (schema.genes, schema.conditions) for other in others
-        ):
-            raise UsageError("others have other genes or conditions than this model; fit them to the same cells.")
-        if n_samples < 2:
-            raise UsageError(f"n_samples={n_samples}; give at least 2 draws of z for each cell.")
+        if not all(isinstance(other, ExpressionVAE) for other in others):
+            raise UsageError("others are fitted models, as celbo.load reads them.")
+        for part in ("genes", "conditions", "values", "layer", "size_factor"):
+            if any(getattr(other.schema_, part) != getattr(schema, part) for other in others):
+                raise UsageError(f"others have other {part} than this model; fit them to the same cells, the same way.")
+        if any(other._has_width != self._has_width for other in others):
+            raise UsageError("others have another objective than this model; fit them the same way.")
+        if len({id(model) for model in (self, *others)}) <= len(others):
+            raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
+        check_count("n_samples", n_samples, 2)
 
     def _labels_of(self, obs: pd.DataFrame) -> NDArray[np.int32]:
         """Numbers of the labels that these cells come with, -1 where the model does not know them."""
         labels = self.schema_.labels
         if labels is None or labels.levels is None or labels.name not in obs.columns:
             return np.full(len(obs), -1, np.int32)
-        return pd.Index(labels.levels).get_indexer(as_text(obs[labels.name])).astype(np.int32)
+        codes = pd.Index(labels.levels).get_indexer(as_text(obs[labels.name]))
+        return np.where(obs[labels.name].notna(), codes, -1).astype(np.int32)
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood not in LIKELIHOODS:
@@ -1235,6 +1264,8 @@ class ExpressionVAE:
 
     def _settings_over(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
         """What is given, with every combination of the levels of other conditions."""
+        if not isinstance(given, Mapping):
+            raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
         levels = {condition.name: condition.levels for condition in self.schema_.conditions}
         wrong = [name for name in over if levels.get(name) is None or name in given]
         if isinstance(over, str) or wrong:
@@ -1250,11 +1281,17 @@ class ExpressionVAE:
             )
         return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
 
+    @property
+    def _has_width(self) -> bool:
+        """Whether posteriors have one; a plain autoencoder places each cell at a point."""
+        return self.objective != "autoencoder"
+
     def _check_library(self, library: float | None) -> None:
         if library is not None:
             if self._likelihood().values != "counts":
                 raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
-            if not isinstance(library, int | float) or not 0 < library < math.inf:
+            is_number = isinstance(library, int | float | np.number) and not isinstance(library, bool)
+            if not (is_number and 0 < float(library) < math.inf):
                 raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
 
     def _contexts(self, adata: AnnData, given: Mapping[str, Any]) -> Contexts:
@@ -1397,10 +1434,11 @@ def _doubt_levels(known: Schema, schema: Schema, obs: pd.DataFrame) -> None:
     """Warn of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
     for before, after in zip(known.conditions, schema.conditions, strict=True):
         new = (after.levels or ())[len(before.levels or ()) :]
-        plain = {_LETTERS.sub("", level).casefold(): level for level in before.levels or ()}
+        plain = {_SEPARATORS.sub("", level).casefold(): level for level in before.levels or ()}
+        plain.pop("", None)
         n_cells = as_text(obs[before.name]).value_counts() if new else {}
         for level in new:
-            if like := plain.get(_LETTERS.sub("", level).casefold()):
+            if like := plain.get(_SEPARATORS.sub("", level).casefold()):
                 warnings.warn(
                     f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
                     "spelling and map again.",

@@ -24,6 +24,7 @@ __all__ = [
     "expected_values",
     "false_share",
     "fill_in",
+    "filled_library",
     "in_brief",
     "posterior",
     "sensitivity",
@@ -340,6 +341,17 @@ def fill_in(vae: VAE, cells: Minibatch, source: Source) -> Minibatch:
             share = (filled_in.expm1().sum(-1, keepdim=True) / source.scaled_to).clamp(0, _MOST_FILLED_IN)
             measured = torch.where(observed, (cells.x.to_dense().expm1() * (1 - share)).log1p(), 0.0)
     return cells._replace(x=x, library=library)
+
+
+def filled_library(vae: VAE, source: Source) -> NDArray[np.float32]:
+    """Library sizes of all cells, ``(cells,)``, grown by what `fill_in` gives genes that were not measured."""
+    found = np.empty(source.n_cells, np.float32)
+
+    def look(cells: Minibatch, here: slice) -> None:
+        found[here] = cells.library[:, 0].cpu().numpy()
+
+    _for_chunks(vae, source, np.arange(source.n_cells), look)
+    return found
 
 
 class Filled:

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
-__all__ = ["NONE_OF_THESE", "Labelled", "predictions"]
+__all__ = ["FEWEST_HELD_OUT_LABELLED", "NONE_OF_THESE", "Labelled", "predictions"]
 
 NONE_OF_THESE = "none of these"
 """What is predicted of a cell that lies where no labelled cell does."""
 _NEAREST = 10
 _UNLIKELY = 0.01
 """Probability that a cell of a known label lies as far from the labelled ones, below which it is none of these."""
-_FEWEST_HELD_OUT = 10
+FEWEST_HELD_OUT_LABELLED = 10
 """Labelled cells kept out of training below which nothing is called none of these: what is usual could not be told."""
 _ENOUGH_FOR_SHARES = round(2 / _UNLIKELY)
 """Of these, so that the least share is well below the threshold."""
@@ -70,9 +70,12 @@ def predictions(
     -----
     Far is the distance to the 10th nearest (of a label with fewer cells, to the last of these), over the median of
     that among the label's own cells, since types are dense and loose. What is usual is told by the labelled cells that
+    were held out, for training draws the others together: ``p_known`` is the share of these that lie as far; of fewer
+    than 200, the tail of a Student t, as if their log distances were a sample from a normal distribution. It is NaN
+    where fewer than 10 were held out.
     """
     best, p_known = probabilities.argmax(1), np.full(len(mu_z), np.nan)
-    if known.held_out.sum() >= _FEWEST_HELD_OUT and not known.held_out.all():
+    if known.held_out.sum() >= FEWEST_HELD_OUT_LABELLED and not known.held_out.all():
         usual = _distances(known, len(levels), known.mu_z[known.held_out], known.labels[known.held_out])
         p_known = _at_least_as_far(usual, _distances(known, len(levels), mu_z, best))
     label = np.where(p_known < _UNLIKELY, NONE_OF_THESE, np.asarray(levels, object)[best])

@@ -6,7 +6,7 @@ them are joined, ``score = -sum log share`` (Fisher 1925), and the score is comp
 turn, for readings of a cell hang together. The fourth only helps to name what is unusual about it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,8 @@ _KINDS = {"unlikely": "unexplained", "distance": "unseen type", "mixture": "doub
 _N_GENES = 5
 _CHUNK = 256
 _SMALLEST = 1e-9
+_NOTHING = -1e4
+"""Log share of a gene that was not measured; finite, as it is multiplied by zero counts."""
 
 _Standardise = Callable[[NDArray[np.float64], NDArray[np.intp], NDArray[np.float64]], NDArray[np.float64]]
 
@@ -148,12 +150,12 @@ def _better_explained(
 
 
 def _log_profiles(vae: VAE, z: Tensor, context: Tensor, observed: Tensor | None) -> Tensor:
-    """Log shares of the genes that were measured, ``(n, genes)``; of others 0, so that their zeros add nothing."""
+    """Log shares among the genes that were measured, ``(n, genes)``; of others as good as nothing."""
     again = context.expand(len(z), -1) if vae.context_dim else None
     log_share = vae.decode(z, again, torch.ones(len(z), 1, device=z.device)).clamp(min=_SMALLEST).log()
     if observed is None:
         return log_share
-    return torch.where(observed, log_share - log_share[:, observed].logsumexp(-1, keepdim=True), 0.0)
+    return torch.where(observed, log_share - log_share[:, observed].logsumexp(-1, keepdim=True), _NOTHING)
 
 
 def unusual(
@@ -163,6 +165,7 @@ def unusual(
     library: tuple[NDArray[np.float32], NDArray[np.float32]],
     batch: tuple[NDArray[np.intp], NDArray[np.intp]],
     index: pd.Index,
+    without: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Compare cells with held-out ones of their depth and batch.
 
@@ -174,6 +177,8 @@ def unusual(
         Of the same two: library sizes, and the number of each cell's batch.
     index
         Names of the cells in question.
+    without
+        Readings that do not count, as they are of other genes; NaN in the table.
 
     Returns
     -------
@@ -193,20 +198,27 @@ def unusual(
     Name: kind, dtype: object
     """
     usual, here = standardised(held_out, found, library=library, batch=batch)
-    score = joined(usual, here)
-    p_value = p_values(joined(usual, usual), score)
+    names = READINGS[: here.shape[1]]
+    counted = np.array([name not in without for name in names])
+    of_counted = [name for name in names if name not in without]
+    here[:, ~counted] = np.nan
+    score = joined(usual[:, counted], here[:, counted], of_counted)
+    p_value = p_values(joined(usual[:, counted], usual[:, counted], of_counted), score)
     q_value = false_discovery_control(p_value) if len(p_value) else p_value
-    kind = np.array([_KINDS[name] for name in READINGS], object)[_shares(usual, here).argmin(1)]
+    most = _shares(usual[:, counted], here[:, counted]).argmin(1)
+    kind = np.array([_KINDS[name] for name in of_counted], object)[most]
     kind[q_value > _UNUSUAL] = "usual"
     kind[np.asarray(library[1]) < np.quantile(library[0], _SHALLOW)] = "low-depth"
     table = {"log_p": -found[:, 0], "score": score, "p_value": p_value, "q_value": q_value, "kind": kind}
-    table |= dict(zip(READINGS, here.T, strict=False))
+    table |= dict(zip(names, here.T, strict=True))
     return pd.DataFrame(table, index=index)
 
 
-def joined(usual: NDArray[np.float64], here: NDArray[np.float64]) -> NDArray[np.float64]:
+def joined(
+    usual: NDArray[np.float64], here: NDArray[np.float64], names: Sequence[str] = READINGS
+) -> NDArray[np.float64]:
     """Join standardised readings of cells, given those of usual ones: ``-sum log share``, ``(cells,)``."""
-    columns = [number for number, name in enumerate(READINGS[: usual.shape[1]]) if name in _JOINED]
+    columns = [number for number, name in enumerate(names[: usual.shape[1]]) if name in _JOINED]
     found: NDArray[np.float64] = -np.log(_shares(usual[:, columns], here[:, columns])).sum(1)
     return found
 

@@ -9,7 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
-from celbo.errors import DataError, UsageError, listed
+from celbo.errors import DataError, UsageError, check_count, check_seed, listed
 
 __all__ = ["Agreement", "Realism", "check_realism"]
 
@@ -91,7 +91,13 @@ class Realism:
 
 
 def check_realism(
-    generated: AnnData, real: AnnData, *, labels: str | None = None, max_cells: int = 2000, seed: int = 0
+    generated: AnnData,
+    real: AnnData,
+    *,
+    layer: str | None = None,
+    labels: str | None = None,
+    max_cells: int = 2000,
+    seed: int = 0,
 ) -> Realism:
     """Compare generated cells with real ones, best with cells that the model never saw.
 
@@ -106,6 +112,8 @@ def check_realism(
         Cells as `celbo.ExpressionVAE.sample` draws them.
     real
         Cells with the same genes, and maybe more, in any order.
+    layer
+        Of the real cells' counts; X if None.
     labels
         Column of obs of the real cells with their types; generated ones get those of their real neighbours. Without
         it, types are 12 clusters of both kinds together.
@@ -124,7 +132,7 @@ def check_realism(
     DataError
         If real cells lack genes, or names of genes recur, or there are fewer than 20 of a kind (of real ones: 40).
     UsageError
-        If there is no such column.
+        If there is no such column or layer, or one side is counts and the other is not.
 
     Examples
     --------
@@ -148,12 +156,20 @@ def check_realism(
         )
     if labels is not None and labels not in real.obs.columns:
         raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
+    check_seed(seed)
+    check_count("max_cells", max_cells, 1)
+    if layer is not None and layer not in real.layers:
+        raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(real.layers) or 'none'}.")
     rng = np.random.default_rng([seed, 19])
     order, rows = (rng.permutation(adata.n_obs) for adata in (real, generated))
     n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
     order = order[: max(n, 2 * half)]
-    x, y = _dense(generated.X, rows[:n]), _dense(real.X, order)[:, columns]
-    is_count = all((part >= 0).all() and (part == np.round(part)).all() for part in (x, y))
+    x, y = _dense(generated.X, rows[:n]), _dense(real.X if layer is None else real.layers[layer], order)
+    y = y[:, columns]
+    is_count, real_is_count = (bool((part >= 0).all() and (part == np.round(part)).all()) for part in (x, y))
+    if is_count != real_is_count:
+        one, other = ("counts", "not") if is_count else ("not counts", "are")
+        raise UsageError(f"generated cells are {one}, and real cells {other}; name the layer of their counts.")
     generated_cells, real_cells, one_half, other_half = (
         _Cells(part, _logged(part) if is_count else part) for part in (x, y[:n], y[:half], y[half : 2 * half])
     )

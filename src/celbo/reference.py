@@ -14,7 +14,7 @@ _ABOUT = 0.25
 """Standard deviations within which a continuous condition is about what was asked for."""
 _SELDOM = 0.1
 """Share of what chance would give, up to which levels count as not seen together."""
-_MOST_COLUMNS = 200
+_MOST_COLUMNS = 1000
 """Levels of all conditions together beyond which nesting is not looked for: the rank would take too long."""
 
 
@@ -108,6 +108,7 @@ def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Mapping
     names
         Conditions to look at.
     """
+    codes = np.unique(codes, axis=0)  # cells of the same levels tell the same
     columns = {}
     for number, condition in enumerate(schema.conditions):
         of_cells = codes[:, number]

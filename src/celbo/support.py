@@ -88,10 +88,10 @@ def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known
     -------
     pandas.DataFrame
         See `celbo.counterfactual.Counterfactual.support`: "supported" where the combination of levels was seen, the
-        share is at least .4 of what chance would give, and the distance usual; "extrapolation" where the distance is
-        not, and the combination was not seen or the share is less than .1 of that; else "edge". The share is a mean
-        over the 30 known cells without the conditions that are nearest, for those are like the cell: a type never seen
-        so has none around it, even if one cell of it has by chance.
+        share is at least .4 of what chance would give, the distance usual, and at least 16 cells have the conditions;
+        "extrapolation" where the distance is not, and the combination was not seen or the share is less than .1 of
+        that; else "edge". The share is a mean over the 30 known cells without the conditions that are nearest, for
+        those are like the cell: a type never seen so has none around it, even if one cell of it has by chance.
     """
     with_it = known.mu_z[known.has_it]
     if len(with_it) < 2:
@@ -108,7 +108,7 @@ def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known
     usual = np.quantile(tree_with.query(with_it, [min(place + 1, len(with_it))])[0][:, 0], _FAR)
     near, chance = distance <= usual, known.has_it.mean()
     seen = seen_together(known.levels, known.has_it, levels)
-    supported = near & seen & (share >= _ENOUGH * chance)
+    supported = near & seen & (share >= _ENOUGH * chance) & (len(with_it) > _NEAREST)
     off = ~near & (~seen | (share < _SELDOM * chance))
     verdict = np.where(supported, "supported", np.where(off, "extrapolation", "edge"))
     return pd.DataFrame({"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}, index=index)

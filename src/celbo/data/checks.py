@@ -211,7 +211,7 @@ def check_query(
     """
     if unseen not in UNSEEN:
         raise UsageError(f"unseen is {unseen!r}; choose one of {', '.join(UNSEEN)}.")
-    if not 0 < genes_present <= 1:
+    if not (isinstance(genes_present, int | float | np.number) and 0 < genes_present <= 1):
         raise UsageError(f"genes_present={genes_present}; it is a share, above 0 and at most 1.")
     check = Check(adata.n_obs, adata.n_vars, schema=schema)
     if not adata.n_obs:

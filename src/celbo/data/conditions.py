@@ -121,7 +121,7 @@ def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
     ["('a', 1)", '2', 'nan']
     """
     if not isinstance(column.dtype, pd.CategoricalDtype):
-        return column.astype(str)
+        return column.astype(str).where(column.notna(), "nan")
     names = np.array([*map(str, column.cat.categories), "nan"], object)  # pandas cannot make text of tuples
     return pd.Series(names[column.cat.codes], index=column.index)
 
@@ -220,6 +220,8 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
 
 
 def _refuse_missing(name: str, column: "pd.Series[Any]", more: str = "") -> None:
+    if isinstance(column, pd.DataFrame):
+        raise DataError(f"obs has {column.shape[1]} columns {name!r}; rename all but one.")
     if (missing := column.isna()).any():
         raise DataError(
             f"obs column {name!r} has no value in {missing.sum():,} of {len(column):,} cells, "
