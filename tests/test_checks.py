@@ -297,3 +297,14 @@ def test_any_data_are_fitted_or_refused_in_words(data):
     if refusal is not None:
         assert len(str(refusal)) > 20
         assert refusal.exit_code in (2, 3, 5)
+
+
+def test_what_can_hardly_be_learned_is_said_before_anything_is_trained():
+    """Few cells; and a condition that goes with another in all of them."""
+    cells = celbo.simulate_cells(n_cells=120, n_genes=20, n_batches=3, seed=0)
+    cells.obs["arm"] = np.where(cells.obs["batch"] == "batch_0", "x", "y")
+    found = celbo.ExpressionVAE(conditions=["arm", "treatment"], nuisance=["batch"]).check(cells)
+    assert [each.name for each in found.problems if each.name in ("nested", "few-cells")] == ["nested"]
+    assert "'arm' is nested in the others" in next(each.message for each in found.problems if each.name == "nested")
+    few = celbo.ExpressionVAE().check(cells[:5].copy())
+    assert "only 5 cells" in next(each.message for each in few.problems if each.name == "few-cells")

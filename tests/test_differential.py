@@ -150,6 +150,7 @@ def test_what_cannot_be_compared_is_refused(known, cells):
     model, adata = known
     adata = adata[:200].copy()
     adata.obs["one"] = "a"
+    adata.obs["each"] = adata.obs_names
     adata.obs["rare"] = ["b"] + ["a"] * 199
     for options, reason in (
         ({"groupby": "nothing"}, "no column of obs"),
@@ -158,9 +159,9 @@ def test_what_cannot_be_compared_is_refused(known, cells):
         ({"groupby": "one"}, "single group"),
         ({"groupby": "rare", "group": "b"}, "fewer than 2 cells"),
         ({"groupby": "cell_type", "pair_by": "donor"}, "pair_by='donor'"),
-        ({"groupby": "batch", "pair_by": "batch"}, "fewer than 2 cells in any level of 'batch'"),
-        ({"groupby": "rare"}, "'a' or what it is compared with has fewer than 2 cells[.]"),
-        ({"groupby": "library"}, "none of the 200 groups of 'library' has 2 cells"),
+        ({"groupby": "batch", "pair_by": "batch"}, "a single cell, or none, in each level of 'batch'"),
+        ({"groupby": "rare"}, "'a', or what it is compared with, has a single cell[.]"),
+        ({"groupby": "each"}, "none of the 200 groups of 'each' has 2 cells"),
         ({"groupby": "cell_type", "n_samples": 0}, "n_samples=0"),
     ):
         with pytest.raises(celbo.UsageError, match=reason):
@@ -188,3 +189,14 @@ def test_from_the_command_line(known, tmp_path, celbo_command, monkeypatch):
     assert done.returncode == 2
     assert "cell_tipe" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_groups_are_no_numbers_and_cells_without_one_are_counted(known):
+    model, cells = known
+    cells = cells.copy()
+    cells.obs["dose"] = np.linspace(0, 1, cells.n_obs)
+    with pytest.raises(celbo.UsageError, match="floating-point numbers, which are no groups"):
+        model.differential_expression(cells, groupby="dose")
+    cells.obs["known"] = cells.obs["cell_type"].astype(object).where(np.arange(cells.n_obs) >= 7, None)
+    with pytest.warns(UserWarning, match="7 cells have no 'known'"):
+        model.differential_expression(cells, groupby="known", n_samples=1)

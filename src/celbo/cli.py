@@ -462,8 +462,9 @@ def predict(
 
     A line for each cell: **label** (or "none of these"), **probability**, **p_known**, and the probability of each.
     """
-    from celbo.runs import write_table
+    from celbo.runs import refuse_no_table, write_table
 
+    refuse_no_table(output)
     model = celbo.load(run)
     reading = Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
@@ -505,8 +506,9 @@ def score(
     A line for each cell: **log_p**, its standard error **se**, the effective number of draws **ess**, **trusted**. With
     `--outliers`: **score**, **p_value**, **q_value**, **kind** (doublet-like, ...), **top_genes**.
     """
-    from celbo.runs import write_table
+    from celbo.runs import refuse_no_table, write_table
 
+    refuse_no_table(output)
     if outliers and (refine or n_samples is not None):
         raise UsageError("--refine and --n-samples are about log p(x), not about --outliers; leave one of them out.")
     model = celbo.load(run)
@@ -582,8 +584,9 @@ def de(
     A line for each gene, surest first: **log2_fold_change** with its 90 % interval, **probability** that it is beyond
     `--least-change`, **fdr**. Cells are no donors: for what holds beyond these, add them up (`celbo.pseudobulk`).
     """
-    from celbo.runs import write_table
+    from celbo.runs import refuse_no_table, write_table
 
+    refuse_no_table(output)
     model = celbo.load(run)
     reading = Reading(gene_column, make_unique, na_as_level, on_disk)
     adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])

@@ -208,6 +208,8 @@ def fit_and_write(
     from celbo.train import settle_device
 
     say(f"computing on {settle_device(model.train.device)}")
+    if (output / "model").is_dir():
+        say(f"{output} has a run already, which this one replaces when it is done")
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:

@@ -108,10 +108,14 @@ def compare(
     >>> found.table.loc[found.chosen, "ess"] > 10
     np.True_
     """
+    check_count("n_samples", n_samples, 2)
+    check_seed(seed)
     if not isinstance(models, Mapping):
         raise UsageError("name the models, the simplest first: celbo.compare({'nb': model_1, 'zinb': model_2}, adata).")
     if len(models) < 2:
         raise UsageError(f"{len(models)} model to compare; give at least two.")
+    if len({id(model) for model in models.values()}) < len(models):
+        raise UsageError("a model is compared with others; give each once.")
     first = next(iter(models.values()))
     if any(model.schema_.genes != first.schema_.genes for model in models.values()):
         raise UsageError("the models have other genes; log p(x) can be compared over the same genes only.")
@@ -120,8 +124,6 @@ def compare(
     for part in ("layer", "size_factor"):
         if any(getattr(model.schema_, part) != getattr(first.schema_, part) for model in models.values()):
             raise UsageError(f"the models read another {part}; log p(x) can be compared of the same counts only.")
-    check_count("n_samples", n_samples, 2)
-    check_seed(seed)
     adata = read_adata(adata, layer=first.schema_.layer)
     kinds = {name: model.schema_.values for name, model in models.items()}
     if len(set(kinds.values())) > 1 and not (

@@ -231,6 +231,10 @@ def group_cells(
         raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
     if group is not None and group == reference:
         raise UsageError(f"group and reference are both {group!r}; give two groups, or leave the reference out.")
+    if pd.api.types.is_float_dtype(obs[groupby]):
+        raise UsageError(f"{groupby!r} holds floating-point numbers, which are no groups; cut it into some.")
+    if n_missing := int(labels.isna().sum()):
+        warnings.warn(f"{n_missing:,} cells have no {groupby!r}, and are left out.", stacklevel=3)
     if len(sizes) < 2:
         raise UsageError(f"{groupby!r} has a single group, {listed(sizes.index)}: there is nothing to compare it with.")
     if few := [each for each in (group, reference) if each is not None and sizes[each] < _FEWEST]:
@@ -261,8 +265,8 @@ def group_cells(
             comparisons.append(pairs)
         else:
             unpaired.append(one)
-    within = "" if pair_by is None else f" in any level of {pair_by!r}"
-    few_left = f"{listed(unpaired)} or what it is compared with has fewer than {_FEWEST} cells{within}"
+    within = "" if pair_by is None else f", or none, in each level of {pair_by!r}"
+    few_left = f"{listed(unpaired)}, or what it is compared with, has a single cell{within}"
     if not comparisons:
         raise UsageError(f"{few_left}.")
     if unpaired:

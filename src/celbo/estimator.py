@@ -71,6 +71,8 @@ _FEW_SAMPLES = 10
 """Effective importance samples below which an estimate is not to be trusted."""
 
 
+_FEW_CELLS = 30
+"""Cells below which a fit is doubted."""
 _FEW_TO_MAP = 20
 """Cells of a new level below which what is learned of it is little."""
 _SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
@@ -272,6 +274,20 @@ class ExpressionVAE:
             categorical = [condition for condition in check.schema.conditions if condition.levels is not None]
             if any(text.startswith("match_levels") for text in self.remedies) and not categorical:
                 raise UsageError("remedy 'match_levels' needs a condition or a nuisance of two levels or more.")
+            if check.n_cells < _FEW_CELLS:
+                check.add(
+                    "few-cells", "warning", f"only {check.n_cells} cells: hardly anything can be learned from so few."
+                )
+            codes = check.schema.codes(read_adata(adata, layer=self.layer).obs)
+            asked = [each.name for each in check.schema.conditions if not each.nuisance]
+            for name in nested_conditions(codes, check.schema, asked):
+                rest = listed(each.name for each in check.schema.conditions if each.name != name)
+                check.add(
+                    "nested",
+                    "warning",
+                    f"condition {name!r} is nested in the others ({rest}): what it does cannot be "
+                    "told from what they do.",
+                )
         return check
 
     def embed(

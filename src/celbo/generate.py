@@ -118,8 +118,9 @@ def draw_cells(
     if not len(has_it):
         asked = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(
-            f"no reference cell has {asked} (together): there is nothing to draw from. Ask for conditions that were "
-            "seen together, or decode other cells under them (counterfactual)."
+            f"no reference cell has {asked}{' together' if len(given) > 1 else ''}: there is nothing to draw from. Ask "
+            "for conditions that were seen in fit (cells that were mapped are no reference), or decode other cells "
+            "under them (counterfactual)."
         )
     rows = np.resize(rng.permutation(has_it), n)  # each as often as the others
     codes = reference.conditions[rows]
@@ -278,6 +279,8 @@ def _from_mixture(z: Floats, mu_z: Floats, sd: Floats, rng: np.random.Generator)
     """
     from sklearn.mixture import GaussianMixture
 
+    if len(mu_z) < 2:
+        raise UsageError("a mixture needs two reference cells at least, and the model has one; draw z elsewhere.")
     rows = rng.permutation(len(mu_z))[:_CELLS_OF_MIXTURE]
     learned = mu_z[rows] + sd[rows] * rng.standard_normal((len(rows), mu_z.shape[1]))
     size = int(np.clip(len(rows) // _CELLS_OF_COMPONENT, 1, _COMPONENTS))

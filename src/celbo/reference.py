@@ -1,6 +1,6 @@
 """Where the cells of fit lie, and what can be asked of their conditions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +94,7 @@ def seen_together(
     return np.asarray(often[group[len(known) :]])
 
 
-def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Mapping[str, Any]) -> list[str]:
+def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Iterable[str]) -> list[str]:
     """Those of these conditions whose effect cannot be told from that of the others.
 
     Their columns add nothing to the rank of the others', or less than a contrast for each further level.

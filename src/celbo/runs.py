@@ -41,11 +41,13 @@ __all__ = [
     "refuse_no_counterfactual",
     "refuse_no_embedding",
     "refuse_no_sample",
+    "refuse_no_table",
     "summarise",
     "write_counterfactual",
     "write_embedding",
     "write_run",
     "write_sample",
+    "write_table",
 ]
 
 WRITTEN = (
@@ -104,7 +106,7 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     there = [name for name in WRITTEN if (path / name).exists()]
     if there and not {"run.json", "model"} & set(there):
         raise UsageError(f"{path} has {', '.join(there)} that celbo did not write; name another folder with -o.")
-    lock = path / _LOCK
+    lock, was_made = path / _LOCK, not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         _take_lock(lock)
@@ -115,6 +117,9 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             lock.unlink()
+        if was_made:
+            with suppress(OSError):  # which is raised if there is something in it, as there should be
+                path.rmdir()
         _HELD.discard(lock.resolve())
 
 
@@ -272,6 +277,7 @@ def write_sample(cells: AnnData, path: Path) -> None:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
+    refuse_no_table(path)
     rows = table.index.name if table.index.name == "gene" else "cell"
     columns = f"{rows},{table.columns[0]}"
     try:
@@ -282,6 +288,14 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     if not is_ours:
         raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
     _write(path, table.to_csv(index_label=rows))
+
+
+def refuse_no_table(path: Path) -> None:
+    """Refuse a name that no table can be written to."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a .csv file to write.")
+    if path.suffix != ".csv":
+        raise UsageError(f"{path} is to be a .csv file; name it so.")
 
 
 def refuse_no_counterfactual(path: Path) -> None:
@@ -527,7 +541,9 @@ def _write(path: Path, content: str | bytes) -> None:
         beside.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         beside.replace(path)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}. Free some space.") from error
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space, or name another place."
+        ) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
