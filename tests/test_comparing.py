@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from copy import copy
 
 import anndata
 import numpy as np
@@ -101,12 +102,14 @@ def test_what_cannot_be_compared_is_refused(cells):
     ):
         with pytest.raises(celbo.UsageError, match=reason):
             celbo.compare({"nb": nb, "other": other}, cells)
+    with pytest.raises(celbo.UsageError, match="give each once"):
+        celbo.compare({"nb": nb, "again": nb}, cells)
     with pytest.raises(celbo.UsageError, match="at least two"):
         celbo.compare({"nb": nb}, cells)
     with pytest.raises(celbo.UsageError, match="1 cell to compare"):
-        celbo.compare({"nb": nb, "again": nb}, cells[:1].copy())
+        celbo.compare({"nb": nb, "again": copy(nb)}, cells[:1].copy())
     with pytest.warns(UserWarning, match="only 20 cells to compare models on"):
-        celbo.compare({"nb": nb, "again": nb}, cells[:20].copy())
+        celbo.compare({"nb": nb, "again": copy(nb)}, cells[:20].copy())
 
 
 def test_from_the_command_line(tmp_path, celbo_command, monkeypatch):
