@@ -13,6 +13,9 @@ __all__ = ["Classifier", "calibrate", "label_loss"]
 _WEIGHT = 50.0
 """Of the label of a cell beside its counts: nats of the bound for each nat of cross-entropy (as in scANVI)."""
 
+_USUAL = 0.5
+"""Standard deviation of the logarithm of a temperature, before any label is seen."""
+
 
 class Classifier(nn.Module):
     """``p(y | z) = softmax((W z + b) / T)``; T is 1 until `calibrate` has seen held-out cells."""
@@ -51,7 +54,7 @@ def label_loss(classifier: Classifier, z: Tensor, labels: Tensor) -> Tensor:
 def calibrate(classifier: Classifier, mu_z: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
     """Set the temperature under which held-out labels are likeliest (Guo 2017, arXiv 1706.04599).
 
-    Its logarithm is normal around 0 with variance 1 beforehand, so that few labels move it little, and none not at all.
+    Its logarithm is normal around 0 beforehand, so that few labels move it little, and none not at all.
     """
     is_known = labels >= 0
     logits = classifier.fc(torch.from_numpy(mu_z[is_known]).to(classifier.fc.weight.device)).double().cpu()
@@ -59,7 +62,7 @@ def calibrate(classifier: Classifier, mu_z: NDArray[np.float32], labels: NDArray
 
     def loss(log_temperature: float) -> float:
         surprise = nn.functional.cross_entropy(logits / math.exp(log_temperature), truth, reduction="sum")
-        return float(surprise) + log_temperature**2 / 2
+        return float(surprise) + (log_temperature / _USUAL) ** 2 / 2
 
     found = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(float(found.x)))
