@@ -75,7 +75,7 @@ def test_the_effect_that_is_carried_is_that_at_the_nearest_supported_cells(cells
     codes = whole.schema_.codes(asked.obs, {"treatment": "treated"})
     off = np.array([True, False, True])
     found = carry(whole.vae_, source, lambda rows: whole.schema_.expand(codes[rows]), off, supported)
-    np.testing.assert_array_equal(found.where, [0, -1, 1])
+    np.testing.assert_array_equal(found.row_of, [0, -1, 1])
     z = torch.from_numpy(supported)
     with torch.inference_mode():
         own, other = (
@@ -84,7 +84,7 @@ def test_the_effect_that_is_carried_is_that_at_the_nearest_supported_cells(cells
         )
     np.testing.assert_allclose(found.log_effect, (other / own).log().expand(2, -1), atol=1e-4)
     nothing = carry(whole.vae_, source, lambda rows: whole.schema_.expand(codes[rows]), off, supported[:0])
-    assert (nothing.where == -1).all()
+    assert (nothing.row_of == -1).all()
 
 
 def test_others_need_reference_cells_too(cells, whole, tmp_path):

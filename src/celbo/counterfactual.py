@@ -99,7 +99,7 @@ class Counterfactual:
         n_cells
             Cells that the mean is of; as many as these if None.
         n_draws
-            Draws of all of them, at least two for each model and answer.
+            Draws of all of them, at least two for each model and answer, of each as many.
         seed
             Of the draws.
 
@@ -155,7 +155,7 @@ def one_more_draw(draws: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     n_each, n_models, n_answers, _ = draws.shape
     n, w = n_each * n_models * n_answers, draws.var(0, ddof=1).mean((0, 1))
     within = (1 + 1 / n) * w
-    between, answers, error = np.zeros_like(w), np.zeros_like(w), np.square(within) / (n - n_models * n_answers)
+    between, error = np.zeros_like(w), np.square(within) / (n - n_models * n_answers)
     if n_models > 1:
         of_models = draws.mean((0, 2)).var(0, ddof=1)
         between = (1 + 1 / n_models) * np.maximum(of_models - w / (n_each * n_answers), 0)
@@ -172,12 +172,12 @@ class Carried(NamedTuple):
 
     log_effect: NDArray[np.float32]
     """Log of the ratio of mean shares, ``(cells that are not supported, genes)``."""
-    where: NDArray[np.intp]
+    row_of: NDArray[np.intp]
     """The row of each cell therein, or -1, ``(cells,)``."""
 
 
 def carry(
-    vae: VAE, source: Source, contexts: Contexts, off: NDArray[np.bool_], supported: NDArray[np.float32]
+    vae: VAE, source: Source, contexts: Contexts, unsupported: NDArray[np.bool_], supported: NDArray[np.float32]
 ) -> Carried:
     """What the decoder has learned of the conditions at the supported cells nearest to each that is not supported.
 
@@ -191,7 +191,7 @@ def carry(
         The cells.
     contexts
         To decode under, c'.
-    off
+    unsupported
         Which cells are not supported, ``(cells,)``.
     supported
         Where known cells lie that are, ``(cells, latent_dim)``; if there are none, or the likelihood is not nb,
@@ -202,11 +202,11 @@ def carry(
     Carried
     """
     is_nb = isinstance(vae.head, NegativeBinomialHead)
-    rows = np.flatnonzero(off) if len(supported) and is_nb else np.zeros(0, np.intp)
-    where = np.full(source.n_cells, -1, np.intp)
-    where[rows] = np.arange(len(rows))
+    rows = np.flatnonzero(unsupported) if len(supported) and is_nb else np.zeros(0, np.intp)
+    row_of = np.full(source.n_cells, -1, np.intp)
+    row_of[rows] = np.arange(len(rows))
     if not len(rows):
-        return Carried(np.zeros((0, source.n_genes), np.float32), where)
+        return Carried(np.zeros((0, source.n_genes), np.float32), row_of)
     near = nearest(cKDTree(supported), posterior(vae, source, rows)[0], _CARRIERS)
     log_effect = np.empty((len(rows), source.n_genes), np.float32)
     device = next(vae.parameters()).device
@@ -220,7 +220,7 @@ def carry(
             )
             smallest = torch.finfo(own.dtype).tiny
             log_effect[some] = (other.clamp(min=smallest).log() - own.clamp(min=smallest).log()).cpu().numpy()
-    return Carried(log_effect, where)
+    return Carried(log_effect, row_of)
 
 
 class Draws(NamedTuple):
@@ -360,15 +360,14 @@ def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distributi
 def _between(p: Distribution, own: Distribution, carried: Carried, rows: Rows, weights: Tensor) -> Tensor:
     """Mean of p; of negative binomials of carried cells ``mu'**(1 - w) (mu e)**w``. Draws of a cell lie together."""
     mean: Tensor = p.mean
-    place = np.repeat(carried.where[rows], len(mean) // len(rows))
-    off = np.flatnonzero(place >= 0)
-    if not (len(off) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
+    row_of = np.repeat(carried.row_of[rows], len(mean) // len(rows))
+    here = torch.from_numpy(np.flatnonzero(row_of >= 0)).to(mean.device)
+    if not (len(here) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
         return mean
-    effect = torch.from_numpy(carried.log_effect[place[off]]).to(mean.device)
-    decoded, here = p.log_mu[off], torch.from_numpy(off).to(mean.device)
-    log_mean = decoded + weights[off, None].to(mean.device) * (own.log_mu[off] + effect - decoded)
-    between = log_mean.exp() * (mean[off].sum(-1, keepdim=True) / log_mean.exp().sum(-1, keepdim=True))
-    return mean.index_copy(0, here, between)
+    effect = torch.from_numpy(carried.log_effect[row_of[row_of >= 0]]).to(mean.device)
+    decoded, weight = p.log_mu[here], weights.to(mean.device)[here, None]
+    between = (decoded + weight * (own.log_mu[here] + effect - decoded)).exp()
+    return mean.index_copy(0, here, between * (mean[here].sum(-1, keepdim=True) / between.sum(-1, keepdim=True)))
 
 
 def _rates(mean: Tensor, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:

@@ -705,10 +705,10 @@ class ExpressionVAE:
             codes, labels = schema.codes(adata.obs), self._labels_of(adata.obs)
             levels = other_levels(schema, self.vae_.classifier, given, codes, mu_z, labels)
             standing = support(mu_z, levels, learned_from[0], adata.obs_names)
-            off = (standing["verdict"] != "supported").to_numpy()
+            unsupported = (standing["verdict"] != "supported").to_numpy()
             vaes = [model.vae_ for model in models]
             carried = [
-                carry(vae, source, contexts, off, supported_positions(each, seed=seed))
+                carry(vae, source, contexts, unsupported, supported_positions(each, seed=seed))
                 for vae, each in zip(vaes, learned_from, strict=True)
             ]
             found = decode_under(
