@@ -14,8 +14,9 @@ _ABOUT = 0.25
 """Standard deviations within which a continuous condition is about what was asked for."""
 _SELDOM = 0.1
 """Share of what chance would give, up to which levels count as not seen together."""
-_MOST_COLUMNS = 1000
-"""Levels of all conditions together beyond which nesting is not looked for: the rank would take too long."""
+_MOST_COLUMNS, _MOST_VALUES = 500, 20_000_000
+"""Levels of all conditions together, and these times combinations of them, beyond which nesting is not looked for: it
+would take too long."""
 
 
 class Reference(NamedTuple):
@@ -109,19 +110,24 @@ def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Iterabl
         Conditions to look at.
     """
     codes = np.unique(codes, axis=0)  # cells of the same levels tell the same
-    columns = {}
-    for number, condition in enumerate(schema.conditions):
-        of_cells = codes[:, number]
-        is_level = condition.levels is not None
-        columns[condition.name] = of_cells[:, None] == np.unique(of_cells) if is_level else of_cells[:, None]
-    if sum(part.shape[1] for part in columns.values()) > _MOST_COLUMNS:
+    levels = [np.unique(of_cells) for of_cells in codes.T]
+    is_level = [condition.levels is not None for condition in schema.conditions]
+    n_columns = sum(len(those) if each else 1 for those, each in zip(levels, is_level, strict=True))
+    if n_columns > _MOST_COLUMNS or n_columns * len(codes) > _MOST_VALUES:
         return []
+    columns = {
+        condition.name: (of_cells[:, None] == those if each else of_cells[:, None]).astype(float)
+        for condition, of_cells, those, each in zip(schema.conditions, codes.T, levels, is_level, strict=True)
+    }
+
+    def rank(parts: list[NDArray[np.float64]]) -> int:
+        together = np.hstack(parts)
+        return int(np.linalg.matrix_rank(together.T @ together, hermitian=True))
+
     found = []
     for name in names:
-        others = [np.ones((len(codes), 1))]
-        others += [part.astype(float) for other, part in columns.items() if other != name]
-        alone = np.linalg.matrix_rank(np.hstack(others))
-        gained = np.linalg.matrix_rank(np.hstack([*others, columns[name].astype(float)])) - alone
+        others = [np.ones((len(codes), 1)), *(part for other, part in columns.items() if other != name)]
+        gained = rank([*others, columns[name]]) - rank(others)
         if gained < max(1, columns[name].shape[1] - 1):
             found.append(name)
     return found
