@@ -290,7 +290,7 @@ def test_several_models_widen_what_one_is_sure_of(cells, whole):
 def test_models_of_other_genes_are_refused(cells, whole):
     fewer = cells[:, :100].copy()
     other = celbo.ExpressionVAE(conditions=["treatment"], train=celbo.TrainConfig(max_epochs=1)).fit(fewer)
-    with pytest.raises(celbo.UsageError, match="other genes or conditions"):
+    with pytest.raises(celbo.UsageError, match="others have other genes than this model"):
         whole.counterfactual(controls(cells, "type_1"), {"treatment": "treated"}, others=[other])
 
 

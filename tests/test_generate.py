@@ -206,8 +206,8 @@ def test_a_line_goes_from_one_group_to_the_other(cells, model):
     ("options", "error", "said"),
     [
         ({"n": 0}, celbo.UsageError, "at least 1"),
-        ({"n": 2.5}, celbo.UsageError, "whole number of cells"),
-        ({"seed": -1}, celbo.UsageError, "at least 0"),
+        ({"n": 2.5}, celbo.UsageError, "give a whole number of at least 1"),
+        ({"seed": -1}, celbo.UsageError, "a whole number from 0"),
         ({"source": "posterior"}, celbo.UsageError, "'aggregated', 'mixture', 'prior'"),
         ({"library": -1}, celbo.UsageError, "finite number above 0"),
         ({"conditions": {"dose": 1}}, celbo.UsageError, "'dose' is not a condition"),

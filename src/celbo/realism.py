@@ -142,6 +142,8 @@ def check_realism(
     >>> found.auc < 0.65, found.missing
     (True, ())
     """
+    check_seed(seed)
+    check_count("max_cells", max_cells, 1)
     names = generated.var_names
     if not real.var_names.is_unique:
         raise DataError("names of genes occur more than once among the real cells; make them unique.")
@@ -156,8 +158,6 @@ def check_realism(
         )
     if labels is not None and labels not in real.obs.columns:
         raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
-    check_seed(seed)
-    check_count("max_cells", max_cells, 1)
     if layer is not None and layer not in real.layers:
         raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(real.layers) or 'none'}.")
     rng = np.random.default_rng([seed, 19])
