@@ -4,7 +4,7 @@
     python benchmarks/counterfactual.py --table counterfactual.json              # the tables of docs/counterfactual.md
 
 kang_ifnb: each of seven types in turn, its treated cells left out of the fit (published labels only); in kang_merged
-the two kinds of monocytes, which labels hardly tell apart, are one type.
+the two kinds of monocytes are one type.
 gbm_panobinostat: each of five donors in turn, its treated cells left out. Both tools: negative binomial, 2,000 genes at
 most, chosen on the cells that are learned from. Predicted are counts, drawn 20 times for each control cell; predicted
 and real cells are normalised to 10,000 and logged one by one. ENV has scvi-tools 1.4.2, which gets 30 latent

@@ -4,8 +4,8 @@
     python benchmarks/integration.py --table integration.json                    # the tables of docs/batches.md
 
 ENV is the other tools' own environment: ``pip install scvi-tools==1.4.2 scib-metrics==0.5.9 harmonypy==0.0.10``.
-Every tool gets all cells, 2,000 genes chosen within batches and ten latent dimensions, and runs at its own default
-length on one thread; those that use labels are given the types of half of them. Scored are the cells whose type
+Every tool gets all cells and 2,000 genes chosen within batches; celbo and scvi-tools ten latent dimensions, harmony 30
+principal components. Each runs at its own default length on one thread (SCANVI 20 epochs after SCVI); those that use labels are given the types of half of them. Scored are the cells whose type
 nobody was told (of known types), so that all methods are judged by the same ones. Overall is .4 batch correction + .6
 bio conservation, not scaled between methods (Luecken 2022).
 
