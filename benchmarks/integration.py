@@ -5,9 +5,10 @@
 
 ENV is the other tools' own environment: ``pip install scvi-tools==1.4.2 scib-metrics==0.5.9 harmonypy==0.0.10``.
 Every tool gets all cells and 2,000 genes chosen within batches; celbo and scvi-tools ten latent dimensions, harmony 30
-principal components. Each runs at its own default length on one thread (SCANVI 20 epochs after SCVI); those that use labels are given the types of half of them. Scored are the cells whose type
-nobody was told (of known types), so that all methods are judged by the same ones. Overall is .4 batch correction + .6
-bio conservation, not scaled between methods (Luecken 2022).
+principal components. Each runs at its own default length on one thread (SCANVI 20 epochs after SCVI); those that use
+labels are given the types of half of them. Scored are the cells whose type nobody was told (of known types), so that
+all methods are judged by the same ones. Overall is .4 batch correction + .6 bio conservation, not scaled between
+methods (Luecken 2022).
 
 Then the most common type of the largest batch is left out of that batch, and celbo fitted again: the share of the 15
 neighbours of its other cells that are of its type, beside the same cells where it was left in. What is in the JSON file
