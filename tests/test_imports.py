@@ -15,7 +15,8 @@ SOURCE = Path(celbo.__file__).parent
 ORDER = [
     ["cli"],
     ["commands", "options"],
-    ["config", "progress", "runs", "demo", "terminal"],
+    ["config", "progress", "runs", "demo", "terminal", "claims"],
+    ["outputs"],
     ["curing", "comparing"],
     ["report", "estimator", "simulate"],
     ["train", "evidence", "outliers", "counterfactual", "differential", "generate", "realism", "mapping", "labels"],
@@ -74,14 +75,14 @@ def test_every_room_has_its_place():
         (
             "anndata",
             {
-                *("data", "estimator", "simulate", "runs", "demo", "cli", "curing", "comparing"),
+                *("data", "estimator", "simulate", "runs", "outputs", "demo", "cli", "curing", "comparing"),
                 *("counterfactual", "differential", "generate", "mapping", "realism"),
             },
         ),
         (
             "pandas",
             {
-                *("data", "estimator", "simulate", "runs", "demo", "cli", "comparing"),
+                *("data", "estimator", "simulate", "runs", "outputs", "demo", "cli", "comparing"),
                 *("counterfactual", "differential", "generate", "labels", "outliers", "support"),
             },
         ),

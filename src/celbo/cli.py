@@ -16,6 +16,7 @@ import celbo
 from celbo import checkpoint
 from celbo.commands import (
     Reading,
+    cells_for,
     chosen_options,
     compare_with_record,
     conditions_of,
@@ -27,6 +28,7 @@ from celbo.commands import (
     read_cells,
     refuse_options_of_fit,
     refuse_same_run,
+    refuse_the_data,
     show_trail,
 )
 from celbo.errors import DataError, UsageError
@@ -122,8 +124,7 @@ def check(
         if model is not None:
             refuse_options_of_fit(ctx)
             fitted = celbo.load(model)
-            reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-            adata = read_cells(data, reading, fitted.schema_.layer, [each.name for each in fitted.schema_.conditions])
+            adata = cells_for(fitted, data, Reading(gene_column, make_unique, na_as_level, on_disk))
             seen = "marginal" if unseen in ("nearest", "adapt") else unseen
             found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
         else:
@@ -277,14 +278,13 @@ def embed(
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
     standard deviations); no counts.
     """
-    from celbo.runs import embedding, refuse_no_embedding, write_embedding
+    from celbo.outputs import refuse_no_embedding, write_embedding
+    from celbo.runs import embedding
 
-    if output.exists() and data.exists() and output.samefile(data):
-        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+    refuse_the_data(output, data)
     refuse_no_embedding(output)
     model = celbo.load(run)
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
         cells = embedding(model, adata, unseen=unseen, genes_present=genes_present)
     write_embedding(cells, output)
@@ -334,8 +334,9 @@ def cure(
 
     The folder gets what `celbo fit` writes, of the best model, and **cure.json**: the trail.
     """
+    from celbo.claims import claimed_folder
     from celbo.progress import shown_progress
-    from celbo.runs import claimed_folder, write_run
+    from celbo.runs import write_run
 
     refuse_same_run(run, output)
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)
@@ -392,17 +393,15 @@ def counterfactual(
     says per cell whether such cells were seen near it (`celbo_verdict`: supported, edge, extrapolation), **var** how
     each gene changes.
     """
-    from celbo.runs import refuse_no_counterfactual, write_counterfactual
+    from celbo.outputs import refuse_no_counterfactual, write_counterfactual
 
-    if output.exists() and data.exists() and output.samefile(data):
-        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+    refuse_the_data(output, data)
     refuse_no_counterfactual(output)
     model = celbo.load(run)
     given = conditions_of(model, conditions, "--set")
     if len({path.resolve() for path in (run, *(other or ()))}) <= len(other or ()):
         raise UsageError("--other names a run twice, or the run itself; name runs of other seeds, each once.")
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
         others = [celbo.load(path) for path in other or ()]
         found = model.counterfactual(adata, given, others=others, n_samples=n_samples, seed=seed)
@@ -433,7 +432,7 @@ def sample(
 
     **X** has counts over the model's genes, **obs** the conditions and library sizes, **obsm["z"]** the latent.
     """
-    from celbo.runs import refuse_no_sample, write_sample
+    from celbo.outputs import refuse_no_sample, write_sample
 
     refuse_no_sample(output)
     model = celbo.load(run)
@@ -462,12 +461,11 @@ def predict(
 
     A line for each cell: **label** (or "none of these"), **probability**, **p_known**, and the probability of each.
     """
-    from celbo.runs import refuse_no_table, write_table
+    from celbo.outputs import refuse_no_table, write_table
 
     refuse_no_table(output)
     model = celbo.load(run)
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
         found = model.predict(adata, unseen=unseen, genes_present=genes_present)
     write_table(found, output)
@@ -506,14 +504,13 @@ def score(
     A line for each cell: **log_p**, its standard error **se**, the effective number of draws **ess**, **trusted**. With
     `--outliers`: **score**, **p_value**, **q_value**, **kind** (doublet-like, ...), **top_genes**.
     """
-    from celbo.runs import refuse_no_table, write_table
+    from celbo.outputs import refuse_no_table, write_table
 
     refuse_no_table(output)
     if outliers and (refine or n_samples is not None):
         raise UsageError("--refine and --n-samples are about log p(x), not about --outliers; leave one of them out.")
     model = celbo.load(run)
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
         if outliers:
             found = model.outliers(adata, unseen=unseen, genes_present=genes_present, seed=seed)
@@ -584,12 +581,11 @@ def de(
     A line for each gene, surest first: **log2_fold_change** with its 90 % interval, **probability** that it is beyond
     `--least-change`, **fdr**. Cells are no donors: for what holds beyond these, add them up (`celbo.pseudobulk`).
     """
-    from celbo.runs import refuse_no_table, write_table
+    from celbo.outputs import refuse_no_table, write_table
 
     refuse_no_table(output)
     model = celbo.load(run)
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
         found = model.differential_expression(
             adata,
@@ -623,13 +619,14 @@ def map_query(
     New levels of conditions get weights of their own; all others stay. Writes **model/** and **embedding.h5ad** (of
     the new cells).
     """
+    from celbo.claims import claimed_folder
+    from celbo.outputs import write_embedding
     from celbo.progress import shown_progress
-    from celbo.runs import claimed_folder, embedding, write_embedding
+    from celbo.runs import embedding
 
     refuse_same_run(run, output)
     model = celbo.load(run)
-    reading = Reading(gene_column, make_unique, na_as_level, on_disk)
-    adata = read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with claimed_folder(output, data):
         with shown_warnings(), shown_progress(Console(stderr=True, highlight=False)) as track:
             mapped = model.map_query(adata, genes_present=genes_present, track=ending_when_told(track))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Reading",
+    "cells_for",
     "chosen_options",
     "compare_with_record",
     "conditions_of",
@@ -36,6 +37,7 @@ __all__ = [
     "read_cells",
     "refuse_options_of_fit",
     "refuse_same_run",
+    "refuse_the_data",
     "show_trail",
 ]
 
@@ -126,6 +128,11 @@ def read_cells(data: Path, reading: Reading, layer: str | None, conditions: "Seq
     return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
 
 
+def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData":
+    """`read_cells` for a fitted model, which knows its layer and its conditions."""
+    return read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+
+
 def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":
     """A fitted model and cells for it: those named, or those that its run was fitted to."""
     from celbo.runs import record_of_run
@@ -141,8 +148,7 @@ def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[Expressio
         data = Path(recorded["path"])
         if not data.exists():
             raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
-    conditions = [condition.name for condition in model.schema_.conditions]
-    return model, read_cells(data, reading, model.schema_.layer, conditions), data, reading
+    return model, cells_for(model, data, reading), data, reading
 
 
 def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -> dict[str, str | float]:
@@ -168,6 +174,12 @@ def refuse_same_run(run: Path, output: Path) -> None:
     """Refuse to write over the run that is read."""
     if (output / "model").resolve() in (run.resolve(), (run / "model").resolve()):
         raise UsageError(f"{output} is the run that is read, and would be lost; name another folder with -o.")
+
+
+def refuse_the_data(output: Path, data: Path) -> None:
+    """Refuse to write over the cells that are read."""
+    if output.exists() and data.exists() and output.samefile(data):
+        raise UsageError(f"{output} is the data themselves; name another file with -o.")
 
 
 def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:
@@ -203,8 +215,9 @@ def fit_and_write(
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
+    from celbo.claims import claimed_folder
     from celbo.progress import shown_progress
-    from celbo.runs import claimed_folder, write_run
+    from celbo.runs import write_run
     from celbo.train import settle_device
 
     say(f"computing on {settle_device(model.train.device)}")

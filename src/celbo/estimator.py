@@ -1,8 +1,6 @@
 """ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
 
-import itertools
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -22,12 +20,12 @@ from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, carry, changed_genes, decode_under
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
 from celbo.data.conditions import as_text, known_labels
-from celbo.data.genes import select_genes
-from celbo.data.sources import empty_cells, sum_of_genes
-from celbo.diagnostics import ACTIVE, condition_ablation, enough_ablation, falls_short
+from celbo.data.genes import choose_genes
+from celbo.data.schema import MOST_COMBINATIONS
+from celbo.data.sources import empty_cells
 from celbo.differential import add_up, contrast, group_cells, of_genes
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_count, check_seed, listed
-from celbo.evidence import expected_dim, gather, gene_mean_log_prob
+from celbo.evidence import doubts_of_fit, gather
 from celbo.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
 from celbo.importance import log_prob
 from celbo.inference import (
@@ -37,16 +35,15 @@ from celbo.inference import (
     expected_values,
     filled_library,
     posterior,
-    use_of_latent,
 )
 from celbo.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.mapping import at_nearest_levels, copy_weights
+from celbo.mapping import at_nearest_levels, copy_weights, doubt_levels
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.reference import Reference, nested_conditions
-from celbo.remedies import REMEDIES, Recipe, combine, remedy_table
+from celbo.reference import Reference, nested_conditions, reference_arrays, reference_from
+from celbo.remedies import Recipe, combine, refuse_unfit, remedy_table
 from celbo.support import known_cells, n_like, other_levels, support, supported_positions
 from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
 from celbo.vae import VAE
@@ -57,14 +54,7 @@ _REFERENCE_CELLS = 50_000
 """Training cells whose posterior is kept with a model."""
 _HARDLY_CHANGED = 1e-3
 """Share of all counts that another condition moves at least, where the decoder listens to it."""
-_MOST_COMBINATIONS = 100
-"""Of levels, whose decoded means are averaged."""
 _CELLS_TO_DIAGNOSE = 10_000
-_CELLS_TO_ANNOUNCE = 1000
-_OF_MODEL = frozenset(row.part for row in REMEDIES.values() if row.options is not None)
-"""Parts of training that are a matter of the model."""
-_FLAGS = ("held_out", "was_read")
-"""Of the reference, which are 0 or 1 in a file."""
 _CELLS_TO_CALIBRATE = 3000
 """Held-out cells that others are compared with to tell how unusual they are."""
 _FEW_SAMPLES = 10
@@ -73,10 +63,6 @@ _FEW_SAMPLES = 10
 
 _FEW_CELLS = 30
 """Cells below which a fit is doubted."""
-_FEW_TO_MAP = 20
-"""Cells of a new level below which what is learned of it is little."""
-_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
-"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
 
 
 class History(list[Epoch]):
@@ -198,7 +184,7 @@ class ExpressionVAE:
         device = settle_device(self.train.device)
         adata = read_adata(adata, layer=self.layer)
         check = self.check(adata)
-        schema = self._choose_genes(check, adata, check.accept())
+        schema = choose_genes(check, adata.obs, self.n_top_genes)
         source = make_source(check, adata, schema)
         if self.labels is not None:
             if self.labels in (*self.conditions, *self.nuisance):
@@ -207,11 +193,6 @@ class ExpressionVAE:
                 )
             if self.labels not in adata.obs.columns:
                 raise DataError(f"obs has no column {self.labels!r} for labels; it has {listed(adata.obs.columns)}.")
-            if self.unlabelled != "unknown" and self.unlabelled not in set(as_text(adata.obs[self.labels])):
-                raise UsageError(
-                    f"unlabelled={self.unlabelled!r} (--unlabelled) occurs nowhere in obs column {self.labels!r}; give "
-                    "what it reads where the label is not known, or leave it out."
-                )
             labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
             schema = replace(schema, labels=labels)
         levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
@@ -235,7 +216,21 @@ class ExpressionVAE:
         if vae.classifier is not None:
             held_out = self.reference_.held_out
             calibrate(vae.classifier, self.reference_.mu_z[held_out], self.reference_.labels[held_out])
-        self._announce(source)
+        with kernels.threads(config.threads):
+            doubts = doubts_of_fit(
+                vae,
+                source,
+                split.validation if len(split.validation) >= 2 else split.train,
+                split.train,
+                self._likelihood(),
+                objective=objective,
+                conditions=schema.conditions,
+                columns=schema.context_columns,
+                settings=self._settings(),
+                seed=config.seed,
+            )
+        for doubt in doubts:
+            warnings.warn(doubt, stacklevel=2)
         return self
 
     def check(self, adata: AnnData | str | Path) -> Check:
@@ -512,8 +507,9 @@ class ExpressionVAE:
             ``(cells, genes)``, columns in the order of ``schema_.genes``: counts, detection probabilities or
             log-normalised values, as the likelihood has it.
         """
-        adata = read_adata(adata, layer=self.schema_.layer)
-        settings = self._settings_over(given or {}, over)
+        schema = self.schema_
+        adata = read_adata(adata, layer=schema.layer)
+        settings = schema.combinations({} if given is None else given, over)
         libraries = None
         self._check_library(library)
         if library is not None:
@@ -604,14 +600,14 @@ class ExpressionVAE:
         if over is None:
             over = [each.name for each in schema.conditions if each.name in self.nuisance and each.levels is not None]
             over = [name for name in over if name != groupby]
-            if math.prod(each.dim for each in schema.conditions if each.name in over) > _MOST_COMBINATIONS:
+            if math.prod(each.dim for each in schema.conditions if each.name in over) > MOST_COMBINATIONS:
                 warnings.warn(
-                    f"{listed(over)} has more than {_MOST_COMBINATIONS} levels, too many to average: each cell is "
+                    f"{listed(over)} has more than {MOST_COMBINATIONS} levels, too many to average: each cell is "
                     "decoded under its own. Name others with over=[...].",
                     stacklevel=2,
                 )
                 over = []
-        settings = self._settings_over({}, over)
+        settings = schema.combinations({}, over)
         contexts = [self._contexts(adata, each) if each else None for each in settings]
         source = self._source(adata)
         with kernels.threads(self.train.threads):
@@ -842,7 +838,7 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         schema = self.schema_.with_levels_of(adata.obs)
-        _doubt_levels(self.schema_, schema, adata.obs)
+        doubt_levels(self.schema_, schema, adata)
         if schema == self.schema_:
             open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
             return self
@@ -1054,26 +1050,13 @@ class ExpressionVAE:
     def recipe(self) -> Recipe:
         """What the remedies come to; a `UsageError` with the table of them if they cannot be used."""
         recipe = combine(self.remedies)
-        trained = any(REMEDIES[text.partition(":")[0]].part not in _OF_MODEL for text in self.remedies)
-        if self.objective == "autoencoder" and trained:
-            raise UsageError(
-                "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training.\n"
-                + remedy_table()
-            )
-        if "dispersion" in recipe.options and self.likelihood != "gaussian":
-            raise UsageError(
-                f"remedy 'learned_sigma' is for likelihood='gaussian', not {self.likelihood!r}.\n{remedy_table()}"
-            )
-        names = {text.partition(":")[0] for text in self.remedies}
-        if "mmd" in names and recipe.options.get("prior", self.prior) != "normal":
-            raise UsageError(
-                "remedy 'mmd' draws all cells together to the standard normal, and the prior is another; leave one of "
-                "them out.\n" + remedy_table()
-            )
-        if "match_levels" in names and not (*self.conditions, *self.nuisance):
-            raise UsageError(
-                f"remedy 'match_levels' needs a condition or a nuisance whose levels are matched.\n{remedy_table()}"
-            )
+        refuse_unfit(
+            self.remedies,
+            objective=self.objective,
+            likelihood=self.likelihood,
+            prior=recipe.options.get("prior", self.prior),
+            has_conditions=bool((*self.conditions, *self.nuisance)),
+        )
         return recipe
 
     def cells_to_measure(self, adata: AnnData | str | Path) -> tuple[CellSource, Rows, Rows]:
@@ -1125,11 +1108,8 @@ class ExpressionVAE:
             "history": [_without_nan(asdict(epoch)) for epoch in self.history_],
         }
         weights = {name: value.cpu().numpy() for name, value in self.vae_.state_dict().items()}
-        reference = None
-        if keep_reference and self.reference_ is not None:
-            flags = {name: getattr(self.reference_, name).astype(np.uint8) for name in _FLAGS}
-            reference = {**self.reference_._asdict(), **flags}
-        checkpoint.write_folder(path, document, weights, reference)
+        reference = self.reference_ if keep_reference else None
+        checkpoint.write_folder(path, document, weights, None if reference is None else reference_arrays(reference))
 
     def options(self) -> dict[str, Any]:
         """What was given to make this model, as plain values."""
@@ -1241,62 +1221,6 @@ class ExpressionVAE:
             **{name: options[name] for name in ("dispersion", "norm", "norm_mu", "prior")},
         }
 
-    def _announce(self, source: CellSource) -> None:
-        """Warn of a decoder that does not listen to z, or to a condition, and of a z far narrower than the data."""
-        held_out = self.split_.validation if len(self.split_.validation) >= 2 else self.split_.train
-        rng = np.random.default_rng([self.train.seed, 14])
-        rows, learned = (
-            np.sort(rng.permutation(cells)[:n])
-            for cells, n in ((held_out, _CELLS_TO_ANNOUNCE), (self.split_.train, 3 * _CELLS_TO_ANNOUNCE))
-        )
-        if len(rows) < 2:
-            return
-        sample, columns = self.objective != "autoencoder", self.schema_.context_columns
-        likelihood, dispersion = self._likelihood(), self._settings()["dispersion"]
-        with kernels.threads(self.train.threads):
-            use = use_of_latent(self.vae_, source, rows, of_context=columns, sample=sample, seed=self.train.seed)
-            elbo = cell_terms(self.vae_, source, rows, seed=self.train.seed, objective=self._objective()).elbo
-            means = gene_mean_log_prob(source, rows, learned, likelihood, "fixed" if dispersion == "fixed" else "gene")
-        advice = "model.diagnose(adata) (celbo diagnose RUN) says why, and what to try."
-        nats = float(use.lost[0].mean())
-        if nats < enough_ablation(float((elbo - means).mean())):
-            warnings.warn(
-                f"posterior collapse: the decoder loses {max(0.0, nats):.2f} nats per cell without z, so that the "
-                f"latent space shows a blob without separation; {advice}",
-                stacklevel=3,
-            )
-        elif 2 * (active := int((use.mu_z.var(0) > ACTIVE).sum())) < self.latent_dim:  # else not worth looking
-            expected = expected_dim(source, learned, is_counts=likelihood.values == "counts")
-            if falls_short(active, expected, self.latent_dim):
-                warnings.warn(
-                    f"posterior collapse in part: {active} of {self.latent_dim} latent dimensions vary between cells, "
-                    f"where the data show {expected} above their noise; {advice}",
-                    stacklevel=3,
-                )
-        for condition, lost in zip(self.schema_.conditions, use.lost[1:], strict=True):
-            found = condition_ablation(condition.name, lost[~np.isnan(lost)])
-            if found.verdict == "bad" and not condition.nuisance:
-                warnings.warn(f"{found.meaning}; {advice}", stacklevel=3)
-
-    def _settings_over(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
-        """What is given, with every combination of the levels of other conditions."""
-        if not isinstance(given, Mapping):
-            raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
-        levels = {condition.name: condition.levels for condition in self.schema_.conditions}
-        wrong = [name for name in over if levels.get(name) is None or name in given]
-        if isinstance(over, str) or wrong:
-            raise UsageError(
-                f"over={over!r}: give a list of categorical conditions that are not given already; "
-                f"the model has {listed(name for name, known in levels.items() if known) or 'none'}."
-            )
-        combinations = list(itertools.product(*(levels[name] or () for name in over)))
-        if len(combinations) > _MOST_COMBINATIONS:
-            raise UsageError(
-                f"over={list(over)!r} has {len(combinations):,} combinations of levels; at most {_MOST_COMBINATIONS} "
-                "can be averaged. Give one of them instead."
-            )
-        return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
-
     @property
     def _has_width(self) -> bool:
         """Whether posteriors have one; a plain autoencoder places each cell at a point."""
@@ -1319,22 +1243,6 @@ class ExpressionVAE:
     def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read
         return open_source(read_adata(adata, layer=schema.layer), schema)
-
-    def _choose_genes(self, check: Check, adata: AnnData, schema: Schema) -> Schema:
-        if self.n_top_genes is None or self.n_top_genes >= len(schema.genes):
-            return schema
-        assert check.stored is not None
-        categorical = [condition for condition in schema.conditions if condition.levels is not None]
-        categorical.sort(key=lambda condition: not condition.nuisance)
-        levels = categorical[0].codes(adata.obs[categorical[0].name]).astype(int) if categorical else None
-        positions = select_genes(check.stored.blocks, self.n_top_genes, levels)
-        if schema.size_factor is not None:  # the library is one of the chosen genes
-            chosen, whole = (sum_of_genes(check.stored, genes).sum() for genes in (positions, np.arange(adata.n_vars)))
-            schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
-        within = f" within levels of {categorical[0].name!r}" if categorical else ""
-        return schema.with_genes(
-            positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
-        )
 
     def _open(self, adata: AnnData, unseen: str, genes_present: float) -> "tuple[ExpressionVAE, CellSource]":
         """A source of these cells, and the model that knows their levels; options are those of `posterior`."""
@@ -1428,7 +1336,7 @@ def load(path: str | Path) -> ExpressionVAE:
         reference = None
         if folder.reference is not None:
             n_read = n_readings(model._likelihood().values == "counts")
-            reference = _read_reference(folder.reference, model.latent_dim, len(schema.conditions), n_read)
+            reference = reference_from(folder.reference, model.latent_dim, len(schema.conditions), n_read)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."
@@ -1444,44 +1352,6 @@ def load(path: str | Path) -> ExpressionVAE:
     vae.load_state_dict(found, assign=True)
     model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
     return model
-
-
-def _doubt_levels(known: Schema, schema: Schema, obs: pd.DataFrame) -> None:
-    """Warn of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
-    for before, after in zip(known.conditions, schema.conditions, strict=True):
-        new = (after.levels or ())[len(before.levels or ()) :]
-        plain = {_SEPARATORS.sub("", level).casefold(): level for level in before.levels or ()}
-        plain.pop("", None)
-        n_cells = as_text(obs[before.name]).value_counts() if new else {}
-        for level in new:
-            if like := plain.get(_SEPARATORS.sub("", level).casefold()):
-                warnings.warn(
-                    f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
-                    "spelling and map again.",
-                    stacklevel=3,
-                )
-            elif n_cells[level] < _FEW_TO_MAP:
-                warnings.warn(
-                    f"condition {before.name!r}: the new level {level!r} has {n_cells[level]} cells, from which little "
-                    "is learned.",
-                    stacklevel=3,
-                )
-
-
-def _read_reference(arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int, n_read: int) -> Reference:
-    """Take the tensors known here, if their shapes agree; a folder may hold more."""
-    n_cells = len(arrays["mu_z"])
-    absent: dict[str, NDArray[Any]] = {
-        "labels": np.full(n_cells, -1, np.int32),
-        "was_read": np.zeros(n_cells, np.uint8),
-        "readings": np.zeros((n_cells, n_read)),
-    }  # of models written before there were any
-    known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
-    of_latent, of_cells = (n_cells, latent_dim), (n_cells,)
-    shapes = [of_latent, of_latent, of_cells, (n_cells, n_conditions), *[of_cells] * 3, (n_cells, n_read)]
-    if [value.shape for value in known.values()] != shapes:
-        raise ValueError("reference.safetensors does not fit the model")
-    return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:

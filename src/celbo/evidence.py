@@ -1,6 +1,6 @@
 """What diagnostics want to know of a model and its cells: ablations, simpler models, the dimensions of the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal
 
 from celbo.advice import Evidence
-from celbo.diagnostics import ANCHORS
+from celbo.data.conditions import Condition
+from celbo.diagnostics import ACTIVE, ANCHORS, condition_ablation, enough_ablation, falls_short
 from celbo.distributions import NegativeBinomial
 from celbo.inference import cell_terms, in_brief, posterior, sensitivity, use_of_latent
 from celbo.likelihoods import Likelihood
@@ -20,11 +21,13 @@ from celbo.minibatch import Rows, Source, gene_moments, in_chunks
 from celbo.objective import Objective, log_prob_of_cells
 from celbo.vae import VAE
 
-__all__ = ["expected_dim", "gather", "gene_mean_log_prob", "principal_component_log_prob"]
+__all__ = ["doubts_of_fit", "expected_dim", "gather", "gene_mean_log_prob", "principal_component_log_prob"]
 
 _CELLS_TO_LEARN_FROM = 3000
 """Training cells that principal components and the spectrum of the data are taken from."""
 _CELLS_FOR_SENSITIVITY = 500
+_CELLS_TO_LOOK_AT = 1000
+"""After each fit."""
 _PRINCIPAL = 30
 _GENES_OF_SPECTRUM = 1500
 _ABOVE_NOISE = 1.05
@@ -115,6 +118,63 @@ def gather(
         else _principal(source, rows, some, likelihood.values == "counts"),
         settings=settings,
     )
+
+
+def doubts_of_fit(
+    vae: VAE,
+    source: Source,
+    held_out: Rows,
+    training: Rows,
+    likelihood: Likelihood,
+    *,
+    objective: Objective,
+    conditions: Sequence[Condition],
+    columns: Sequence[slice],
+    settings: Mapping[str, Any],
+    seed: int = 0,
+) -> list[str]:
+    """What a person must hear of a model that was just fitted, from a look at 1,000 cells: empty if nothing.
+
+    A decoder that does not listen to z, or to a condition that one wants to ask about; a z far narrower than the data.
+
+    Parameters
+    ----------
+    vae, source, training, likelihood, objective, settings, seed
+        As in `gather`.
+    held_out
+        Cells that the model did not learn from, or those that it did.
+    conditions, columns
+        The conditions, and where in the context each is.
+    """
+    rng = np.random.default_rng([seed, 14])
+    rows, learned = (
+        np.sort(rng.permutation(cells)[:n])
+        for cells, n in ((held_out, _CELLS_TO_LOOK_AT), (training, 3 * _CELLS_TO_LOOK_AT))
+    )
+    if len(rows) < 2:
+        return []
+    sample, dispersion = settings["objective"] != "autoencoder", settings["dispersion"]
+    use = use_of_latent(vae, source, rows, of_context=columns, sample=sample, seed=seed)
+    elbo = cell_terms(vae, source, rows, seed=seed, objective=objective).elbo
+    means = gene_mean_log_prob(source, rows, learned, likelihood, "fixed" if dispersion == "fixed" else "gene")
+    found, nats = [], float(use.lost[0].mean())
+    if nats < enough_ablation(float((elbo - means).mean())):
+        found.append(
+            f"posterior collapse: the decoder loses {max(0.0, nats):.2f} nats per cell without z, so that the "
+            "latent space shows a blob without separation"
+        )
+    elif 2 * (active := int((use.mu_z.var(0) > ACTIVE).sum())) < vae.latent_dim:  # else not worth looking
+        expected = expected_dim(source, learned, is_counts=likelihood.values == "counts")
+        if falls_short(active, expected, vae.latent_dim):
+            found.append(
+                f"posterior collapse in part: {active} of {vae.latent_dim} latent dimensions vary between cells, "
+                f"where the data show {expected} above their noise"
+            )
+    for condition, lost in zip(conditions, use.lost[1:], strict=True):
+        ignored = condition_ablation(condition.name, lost[~np.isnan(lost)])
+        if ignored.verdict == "bad" and not condition.nuisance:
+            found.append(ignored.meaning)
+    return [f"{each}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for each in found]
 
 
 def gene_mean_log_prob(

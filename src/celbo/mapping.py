@@ -1,5 +1,6 @@
 """Levels that fit did not see: read as the nearest known one, or taken into the model (surgery, Lotfollahi 2021)."""
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -9,14 +10,19 @@ from anndata import AnnData
 from torch import Tensor
 
 from celbo.data import Schema, open_source
+from celbo.data.conditions import as_text
 from celbo.inference import cell_terms
 from celbo.objective import Objective
 from celbo.vae import VAE
 
-__all__ = ["at_nearest_levels", "copy_weights"]
+__all__ = ["at_nearest_levels", "copy_weights", "doubt_levels"]
 
 _CELLS_TO_COMPARE = 200
 """Cells of a level that decide which known level is nearest to it."""
+_FEW_CELLS = 20
+"""Cells of a new level below which what is learned of it is little."""
+_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
+"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
 
 
 @torch.no_grad()
@@ -119,3 +125,25 @@ def at_nearest_levels(
             column.iloc[there] = nearest
         obs[condition.name] = column
     return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
+
+
+def doubt_levels(known: Schema, schema: Schema, adata: AnnData) -> None:
+    """Warn of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
+    for before, after in zip(known.conditions, schema.conditions, strict=True):
+        new = (after.levels or ())[len(before.levels or ()) :]
+        plain = {_SEPARATORS.sub("", level).casefold(): level for level in before.levels or ()}
+        plain.pop("", None)
+        n_cells = as_text(adata.obs[before.name]).value_counts() if new else {}
+        for level in new:
+            if like := plain.get(_SEPARATORS.sub("", level).casefold()):
+                warnings.warn(
+                    f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
+                    "spelling and map again.",
+                    stacklevel=3,
+                )
+            elif n_cells[level] < _FEW_CELLS:
+                warnings.warn(
+                    f"condition {before.name!r}: the new level {level!r} has {n_cells[level]} cells, from which little "
+                    "is learned.",
+                    stacklevel=3,
+                )

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from celbo.data import Schema
 
-__all__ = ["Reference", "has_conditions", "nested_conditions", "seen_together"]
+__all__ = ["Reference", "has_conditions", "nested_conditions", "reference_arrays", "reference_from", "seen_together"]
 
 _ABOUT = 0.25
 """Standard deviations within which a continuous condition is about what was asked for."""
 _SELDOM = 0.1
 """Share of what chance would give, up to which levels count as not seen together."""
+_FLAGS = ("held_out", "was_read")
 _MOST_COLUMNS, _MOST_VALUES = 500, 20_000_000
 """Levels of all conditions together, and these times combinations of them, beyond which nesting is not looked for: it
 would take too long."""
@@ -37,6 +38,35 @@ class Reference(NamedTuple):
     """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
     readings: NDArray[np.float64]
     """``(cells, 4)``: `celbo.outliers.READINGS`; the first two where the values are not counts. 0 of other cells."""
+
+
+def reference_arrays(reference: Reference) -> dict[str, NDArray[Any]]:
+    """The arrays as a file keeps them, which has no bool."""
+    return {**reference._asdict(), **{name: getattr(reference, name).astype(np.uint8) for name in _FLAGS}}
+
+
+def reference_from(
+    arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int, n_readings: int
+) -> Reference:
+    """What `reference_arrays` gave; other arrays are left, and those that older files lack read as unknown.
+
+    Raises
+    ------
+    ValueError
+        If the shapes are not those of such a model.
+    """
+    n_cells = len(arrays["mu_z"])
+    absent: dict[str, NDArray[Any]] = {
+        "labels": np.full(n_cells, -1, np.int32),
+        "was_read": np.zeros(n_cells, np.uint8),
+        "readings": np.zeros((n_cells, n_readings)),
+    }
+    known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
+    of_latent, of_cells = (n_cells, latent_dim), (n_cells,)
+    shapes = [of_latent, of_latent, of_cells, (n_cells, n_conditions), *[of_cells] * 3, (n_cells, n_readings)]
+    if [value.shape for value in known.values()] != shapes:
+        raise ValueError("reference.safetensors does not fit the model")
+    return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})
 
 
 def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[str, Any]) -> NDArray[np.bool_]:

@@ -377,6 +377,35 @@ def combine(remedies: Sequence[str]) -> Recipe:
     return Recipe(**changed, options=options, is_bound=is_bound)
 
 
+def refuse_unfit(remedies: Sequence[str], *, objective: str, likelihood: str, prior: str, has_conditions: bool) -> None:
+    """Refuse remedies that mean nothing to a model, with a `UsageError` that lists the table.
+
+    Parameters
+    ----------
+    remedies
+        As `combine` takes them.
+    objective, likelihood, prior
+        Names of the model's, the prior that remedies give it included.
+    has_conditions
+        Whether it has a condition or a nuisance.
+    """
+    rows = {row.name: row for row, _ in map(_parse, remedies)}
+    if objective == "autoencoder" and any(row.options is None for row in rows.values()):
+        said = "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training."
+    elif "learned_sigma" in rows and likelihood != "gaussian":
+        said = f"remedy 'learned_sigma' is for likelihood='gaussian', not {likelihood!r}."
+    elif "mmd" in rows and prior != "normal":
+        said = (
+            "remedy 'mmd' draws all cells together to the standard normal, and the prior is another; leave one of "
+            "them out."
+        )
+    elif "match_levels" in rows and not has_conditions:
+        said = "remedy 'match_levels' needs a condition or a nuisance whose levels are matched."
+    else:
+        return
+    raise UsageError(f"{said}\n{remedy_table()}")
+
+
 def remedy_table() -> str:
     """Every remedy in a line: name, default number, meaning, source."""
     lines = [

@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celbo.errors import DataError, listed
+from celbo.errors import DataError, UsageError, listed
 
 __all__ = ["UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "size_factors"]
 
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
+_UNLABELLED = "unknown"
+"""What a column of labels reads where none is known, unless said otherwise; it need not occur."""
 _TOLD = ("label", "probability", "p_known", "none of these")
 """What a table of predictions says beside the labels."""
 
@@ -134,6 +136,8 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     DataError
         If fewer than two labels are known, they are floating-point numbers, or one reads as a table of predictions
         does itself: "label", "probability", "p_known", "none of these".
+    UsageError
+        If ``unlabelled``, other than "unknown", is what no cell reads.
 
     Examples
     --------
@@ -147,6 +151,11 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
             f"them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
         )
     text = as_text(column)
+    if unlabelled != _UNLABELLED and not (text == unlabelled).any():
+        raise UsageError(
+            f"unlabelled={unlabelled!r} (--unlabelled) occurs nowhere in obs column {column.name!r}; give what it "
+            "reads where the label is not known, or leave it out."
+        )
     is_known = (column.notna() & (text != unlabelled)).to_numpy()
     levels = tuple(sorted(text[is_known].unique()))
     if taken := set(levels).intersection(_TOLD):

@@ -3,14 +3,19 @@
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from celbo.data.checks import Check
+from celbo.data.schema import Schema
+from celbo.data.sources import sum_of_genes
 from celbo.errors import DataError, UsageError
 
-__all__ = ["select_genes"]
+__all__ = ["choose_genes", "select_genes"]
 
 _SPANS = (0.3, 0.5, 0.8)
 """Share of the genes that each local fit of the variance looks at; the next where a fit is singular."""
@@ -20,6 +25,29 @@ _LEAST_CELLS = 3
 """A batch of fewer cells says nothing about variance, and is left out."""
 
 Blocks = Callable[[], Iterable[sp.csr_matrix]]
+
+
+def choose_genes(check: Check, obs: pd.DataFrame, n_top_genes: int | None) -> Schema:
+    """The schema of cells that passed a check, with the most variable genes only; parameters as in `select_genes`.
+
+    They are chosen within the levels of the first categorical nuisance; of the first categorical condition if there is
+    none.
+    """
+    schema = check.accept()
+    if n_top_genes is None or n_top_genes >= len(schema.genes):
+        return schema
+    assert check.stored is not None
+    categorical = [condition for condition in schema.conditions if condition.levels is not None]
+    categorical.sort(key=lambda condition: not condition.nuisance)
+    levels = categorical[0].codes(obs[categorical[0].name]).astype(int) if categorical else None
+    positions = select_genes(check.stored.blocks, n_top_genes, levels)
+    if schema.size_factor is not None:  # the library is one of the chosen genes
+        chosen, whole = (sum_of_genes(check.stored, genes).sum() for genes in (positions, np.arange(len(schema.genes))))
+        schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
+    within = f" within levels of {categorical[0].name!r}" if categorical else ""
+    return schema.with_genes(
+        positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
+    )
 
 
 def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | None = None) -> NDArray[np.intp]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from torch import Tensor
 from celbo.data.conditions import Condition, as_text
 from celbo.errors import DataError, UsageError, listed
 
-__all__ = ["VALUES", "Schema"]
+__all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
+
+MOST_COMBINATIONS = 100
+"""Of levels, whose decoded means are averaged."""
 
 VALUES = ("counts", "pseudo_counts", "detected", "log_normalised", "real")
 """What the model sees: counts; such that need not be whole; 1 where a count is above 0; ``log(1 + 10,000 count /
@@ -162,6 +165,37 @@ class Schema:
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
         """Positions of the model's genes among these names, in the model's order; -1 for a gene that is not there."""
         return var_names.get_indexer(pd.Index(self.genes))
+
+    def combinations(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
+        """What is given, with every combination of the levels of the conditions of ``over``, at most 100.
+
+        Raises
+        ------
+        UsageError
+            If one of these is no categorical condition, or is given already; or if there are more combinations.
+
+        Examples
+        --------
+        >>> two = tuple(Condition(name, levels=("a", "b")) for name in ("batch", "donor"))
+        >>> Schema(genes=("g",), conditions=two).combinations({"donor": "b"}, ["batch"])
+        [{'donor': 'b', 'batch': 'a'}, {'donor': 'b', 'batch': 'b'}]
+        """
+        if not isinstance(given, Mapping):
+            raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
+        levels = {condition.name: condition.levels for condition in self.conditions}
+        wrong = [name for name in over if levels.get(name) is None or name in given]
+        if isinstance(over, str) or wrong:
+            raise UsageError(
+                f"over={over!r}: give a list of categorical conditions that are not given already; "
+                f"the model has {listed(name for name, known in levels.items() if known) or 'none'}."
+            )
+        combinations = list(product(*(levels[name] or () for name in over)))
+        if len(combinations) > MOST_COMBINATIONS:
+            raise UsageError(
+                f"over={list(over)!r} has {len(combinations):,} combinations of levels; at most {MOST_COMBINATIONS} "
+                "can be averaged. Give one of them instead."
+            )
+        return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
 
     def with_genes(self, positions: NDArray[np.intp], selection: str) -> "Schema":
         """Keep the genes at these positions, chosen as ``selection`` says."""
