@@ -350,8 +350,9 @@ class ExpressionVAE:
     ) -> pd.DataFrame:
         """How likely each cell is: log p(x | library, conditions), by importance weighting, in nats.
 
-        ``log mean_k p(x | z_k, c, l) p(z_k | c) / q(z_k)`` over ``n_samples`` draws from a slightly widened posterior
-        (Burda 2016); with the library size given it is a density given the total.
+        ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` over ``n_samples`` draws (Burda 2016) from r, a mixture of
+        the widened posterior and the prior (`celbo.importance.log_prob`); with the library size given it is a density
+        given the total. A cell has the same figure whichever others are asked about.
 
         Parameters
         ----------

@@ -310,7 +310,8 @@ def p_values(usual: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray
     if len(beyond) >= _FOLDS:
         shape, _, scale = genpareto.fit(beyond, floc=0)
         shape = min(max(shape, 0.0), _HEAVIEST)
-        tail = _TAIL * genpareto.sf(scores - start, shape, scale=scale)
+        # Counting the cell itself, as above: it is as likely to be the highest as any usual one (Vovk 2005).
+        tail = (1 + len(beyond)) / (1 + len(usual)) * genpareto.sf(scores - start, shape, scale=scale)
         found = np.where(scores > start, np.maximum(tail, np.finfo(float).tiny), found)
     return found
 
