@@ -1,12 +1,14 @@
 """Unusual cells: is the p-value right for cells that were never seen, and are planted ones found?
 
-    python benchmarks/outliers.py FOLDER --scrublet-python ENV/bin/python
+    python benchmarks/outliers.py FOLDER --scrublet-python ENV/bin/python --json outliers.json
+    python benchmarks/outliers.py --table outliers.json                   # the figures of docs/score.md
 
 FOLDER has the .h5ad files. Of each set of at least 1,000 cells a fifth is never seen: usual cells. Among them are
 planted: the sum of two cells of different types, a type that was left out of fitting (one that principal components
 separate), cells whose genes were permuted, and cells drawn from the mean profile alone. Beside celbo's score stand the
 reconstruction error, what 30 principal components leave of log-normalised counts, and, for doublets, Scrublet, if the
-python of an environment with it is named (``pip install scrublet==0.2.3``).
+python of an environment with it is named (``pip install scrublet==0.2.3``). False alarms are told beside their 99 %
+interval if the held-out cells they are told by were very many, and as they are, which are few themselves.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 from scipy import sparse
-from scipy.stats import binom, ks_2samp
+from scipy.stats import binom, ks_2samp, norm
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -160,7 +162,7 @@ def calibration(model: celbo.ExpressionVAE, cells: anndata.AnnData) -> dict:
         pair = [part[np.digitize(depth, edges) == tercile] for part, depth in zip(scores, library, strict=True)]
         tests.append(float(ks_2samp(*pair).pvalue))
     p = p_values(*scores)
-    alarms = {level: int((p <= level).sum()) for level in LEVELS}
+    alarms = {str(level): int((p <= level).sum()) for level in LEVELS}
     return {
         "n": [len(part) for part in scores],
         "ks": tests,
@@ -171,11 +173,19 @@ def calibration(model: celbo.ExpressionVAE, cells: anndata.AnnData) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the .h5ad files are")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--scrublet-python")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--table", type=Path, help="print the tables of figures written before, and end")
     options = parser.parse_args()
+    if options.table:
+        written = json.loads(options.table.read_text())
+        print(table(written["planted"]))
+        print(said(written["calibration"]))
+        return
+    if options.folder is None:
+        parser.error("name the folder of the .h5ad files")
     warnings.simplefilter("ignore")
     records, calibrated = [], {}
     for name in options.sets:
@@ -217,17 +227,20 @@ def table(records: list[dict]) -> str:
 
 
 def said(calibrated: dict) -> str:
-    tests = [p for found in calibrated.values() for p in found["ks"]]
+    sets = calibrated.values()
+    tests = [p for found in sets for p in found["ks"]]
     lines = [f"depth terciles with p > .01: {sum(p > 0.01 for p in tests)} of {len(tests)}"]
-    n = sum(found["n"][1] for found in calibrated.values())
+    n_known, n = (np.array([found["n"][side] for found in sets]) for side in (0, 1))
     for level in LEVELS:
-        alarms = sum(found["alarms"][level] for found in calibrated.values())
+        alarms = np.array([found["alarms"][str(level)] for found in sets])
         low, high = binom.interval(0.99, n, level)
-        bounds = {name: binom.interval(0.99, found["n"][1], level) for name, found in calibrated.items()}
-        inside = [low <= calibrated[name]["alarms"][level] <= high for name, (low, high) in bounds.items()]
+        # Of a share of n cells above a quantile of n_known others: that of n alone, times 1 + n / n_known.
+        wider = norm.ppf(0.995) * np.sqrt(level * (1 - level) * (n * (1 + n / n_known)).sum()) / n.sum()
+        bounds = binom.interval(0.99, n.sum(), level) / n.sum()
         lines.append(
-            f"false alarms at {level:.0%}: {alarms / n:.2%} of {n:,} (99 %: {low / n:.2%} to {high / n:.2%}); "
-            f"{sum(inside)} of {len(inside)} sets inside"
+            f"false alarms at {level:.0%}: {alarms.sum() / n.sum():.2%} of {n.sum():,} (99 %: {bounds[0]:.2%} to "
+            f"{bounds[1]:.2%}; as many held-out cells as there are: {level - wider:.2%} to {level + wider:.2%}); "
+            f"{((low <= alarms) & (alarms <= high)).sum()} of {len(alarms)} sets inside"
         )
     pooled = [np.concatenate([found["scores"][side] for found in calibrated.values()]) for side in (0, 1)]
     lines.append(

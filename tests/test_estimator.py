@@ -338,3 +338,14 @@ def test_expected_expression_over_levels_is_the_mean_of_each(cells, fitted):
             fitted.expected_expression(cells, over=wrong)
     with pytest.raises(celbo.UsageError, match="categorical conditions that are not given"):
         fitted.expected_expression(cells, given={"batch": "batch_0"}, over=["batch"])
+    with pytest.raises(celbo.UsageError, match="give each condition its value"):
+        fitted.expected_expression(cells, given=["batch"])
+
+
+def test_warnings_name_the_callers_line(cells):
+    odd = cells[:40].copy()
+    odd.obs["batch"] = "only"
+    train = celbo.TrainConfig(max_epochs=1)
+    with pytest.warns(UserWarning, match="'batch' is 'only'") as said:
+        celbo.ExpressionVAE(conditions=["batch"], n_top_genes=20, train=train).fit(odd)
+    assert {str(warning.filename) for warning in said} == {__file__}

@@ -21,7 +21,7 @@ def fitted(cells, **options):
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "bernoulli", "gaussian"])
-@pytest.mark.parametrize("prior", ["normal", "conditional", "mixture:3"])
+@pytest.mark.parametrize("prior", ["normal", "conditional", "mixture:3", "vamp:5"])
 def test_it_is_the_integral_over_one_latent_dimension(cells, likelihood, prior):
     model = fitted(cells, latent_dim=1, likelihood=likelihood, prior=prior)
     source, _, _ = model.cells_to_measure(cells)
@@ -62,6 +62,17 @@ def test_a_cell_is_found_the_same_in_any_company(cells, refine):
     np.testing.assert_allclose(of_some["log_p"], of_all["log_p"].iloc[some], rtol=1e-5)
     other_seed = model.log_prob(cells[some], n_samples=20, refine=refine, seed=1)
     assert (abs(other_seed["log_p"] - of_some["log_p"]) > 1e-3).mean() > 0.5
+
+
+def test_a_cell_is_found_the_same_however_its_counts_are_stored(cells):
+    model = fitted(cells, latent_dim=3, likelihood="gaussian")
+    found = []
+    for dtype in ("float32", "int64", "int16"):
+        stored = cells[:50].copy()
+        stored.X = stored.X.astype(dtype)
+        found.append(model.log_prob(stored, n_samples=20)["log_p"])
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_cells_that_lack_genes_are_filled_in_first(cells):

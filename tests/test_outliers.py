@@ -94,6 +94,14 @@ def test_shares_of_even_scores_are_even_in_bulk_and_tail():
     assert p_values(np.zeros(40), np.array([0.0])).tolist() == [1.0]
 
 
+def test_the_tail_begins_where_the_shares_end():
+    usual = np.arange(100.0)
+    start = np.quantile(usual, 0.9)
+    below, above = p_values(usual, np.array([start - 1e-9, start + 1e-9]))
+    assert below == pytest.approx(11 / 101)  # ten are as high, and the cell itself
+    assert above == pytest.approx(below, abs=1e-6)
+
+
 def test_a_reading_is_standardised_by_depth_and_batch():
     rng = np.random.default_rng(0)
     library, batch = np.exp(rng.normal(7, 1, 4000)), rng.integers(2, size=4000)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time, and holds nothing that celbo did not write."""
+"""A run's folder belongs to one process at a time, and nothing in it is replaced that celbo did not write."""
 
 import json
 import os

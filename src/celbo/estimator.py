@@ -19,7 +19,7 @@ from celbo.advice import Diagnosis, diagnose
 from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, carry, changed_genes, decode_under
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
-from celbo.data.conditions import as_text, known_labels
+from celbo.data.conditions import UNLABELLED, as_text, known_labels
 from celbo.data.genes import choose_genes
 from celbo.data.schema import MOST_COMBINATIONS
 from celbo.data.sources import empty_cells
@@ -109,7 +109,7 @@ class ExpressionVAE:
     all."""
     labels: str | None = None
     """Column of obs with labels (cell types) that `predict` is to tell, known of some cells: they pull z apart."""
-    unlabelled: str = "unknown"
+    unlabelled: str = UNLABELLED
     """What that column reads where the label is not known; a missing value says the same."""
     layer: str | None = None
     """Layer that holds the values; None for X."""
@@ -184,7 +184,9 @@ class ExpressionVAE:
         device = settle_device(self.train.device)
         adata = read_adata(adata, layer=self.layer)
         check = self.check(adata)
-        schema = choose_genes(check, adata.obs, self.n_top_genes)
+        schema = check.accept()
+        if self.n_top_genes is not None and check.stored is not None:
+            schema = choose_genes(schema, check.stored, adata.obs, self.n_top_genes)
         source = make_source(check, adata, schema)
         if self.labels is not None:
             if self.labels in (*self.conditions, *self.nuisance):
@@ -352,7 +354,8 @@ class ExpressionVAE:
 
         ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` over ``n_samples`` draws (Burda 2016) from r, a mixture of
         the widened posterior and the prior (`celbo.importance.log_prob`); with the library size given it is a density
-        given the total. A cell has the same figure whichever others are asked about.
+        given the total. A cell has the same figure whichever others are asked about, unless ``unseen``
+        is "nearest" or "adapt".
 
         Parameters
         ----------
@@ -839,7 +842,8 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         schema = self.schema_.with_levels_of(adata.obs)
-        doubt_levels(self.schema_, schema, adata)
+        for doubt in doubt_levels(self.schema_, schema, adata):
+            warnings.warn(doubt, stacklevel=2)
         if schema == self.schema_:
             open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
             return self

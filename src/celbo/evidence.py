@@ -142,7 +142,7 @@ def doubts_of_fit(
     vae, source, training, likelihood, objective, settings, seed
         As in `gather`.
     held_out
-        Cells that the model did not learn from, or those that it did.
+        Cells that the model did not learn from; those that it did, where there are fewer than two others.
     conditions, columns
         The conditions, and where in the context each is.
     """

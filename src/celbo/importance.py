@@ -57,10 +57,10 @@ def log_prob(
     """``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)``, by importance weighting (Burda 2016).
 
     r is a mixture around the posterior q: of each ten samples seven are drawn from it with 1.2 times its standard
-    deviation, one with 2, one with 3 times, and one from the prior; weights are by the density of them all (Owen & Zhou
-    2000, JASA 95:135). q starts as the encoder's posterior, and is refined for each cell by Adam on its own ELBO: what
-    is compared then is the model, not its encoder. Sums are taken in float64. With the library size given it is a
-    density given the total.
+    deviation, one with 2, one with 3 times, and one from the prior (of fewer than nine none); weights are by the
+    density of them all (Owen & Zhou 2000, JASA 95:135). q starts as the encoder's posterior, and is refined for each
+    cell by Adam on its own ELBO: what is compared then is the model, not its encoder. Sums are taken in float64. With
+    the library size given it is a density given the total.
     The draws for a cell depend on the seed and its own values: what is found of it does not change with the company.
 
     Parameters
@@ -192,6 +192,7 @@ def _refine(
 
 def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
     """Of random numbers, for each cell its own, by its values."""
+    x = x.cpu()
     if x.layout == torch.sparse_csr:
         parts = (part.numpy() for part in (x.values(), x.col_indices(), x.crow_indices()))
         stored = sparse.csr_matrix(tuple(parts), tuple(x.shape)).copy()  # which is changed below

@@ -127,8 +127,9 @@ def at_nearest_levels(
     return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
 
 
-def doubt_levels(known: Schema, schema: Schema, adata: AnnData) -> None:
-    """Warn of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
+def doubt_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:
+    """What is to be said of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
+    found = []
     for before, after in zip(known.conditions, schema.conditions, strict=True):
         new = (after.levels or ())[len(before.levels or ()) :]
         plain = {_SEPARATORS.sub("", level).casefold(): level for level in before.levels or ()}
@@ -136,14 +137,13 @@ def doubt_levels(known: Schema, schema: Schema, adata: AnnData) -> None:
         n_cells = as_text(adata.obs[before.name]).value_counts() if new else {}
         for level in new:
             if like := plain.get(_SEPARATORS.sub("", level).casefold()):
-                warnings.warn(
+                found.append(
                     f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
-                    "spelling and map again.",
-                    stacklevel=3,
+                    "spelling and map again."
                 )
             elif n_cells[level] < _FEW_CELLS:
-                warnings.warn(
+                found.append(
                     f"condition {before.name!r}: the new level {level!r} has {n_cells[level]} cells, from which little "
-                    "is learned.",
-                    stacklevel=3,
+                    "is learned."
                 )
+    return found

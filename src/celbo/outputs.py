@@ -80,6 +80,11 @@ def refuse_no_table(path: Path) -> None:
         raise UsageError(f"{path} is to be a .csv file; name it so.")
 
 
+def refuse_no_embedding(path: Path) -> None:
+    """Refuse a name that no embedding can be written to."""
+    _refuse_other_cells(path, lambda found: "X_celbo" in found.obsm, "no embedding that celbo wrote")
+
+
 def refuse_no_counterfactual(path: Path) -> None:
     """Refuse a name that no counterfactual can be written to."""
     _refuse_other_cells(path, lambda found: "celbo_verdict" in found.obs.columns, "no counterfactual that celbo wrote")
@@ -107,11 +112,6 @@ def _write_cells(cells: AnnData, path: Path) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def refuse_no_embedding(path: Path) -> None:
-    """Refuse a name that no embedding can be written to."""
-    _refuse_other_cells(path, lambda found: "X_celbo" in found.obsm, "no embedding that celbo wrote")
 
 
 def _refuse_other_cells(path: Path, is_ours: Callable[[AnnData], bool], else_it_is: str) -> None:

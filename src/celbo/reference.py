@@ -15,6 +15,7 @@ _ABOUT = 0.25
 _SELDOM = 0.1
 """Share of what chance would give, up to which levels count as not seen together."""
 _FLAGS = ("held_out", "was_read")
+"""Which are 0 or 1 in a file."""
 _MOST_COLUMNS, _MOST_VALUES = 500, 20_000_000
 """Levels of all conditions together, and these times combinations of them, beyond which nesting is not looked for: it
 would take too long."""

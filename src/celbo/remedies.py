@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from celbo.errors import UsageError
 from celbo.vae import VAE
 
-__all__ = ["REMEDIES", "Recipe", "Remedy", "combine", "linear_warmup", "remedy_table"]
+__all__ = ["REMEDIES", "Recipe", "Remedy", "combine", "linear_warmup", "refuse_unfit", "remedy_table"]
 
 _WARMUP_FRACTION = 0.25
 """Share of the planned run for a schedule asked for by name, where ``warmup_fraction`` is 0."""

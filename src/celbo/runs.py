@@ -130,6 +130,8 @@ def write_run(
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
+    Their names are those of `celbo.claims.WRITTEN`, which no run may find there of somebody else.
+
     Parameters
     ----------
     folder

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError, UsageError, listed
 
-__all__ = ["UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "size_factors"]
+__all__ = ["UNLABELLED", "UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "size_factors"]
 
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
-_UNLABELLED = "unknown"
+UNLABELLED = "unknown"
 """What a column of labels reads where none is known, unless said otherwise; it need not occur."""
 _TOLD = ("label", "probability", "p_known", "none of these")
 """What a table of predictions says beside the labels."""
@@ -151,7 +151,7 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
             f"them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
         )
     text = as_text(column)
-    if unlabelled != _UNLABELLED and not (text == unlabelled).any():
+    if unlabelled != UNLABELLED and not (text == unlabelled).any():
         raise UsageError(
             f"unlabelled={unlabelled!r} (--unlabelled) occurs nowhere in obs column {column.name!r}; give what it "
             "reads where the label is not known, or leave it out."

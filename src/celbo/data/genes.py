@@ -10,9 +10,9 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from celbo.data.checks import Check
 from celbo.data.schema import Schema
 from celbo.data.sources import sum_of_genes
+from celbo.data.stored import Stored
 from celbo.errors import DataError, UsageError
 
 __all__ = ["choose_genes", "select_genes"]
@@ -27,22 +27,27 @@ _LEAST_CELLS = 3
 Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
 
-def choose_genes(check: Check, obs: pd.DataFrame, n_top_genes: int | None) -> Schema:
-    """The schema of cells that passed a check, with the most variable genes only; parameters as in `select_genes`.
+def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes: int) -> Schema:
+    """The schema with its most variable genes only, or as it is if it has no more than so many.
 
     They are chosen within the levels of the first categorical nuisance; of the first categorical condition if there is
     none.
+
+    Parameters
+    ----------
+    schema, stored, obs
+        Of the cells to be learned from: their schema, their values, their table.
+    n_top_genes
+        How many to choose.
     """
-    schema = check.accept()
-    if n_top_genes is None or n_top_genes >= len(schema.genes):
+    if n_top_genes >= len(schema.genes):
         return schema
-    assert check.stored is not None
     categorical = [condition for condition in schema.conditions if condition.levels is not None]
     categorical.sort(key=lambda condition: not condition.nuisance)
     levels = categorical[0].codes(obs[categorical[0].name]).astype(int) if categorical else None
-    positions = select_genes(check.stored.blocks, n_top_genes, levels)
+    positions = select_genes(stored.blocks, n_top_genes, levels)
     if schema.size_factor is not None:  # the library is one of the chosen genes
-        chosen, whole = (sum_of_genes(check.stored, genes).sum() for genes in (positions, np.arange(len(schema.genes))))
+        chosen, whole = (sum_of_genes(stored, genes).sum() for genes in (positions, np.arange(len(schema.genes))))
         schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
     within = f" within levels of {categorical[0].name!r}" if categorical else ""
     return schema.with_genes(

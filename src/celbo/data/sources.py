@@ -174,5 +174,5 @@ def _as_seen(block: sp.csr_matrix, library: NDArray[np.float32], values: str) ->
         return (block.data > 0).astype(np.float32)
     if values == "log_normalised":
         per_count = _COUNTS_PER_CELL / np.repeat(np.maximum(library, 1.0), np.diff(block.indptr))
-        return np.log1p(block.data * per_count).astype(np.float32)
+        return np.log1p(block.data.astype(np.float64) * per_count).astype(np.float32)  # the same of any dtype
     return block.data.astype(np.float32)
