@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,38 @@ def fitted_run(tmp_path_factory, data):
     done = run("fit", data, "-o", folder, "--condition", "batch", "--epochs", "4", "--latent-dim", "3")
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(fitted_run, data, tmp_path):
+    shutil.copytree(fitted_run[0], tmp_path / "run")
+    dying = (
+        "import os, signal; from celbo import cli, runs\n"
+        "runs.measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cli.main()"
+    )
+    arguments = ["fit", data, "-o", tmp_path / "run", "--epochs", "2", "--latent-dim", "4"]
+    done = subprocess.run([sys.executable, "-c", dying, *map(str, arguments)], capture_output=True, env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", ".celbo-lock"}
+    assert celbo.load(tmp_path / "run").latent_dim == 4
+    assert run("fit", data, "-o", tmp_path / "run", "--epochs", "1").returncode == 0
+
+
+def test_a_runs_own_embedding_is_not_replaced(fitted_run, data, celbo_command):
+    folder, _ = fitted_run
+    before = (folder / "embedding.h5ad").read_bytes()
+    done = celbo_command("embed", folder, data, "-o", folder / "embedding.h5ad")
+    assert done.returncode == 2
+    assert "the run's own embedding" in done.stderr
+    assert (folder / "embedding.h5ad").read_bytes() == before
+
+
+def test_labels_are_checked_before_they_are_fitted(data, celbo_command):
+    good = celbo_command("check", data, "--labels", "cell_type")
+    assert good.returncode == 0, good.stdout
+    bad = celbo_command("check", data, "--labels", "types")
+    assert bad.returncode == 3
+    assert "error (labels): obs has no column 'types' for labels" in bad.stdout
 
 
 def test_fit_writes_everything_under_one_folder(fitted_run):

@@ -75,6 +75,21 @@ def test_a_cell_is_found_the_same_however_its_counts_are_stored(cells):
     np.testing.assert_array_equal(found[2], found[0])
 
 
+def test_nothing_is_said_of_a_cell_without_a_count(cells):
+    model = fitted(cells, latent_dim=3)
+    some = cells[:10].copy()
+    some.X = some.X.toarray()
+    some.X[3] = 0
+    with pytest.warns(UserWarning, match="no counts in 1 of 10 cells"):
+        found = model.log_prob(some, n_samples=20)
+    assert np.flatnonzero(found["log_p"].isna()).tolist() == [3]
+    assert not found["trusted"].iloc[3]
+    with pytest.warns(UserWarning, match="no counts in 1 of 10 cells"):
+        found = model.outliers(some)
+    assert np.flatnonzero(found["p_value"].isna()).tolist() == [3]
+    assert found["kind"].iloc[3] == "empty"
+
+
 def test_cells_that_lack_genes_are_filled_in_first(cells):
     model = fitted(cells, latent_dim=3)
     abundant = np.argsort(-np.asarray(cells.X.sum(0)).ravel())[:8]

@@ -15,8 +15,8 @@ SOURCE = Path(celbo.__file__).parent
 ORDER = [
     ["cli"],
     ["commands", "options"],
-    ["config", "progress", "runs", "demo", "terminal", "claims"],
-    ["outputs"],
+    ["config", "progress", "runs", "demo", "terminal"],
+    ["outputs", "claims"],
     ["curing", "comparing"],
     ["report", "estimator", "simulate"],
     ["train", "evidence", "outliers", "counterfactual", "differential", "generate", "realism", "mapping", "labels"],

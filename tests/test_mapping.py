@@ -154,6 +154,23 @@ def test_the_command_line_maps(reference, many, tmp_path, celbo_command):
     assert loaded.schema_.conditions[0].levels == ("batch_0", "batch_1", "batch_2")
 
 
+def test_no_run_and_no_model_folder_is_mapped_over(reference, many, tmp_path, celbo_command):
+    for name in ("run", "other"):
+        reference.save(tmp_path / name / "model")
+    (tmp_path / "other" / "run.json").write_text("{}")
+    of_batch(many, "batch_2").write_h5ad(tmp_path / "new.h5ad")
+    before = sorted(tmp_path.rglob("*"))
+    for output, said in (
+        ("other", "has a run that celbo fit wrote"),
+        ("run/model", "model folder"),
+        ("run/model/a", "in one"),
+    ):
+        done = celbo_command("map", tmp_path / "run", tmp_path / "new.h5ad", "-o", tmp_path / output)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_levels_are_added_after_the_known_ones_and_nowhere_else(many):
     model = fitted(many[::10].copy(), conditions=["treatment"], train=celbo.TrainConfig(max_epochs=1))
     known = model.schema_.conditions[0].levels

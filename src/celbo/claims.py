@@ -52,6 +52,8 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder to write to.")
+    if any((folder / "model.json").exists() for folder in (path, path.parent)):
+        raise UsageError(f"{path} is a model folder, or in one; name another folder with -o.")
     if data is not None:
         written = {(path / name).resolve() for name in WRITTEN}
         if data.resolve() in written or path.resolve().is_relative_to(data.resolve()):

@@ -41,6 +41,7 @@ from celbo.options import (
     GeneColumn,
     GenesPresent,
     Interactions,
+    Labels,
     Layer,
     LikelihoodToFit,
     MakeUnique,
@@ -51,6 +52,7 @@ from celbo.options import (
     RunPath,
     Seed,
     SizeFactor,
+    Unlabelled,
     Unseen,
 )
 from celbo.terminal import ending_when_told, guarded, plain, say, shown_warnings
@@ -98,6 +100,8 @@ def check(
     nuisance: Nuisance = None,
     interaction: Interactions = None,
     likelihood: LikelihoodToFit = "nb",
+    labels: Labels = None,
+    unlabelled: Unlabelled = "unknown",
     layer: Layer = None,
     size_factor: SizeFactor = None,
     allow_noninteger: AllowNoninteger = False,
@@ -161,10 +165,8 @@ def fit(
     nuisance: Nuisance = None,
     interaction: Interactions = None,
     likelihood: LikelihoodToFit = "nb",
-    labels: Annotated[
-        str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")
-    ] = None,
-    unlabelled: Annotated[str, typer.Option(help="What that column reads where the type is unknown.")] = "unknown",
+    labels: Labels = None,
+    unlabelled: Unlabelled = "unknown",
     n_top_genes: Annotated[
         int | None,
         typer.Option(
@@ -283,6 +285,8 @@ def embed(
 
     refuse_the_data(output, data)
     refuse_no_embedding(output)
+    if output.resolve() == (run / "embedding.h5ad").resolve():
+        raise UsageError(f"{output} is the run's own embedding, of the cells it was fitted to; name another file.")
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
@@ -528,8 +532,11 @@ def score(
         counts = found["kind"].value_counts()
         say(f"{', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {output}")
     else:
-        doubted = int((~found["trusted"]).sum())
-        few = f"; {doubted:,} cells with too few effective draws to trust: try --refine" if doubted else ""
+        empty = int(found["log_p"].isna().sum())
+        doubted = int((~found["trusted"]).sum()) - empty
+        advice = "more draws (--n-samples)" if refine or (n_samples is not None and n_samples < 100) else "--refine"
+        few = f"; {doubted:,} cells with too few effective draws to trust: try {advice}" if doubted else ""
+        few += f"; {empty:,} without a count" if empty else ""
         say(f"{len(found):,} cells, mean log p(x) {found['log_p'].mean():,.2f} nats{few}: {output}")
 
 
@@ -598,7 +605,9 @@ def de(
         )
     write_table(found, output)
     sure = int((found["fdr"] <= _FDR).sum())
-    say(f"{sure:,} genes change by log2 {least_change:g} or more at a false discovery rate of {_FDR:.0%}: {output}")
+    n_groups, n_genes = found["group"].nunique(), found.index.nunique()
+    what = f"{sure:,} of {n_genes:,} genes change" if n_groups == 1 else f"{sure:,} changes in {n_groups} groups"
+    say(f"{what} by log2 {least_change:g} or more at a false discovery rate of {_FDR:.0%}: {output}")
 
 
 @app.command("map")
@@ -625,6 +634,8 @@ def map_query(
     from celbo.runs import embedding
 
     refuse_same_run(run, output)
+    if (output / "run.json").exists():
+        raise UsageError(f"{output} has a run that celbo fit wrote, and would lose its model; name another folder.")
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with claimed_folder(output, data):

@@ -93,7 +93,10 @@ def _whole(text: str) -> int:
 
 def refuse_options_of_fit(ctx: typer.Context) -> None:
     """Refuse options that a fitted model brings of its own, where it is named."""
-    of_fit = ("condition", "nuisance", "likelihood", "layer", "size_factor", "allow_noninteger", "config")
+    of_fit = (
+        *("condition", "nuisance", "interaction", "likelihood", "labels", "unlabelled", "layer", "size_factor"),
+        *("allow_noninteger", "config"),
+    )
     given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -235,6 +235,8 @@ def group_cells(
         raise UsageError(f"{groupby!r} holds floating-point numbers, which are no groups; cut it into some.")
     if n_missing := int(labels.isna().sum()):
         warnings.warn(f"{n_missing:,} cells have no {groupby!r}, and are left out.", stacklevel=3)
+    if not len(sizes):
+        raise DataError(f"no cell has a {groupby!r}: there is nothing to compare.")
     if len(sizes) < 2:
         raise UsageError(f"{groupby!r} has a single group, {listed(sizes.index)}: there is nothing to compare it with.")
     if few := [each for each in (group, reference) if each is not None and sizes[each] < _FEWEST]:

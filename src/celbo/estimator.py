@@ -189,13 +189,9 @@ class ExpressionVAE:
             schema = choose_genes(schema, check.stored, adata.obs, self.n_top_genes)
         source = make_source(check, adata, schema)
         if self.labels is not None:
-            if self.labels in (*self.conditions, *self.nuisance):
-                raise UsageError(
-                    f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
-                )
-            if self.labels not in adata.obs.columns:
-                raise DataError(f"obs has no column {self.labels!r} for labels; it has {listed(adata.obs.columns)}.")
-            labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the check has said it
+                labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
             schema = replace(schema, labels=labels)
         levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
         split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
@@ -255,8 +251,9 @@ class ExpressionVAE:
             not isinstance(self.n_top_genes, int | np.integer) or self.n_top_genes < 1
         ):
             raise UsageError(f"n_top_genes={self.n_top_genes!r}; give a whole number of at least 1, or None for all.")
+        adata = read_adata(adata, layer=self.layer)
         check = check_adata(
-            read_adata(adata, layer=self.layer),
+            adata,
             values=likelihood.values,
             conditions=self.conditions,
             nuisance=self.nuisance,
@@ -275,7 +272,7 @@ class ExpressionVAE:
                 check.add(
                     "few-cells", "warning", f"only {check.n_cells} cells: hardly anything can be learned from so few."
                 )
-            codes = check.schema.codes(read_adata(adata, layer=self.layer).obs)
+            codes = check.schema.codes(adata.obs)
             asked = [each.name for each in check.schema.conditions if not each.nuisance]
             for name in nested_conditions(codes, check.schema, asked):
                 rest = listed(each.name for each in check.schema.conditions if each.name != name)
@@ -285,6 +282,8 @@ class ExpressionVAE:
                     f"condition {name!r} is nested in the others ({rest}): what it does cannot be "
                     "told from what they do.",
                 )
+        if self.labels is not None:
+            self._check_labels(check, adata.obs)
         return check
 
     def embed(
@@ -322,7 +321,9 @@ class ExpressionVAE:
         return mu_z, np.exp(0.5 * logvar_z) * self._has_width
 
     def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
-        """Evidence lower bound of each cell and its terms, in nats, with one sample of z.
+        """Evidence lower bound of each cell and its terms, in nats, with one sample of z, by its place among the cells.
+
+        Another seed, or another order of the cells, draws another z; the bound is the mean over draws.
 
         Returns
         -------
@@ -375,7 +376,8 @@ class ExpressionVAE:
         pandas.DataFrame
             By cell: ``log_p``; ``se``, its standard error ``sqrt(1 / ess - 1 / n_samples)``; ``ess``, the effective
             number of draws; ``trusted``: whether that is 10 at least. With ``refine`` also ``unrefined``, the figure of
-            the encoder's own posterior, and ``gap``, what the encoder costs: the first less this one.
+            the encoder's own posterior, and ``gap``, what the encoder costs: the first less this one. NaN of a cell
+            without a count. Without ``refine`` estimates lean low where few draws are effective, by more than ``se``.
 
         Raises
         ------
@@ -402,7 +404,11 @@ class ExpressionVAE:
         table = {**found._asdict(), "trusted": found.ess >= _FEW_SAMPLES}
         if refine:
             table |= {"unrefined": plain.log_p, "gap": found.log_p - plain.log_p}
-        return pd.DataFrame(table, index=adata.obs_names)
+        frame = pd.DataFrame(table, index=adata.obs_names)
+        empty = empty_cells(adata, model.schema_)
+        frame.loc[empty, frame.columns != "trusted"] = np.nan
+        frame.loc[empty, "trusted"] = False
+        return frame
 
     def outliers(
         self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8, seed: int = 0
@@ -429,7 +435,8 @@ class ExpressionVAE:
             ``p_value`` and ``q_value``; ``kind``: "usual" (q above .1), "doublet-like", "ambient-like", "unseen type",
             "unexplained", after the reading that stands out most, or "low-depth"; the standardised readings
             ``unlikely, distance, mixture, ambient``; and ``top_genes``, + where more of them than expected was seen.
-            Where cells lack genes of the model, log p(x) is of the others, and ``unlikely`` does not count (NaN).
+            Where cells lack genes of the model, log p(x) is of the others, and ``unlikely`` does not count (NaN). A
+            cell without a count is "empty", and has NaN.
 
         Raises
         ------
@@ -451,8 +458,8 @@ class ExpressionVAE:
         self._refuse_autoencoder()
         if self.reference_ is None:
             raise UsageError(
-                "the model keeps no reference cells, with which others could be compared; save it with "
-                "keep_reference=True."
+                "the model keeps no reference cells, with which others could be compared; fit it again, and save it "
+                "with them (keep_reference=True; --keep-reference)."
             )
         known = self.reference_.was_read
         if known.sum() < FEWEST_HELD_OUT:
@@ -478,7 +485,11 @@ class ExpressionVAE:
             index=adata.obs_names,
             without=() if (schema.columns(adata.var_names) >= 0).all() else ("unlikely",),
         )
-        return table.assign(top_genes=genes)
+        table = table.assign(top_genes=genes)
+        empty = empty_cells(adata, model.schema_)
+        table.loc[empty, table.select_dtypes("number").columns] = np.nan
+        table.loc[empty, ["kind", "top_genes"]] = ["empty", ""]
+        return table
 
     def expected_expression(
         self,
@@ -594,8 +605,10 @@ class ExpressionVAE:
         schema = self.schema_
         if self._likelihood().values != "counts":
             raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
-        if not 0 <= least_change < math.inf:
-            raise UsageError(f"least_change={least_change!r}; give a number from 0 on, of log2.")
+        if not 0 < least_change < math.inf:
+            raise UsageError(
+                f"least_change={least_change!r}; give a number above 0, of log2: every gene changes by something."
+            )
         check_count("n_samples", n_samples, 1)
         check_seed(seed)
         adata = read_adata(adata, layer=schema.layer)
@@ -683,8 +696,8 @@ class ExpressionVAE:
         references = [model.reference_ for model in models if model.reference_ is not None]
         if len(references) < len(models):
             raise UsageError(
-                "the model, or one of others, keeps no reference cells, without which support cannot be told; save it "
-                "with keep_reference=True."
+                "the model, or one of others, keeps no reference cells, without which support cannot be told; fit it "
+                "again, and save it with them (keep_reference=True; --keep-reference)."
             )
         adata = read_adata(adata, layer=schema.layer)
         contexts = self._contexts(adata, given)
@@ -780,8 +793,8 @@ class ExpressionVAE:
             raise UsageError("this model was fitted without labels; give labels='...' (celbo fit --labels COLUMN).")
         if self.reference_ is None:
             raise UsageError(
-                "the model keeps no reference cells, without which no cell can be called none of these; save it with "
-                "keep_reference=True."
+                "the model keeps no reference cells, without which no cell can be called none of these; fit it again, "
+                "and save it with them (keep_reference=True; --keep-reference)."
             )
         adata = read_adata(adata, layer=self.schema_.layer)
         mu_z, _ = self.posterior(adata, unseen=unseen, genes_present=genes_present)
@@ -1161,6 +1174,24 @@ class ExpressionVAE:
         if len({id(model) for model in (self, *others)}) <= len(others):
             raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
         check_count("n_samples", n_samples, 2)
+
+    def _check_labels(self, check: Check, obs: pd.DataFrame) -> None:
+        """Add what is wrong with the column of labels to what was found."""
+        if self.labels in (*self.conditions, *self.nuisance):
+            raise UsageError(
+                f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
+            )
+        if self.labels not in obs.columns:
+            check.add("labels", "error", f"obs has no column {self.labels!r} for labels; it has {listed(obs.columns)}.")
+            return
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                known_labels(obs[self.labels], self.unlabelled)
+            except DataError as error:
+                check.add("labels", "error", str(error))
+        for warning in said:
+            check.add("labels", "warning", str(warning.message))
 
     def _labels_of(self, obs: pd.DataFrame) -> NDArray[np.int32]:
         """Numbers of the labels that these cells come with, -1 where the model does not know them."""

@@ -109,7 +109,8 @@ def draw_cells(
     if reference is None:
         if source != "prior" or library is None or not is_given.all():
             raise UsageError(
-                "the model keeps no reference cells to draw from; save it with keep_reference=True, or draw z from the "
+                "the model keeps no reference cells to draw from; fit it again, and save it with them "
+                "(keep_reference=True; --keep-reference), or draw z from the "
                 "prior and give every condition and the library size."
             )
         codes = np.tile(wanted, (n, 1))

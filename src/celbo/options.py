@@ -29,6 +29,8 @@ _LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), 
 LikelihoodToFit = Annotated[
     str, typer.Option(help=f"{_LIKELIHOODS}; auto for the simplest that explains held-out counts as well as any.")
 ]
+Labels = Annotated[str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")]
+Unlabelled = Annotated[str, typer.Option(help="What that column reads where the type is unknown.")]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")]
 SizeFactor = Annotated[str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")]
 AllowNoninteger = Annotated[

@@ -116,6 +116,8 @@ def _write_cells(cells: AnnData, path: Path) -> None:
 
 def _refuse_other_cells(path: Path, is_ours: Callable[[AnnData], bool], else_it_is: str) -> None:
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name an .h5ad file to write.")
     if path.suffix != ".h5ad":
         raise UsageError(f"{path} is to be an .h5ad file; name it so.")
     if path.exists() and not _holds_cells(path, is_ours):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from celbo import __version__, report
 from celbo.advice import Diagnosis
+from celbo.claims import WRITTEN
 from celbo.comparing import Comparison
 from celbo.curing import Step
 from celbo.data.sources import empty_cells
@@ -163,6 +164,8 @@ def write_run(
         The report's summary: everything it shows.
     """
     model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
+    for name in set(WRITTEN) - {"model"}:  # of a run that was there: if this one is interrupted now, nothing is of both
+        (folder / name).unlink(missing_ok=True)
     cells = embedding(model, adata)
     metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
     diagnosis = _diagnose(model, adata)
