@@ -39,12 +39,13 @@ def plain(text: str) -> str:
 
 @contextmanager
 def shown_warnings() -> Iterator[list[str]]:
-    """Say warnings in a line each, and keep them."""
+    """Say warnings in a line each, each once, and keep them."""
     notes: list[str] = []
 
     def show(message: Warning | str, *_: Any) -> None:
-        notes.append(str(message))
-        say(f"warning: {message}")
+        if str(message) not in notes:
+            notes.append(str(message))
+            say(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
