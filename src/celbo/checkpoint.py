@@ -39,6 +39,7 @@ __all__ = [
     "FolderDescription",
     "ModelFolder",
     "describe_folder",
+    "is_model_folder",
     "read_folder",
     "refuse_to_replace",
     "write_folder",
@@ -424,6 +425,11 @@ def _tensors(arrays: Arrays) -> bytes:
     if bad := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
         raise CelboError(f"the tensors {', '.join(bad)} are not finite; such a model is not saved.")
     return safetensors.numpy.save({name: np.array(value, order="C") for name, value in arrays.items()})
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether all files that a model folder must have are there; they are not looked into."""
+    return all((path / name).exists() for name in (_MODEL, _WEIGHTS, _MANIFEST))
 
 
 def refuse_to_replace(path: Path) -> None:
