@@ -56,7 +56,7 @@ def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(f
     arguments = ["fit", data, "-o", tmp_path / "run", "--epochs", "2", "--latent-dim", "4"]
     done = subprocess.run([sys.executable, "-c", dying, *map(str, arguments)], capture_output=True, env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", ".celbo-lock"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "run.json", ".celbo-lock"}
     assert celbo.load(tmp_path / "run").latent_dim == 4
     assert run("fit", data, "-o", tmp_path / "run", "--epochs", "1").returncode == 0
 
@@ -66,7 +66,7 @@ def test_a_runs_own_embedding_is_not_replaced(fitted_run, data, celbo_command):
     before = (folder / "embedding.h5ad").read_bytes()
     done = celbo_command("embed", folder, data, "-o", folder / "embedding.h5ad")
     assert done.returncode == 2
-    assert "the run's own embedding" in done.stderr
+    assert "is the embedding of a run" in done.stderr
     assert (folder / "embedding.h5ad").read_bytes() == before
 
 

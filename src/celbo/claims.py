@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time, and nothing in it is replaced that celbo did not write."""
+"""A run's folder belongs to one process at a time, and is not taken for one where other files have the names."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder to write to.")
-    if any(checkpoint.is_model_folder(folder) for folder in (path, path.parent)):
+    if any(checkpoint.is_model_folder(folder) for folder in (path.resolve(), *path.resolve().parents)):
         raise UsageError(f"{path} is a model folder, or in one; name another folder with -o.")
     if data is not None:
         written = {(path / name).resolve() for name in WRITTEN}

@@ -285,8 +285,8 @@ def embed(
 
     refuse_the_data(output, data)
     refuse_no_embedding(output)
-    if output.resolve() == (run / "embedding.h5ad").resolve():
-        raise UsageError(f"{output} is the run's own embedding, of the cells it was fitted to; name another file.")
+    if output.exists() and output.name == "embedding.h5ad" and checkpoint.is_model_folder(output.parent / "model"):
+        raise UsageError(f"{output} is the embedding of a run, which would be lost; name another file with -o.")
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():

@@ -247,6 +247,10 @@ class ExpressionVAE:
         'not-whole'
         """
         likelihood = self._likelihood()
+        if self.labels is not None and self.labels in (*self.conditions, *self.nuisance):
+            raise UsageError(
+                f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
+            )
         if self.n_top_genes is not None and (
             not isinstance(self.n_top_genes, int | np.integer) or self.n_top_genes < 1
         ):
@@ -477,19 +481,17 @@ class ExpressionVAE:
             mu_z, _ = posterior(model.vae_, source)
             library = filled_library(model.vae_, source)
             genes = surprising_genes(model.vae_, source, mu_z, np.array(schema.genes), rows)
+        empty = empty_cells(adata, model.schema_)
         table = unusual(
             self.reference_.readings[known],
             found,
             library=(self.reference_.library[known], library),
             batch=(batch[: known.sum()].astype(int), batch[known.sum() :].astype(int)),
             index=adata.obs_names,
+            empty=empty,
             without=() if (schema.columns(adata.var_names) >= 0).all() else ("unlikely",),
         )
-        table = table.assign(top_genes=genes)
-        empty = empty_cells(adata, model.schema_)
-        table.loc[empty, table.select_dtypes("number").columns] = np.nan
-        table.loc[empty, ["kind", "top_genes"]] = ["empty", ""]
-        return table
+        return table.assign(top_genes=np.where(empty, "", genes))
 
     def expected_expression(
         self,
@@ -1177,10 +1179,6 @@ class ExpressionVAE:
 
     def _check_labels(self, check: Check, obs: pd.DataFrame) -> None:
         """Add what is wrong with the column of labels to what was found."""
-        if self.labels in (*self.conditions, *self.nuisance):
-            raise UsageError(
-                f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
-            )
         if self.labels not in obs.columns:
             check.add("labels", "error", f"obs has no column {self.labels!r} for labels; it has {listed(obs.columns)}.")
             return
@@ -1190,6 +1188,9 @@ class ExpressionVAE:
                 known_labels(obs[self.labels], self.unlabelled)
             except DataError as error:
                 check.add("labels", "error", str(error))
+            except UsageError:
+                if not check.errors:  # which are to be told first
+                    raise
         for warning in said:
             check.add("labels", "warning", str(warning.message))
 

@@ -165,6 +165,7 @@ def unusual(
     library: tuple[NDArray[np.float32], NDArray[np.float32]],
     batch: tuple[NDArray[np.intp], NDArray[np.intp]],
     index: pd.Index,
+    empty: NDArray[np.bool_] | None = None,
     without: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Compare cells with held-out ones of their depth and batch.
@@ -177,6 +178,8 @@ def unusual(
         Of the same two: library sizes, and the number of each cell's batch.
     index
         Names of the cells in question.
+    empty
+        Which of them have no count, so that nothing can be told.
     without
         Readings that do not count, as they are of other genes; NaN in the table.
 
@@ -204,14 +207,19 @@ def unusual(
     here[:, ~counted] = np.nan
     score = joined(usual[:, counted], here[:, counted], of_counted)
     p_value = p_values(joined(usual[:, counted], usual[:, counted], of_counted), score)
-    q_value = false_discovery_control(p_value) if len(p_value) else p_value
+    told, q_value = np.ones(len(p_value), bool) if empty is None else ~empty, np.full(len(p_value), np.nan)
+    if told.any():
+        q_value[told] = false_discovery_control(p_value[told])
     most = _shares(usual[:, counted], here[:, counted]).argmin(1)
     kind = np.array([_KINDS[name] for name in of_counted], object)[most]
     kind[q_value > _UNUSUAL] = "usual"
     kind[np.asarray(library[1]) < np.quantile(library[0], _SHALLOW)] = "low-depth"
     table = {"log_p": -found[:, 0], "score": score, "p_value": p_value, "q_value": q_value, "kind": kind}
     table |= dict(zip(names, here.T, strict=True))
-    return pd.DataFrame(table, index=index)
+    frame = pd.DataFrame(table, index=index)
+    frame.loc[~told, frame.columns != "kind"] = np.nan
+    frame.loc[~told, "kind"] = "empty"
+    return frame
 
 
 def joined(

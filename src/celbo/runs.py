@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -131,7 +132,7 @@ def write_run(
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
-    Their names are those of `celbo.claims.WRITTEN`, which no run may find there of somebody else.
+    Their names are those of `celbo.claims.WRITTEN`; those of a run that was there are removed first.
 
     Parameters
     ----------
@@ -164,11 +165,9 @@ def write_run(
         The report's summary: everything it shows.
     """
     model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
-    for name in set(WRITTEN) - {"model"}:  # of a run that was there: if this one is interrupted now, nothing is of both
-        (folder / name).unlink(missing_ok=True)
-    cells = embedding(model, adata)
-    metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
-    diagnosis = _diagnose(model, adata)
+    if (folder / "run.json").exists():  # a run that was there: if this one is interrupted now, nothing is of both
+        for name in set(WRITTEN) - {"model"}:
+            Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
     run = {
         "options": model.options(),
         "versions": {
@@ -181,12 +180,16 @@ def write_run(
         "data": {"name": source, **fingerprint(adata, model.layer)},
         "weights_sha256": hashlib.sha256((folder / "model" / "weights.safetensors").read_bytes()).hexdigest(),
     }
+    write_file(folder / "run.json", _json(run))
+    cells = embedding(model, adata)
+    metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
+    diagnosis = _diagnose(model, adata)
     history = [asdict(epoch) for epoch in model.history_]
     summary = {
         "title": f"celbo: {source}",
         "celbo_version": __version__,
         "verdict": _verdict(metrics) if diagnosis is None else diagnosis.verdict,
-        "notes": [*notes, *map(str, choices), *_notes(model)],
+        "notes": [*dict.fromkeys(notes), *map(str, choices), *_notes(model)],
         "metrics": metrics,
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
         "run": run,
@@ -203,7 +206,6 @@ def write_run(
     write_file(folder / "history.jsonl", "".join(_json(epoch, indent=None) for epoch in history))
     if diagnosis is not None:
         write_file(folder / "diagnosis.json", _json(diagnosis.to_json()))
-    write_file(folder / "run.json", _json(run))
     write_file(folder / "latent.png", report.to_png(report.latent_figure(summary)))
     write_file(folder / "report.html", report.render(summary))
     return summary

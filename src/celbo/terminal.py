@@ -39,13 +39,13 @@ def plain(text: str) -> str:
 
 @contextmanager
 def shown_warnings() -> Iterator[list[str]]:
-    """Say warnings in a line each, each once, and keep them."""
+    """Say warnings in a line each, each once, and keep them all."""
     notes: list[str] = []
 
     def show(message: Warning | str, *_: Any) -> None:
         if str(message) not in notes:
-            notes.append(str(message))
             say(f"warning: {message}")
+        notes.append(str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
