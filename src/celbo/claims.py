@@ -14,17 +14,16 @@ from celbo.errors import StorageError, UsageError
 __all__ = ["WRITTEN", "claimed_folder"]
 
 WRITTEN = (
-    *(
-        "model",
-        "embedding.h5ad",
-        "metrics.json",
-        "history.jsonl",
-        "run.json",
-        "diagnosis.json",
-        "cure.json",
-        "choice.json",
-    ),
-    *("latent.png", "report.html"),
+    "model",
+    "embedding.h5ad",
+    "metrics.json",
+    "history.jsonl",
+    "run.json",
+    "diagnosis.json",
+    "cure.json",
+    "choice.json",
+    "latent.png",
+    "report.html",
 )
 """What a run writes into its folder."""
 _LOCK = ".celbo-lock"

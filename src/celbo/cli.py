@@ -534,7 +534,7 @@ def score(
     else:
         empty = int(found["log_p"].isna().sum())
         doubted = int((~found["trusted"]).sum()) - empty
-        advice = "more draws (--n-samples)" if refine or (n_samples is not None and n_samples < 100) else "--refine"
+        advice = "more draws (--n-samples)" if refine else "--refine, or more draws (--n-samples)"
         few = f"; {doubted:,} cells with too few effective draws to trust: try {advice}" if doubted else ""
         few += f"; {empty:,} without a count" if empty else ""
         say(f"{len(found):,} cells, mean log p(x) {found['log_p'].mean():,.2f} nats{few}: {output}")
