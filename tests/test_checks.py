@@ -219,6 +219,72 @@ def test_size_factors_are_on_the_scale_of_the_chosen_genes(cells):
     assert model.reference_.library.sum() == pytest.approx(chosen, rel=1e-5)
 
 
+def test_values_beyond_what_fit_saw_are_doubted(tmp_path):
+    """As of a dose in another unit: in what the cells have, and in what is asked for."""
+    cells = celbo.simulate_cells(n_cells=200, n_genes=40, seed=0)
+    cells.obs["dose"] = np.random.default_rng(0).uniform(0, 2, 200)
+    model = celbo.ExpressionVAE(latent_dim=2, conditions=["dose"], train=celbo.TrainConfig(max_epochs=2)).fit(cells)
+    model.save(tmp_path / "model")
+    model, query = celbo.load(tmp_path / "model"), cells[:50].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.embed(query)
+        model.expected_expression(query, given={"dose": 2.05})
+    with pytest.warns(UserWarning, match=r"dose.*1 of 1 values, the first 1e\+06, lie outside"):
+        model.expected_expression(query, given={"dose": 1e6})
+    query.obs["dose"] *= 1000
+    with pytest.warns(UserWarning, match=r"of 50 values, .* lie outside of what fit saw \(0.* to [12].*\).*unit"):
+        model.embed(query)
+    query.write_h5ad(tmp_path / "new.h5ad")
+    said = command("check", tmp_path / "new.h5ad", "--model", tmp_path / "model").output
+    assert "Is the unit the same?" in " ".join(said.split())
+
+
+def test_a_column_of_obs_named_twice_is_refused_wherever_cells_come_in():
+    cells = celbo.simulate_cells(n_cells=100, n_genes=40, n_batches=2, seed=0)
+    model = celbo.ExpressionVAE(latent_dim=2, conditions=["batch"], train=celbo.TrainConfig(max_epochs=1)).fit(cells)
+    bad = cells.copy()
+    bad.obs = pd.concat([bad.obs, bad.obs[["batch"]]], axis=1)
+    for use in (
+        lambda: celbo.ExpressionVAE(labels="batch").fit(bad),
+        lambda: model.embed(bad, unseen="nearest"),
+        lambda: model.map_query(bad),
+        lambda: model.diagnose(bad, groupby="batch"),
+        lambda: model.differential_expression(bad, groupby="batch"),
+        lambda: model.counterfactual(bad, {"batch": "batch_0"}),
+    ):
+        with pytest.raises(celbo.DataError, match="obs has more than one column 'batch'"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"embedding_dim": 0}, "embedding_dim=0"),
+        ({"embedding_dim": 2.5}, "embedding_dim=2.5"),
+        ({"labels": ["cell_type"]}, "the name of one column"),
+    ],
+)
+def test_options_that_are_none_are_refused_before_training(options, said):
+    cells = celbo.simulate_cells(n_cells=50, n_genes=20, seed=0)
+    with pytest.raises(celbo.UsageError, match=said):
+        celbo.ExpressionVAE(latent_dim=2, **options, train=celbo.TrainConfig(max_epochs=1)).fit(cells)
+
+
+def test_a_check_says_what_becomes_of_new_levels(tmp_path):
+    cells = celbo.simulate_cells(n_cells=100, n_genes=40, n_batches=2, seed=0)
+    celbo.ExpressionVAE(latent_dim=2, conditions=["batch"], train=celbo.TrainConfig(max_epochs=1)).fit(cells).save(
+        tmp_path / "model"
+    )
+    new = cells.copy()
+    new.obs["batch"] = "batch_9"
+    new.write_h5ad(tmp_path / "new.h5ad")
+    for way, said in {"marginal": "in equal parts", "nearest": "suits its cells best", "adapt": "is learned"}.items():
+        done = command("check", tmp_path / "new.h5ad", "--model", tmp_path / "model", "--unseen", way)
+        assert done.exit_code == 0
+        assert said in " ".join(done.output.split())
+
+
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_models_saved_long_ago_say_what_they_said(folder):
     answers = json.loads((folder / "answers.json").read_text())

@@ -70,6 +70,35 @@ def test_a_runs_own_embedding_is_not_replaced(fitted_run, data, celbo_command):
     assert (folder / "embedding.h5ad").read_bytes() == before
 
 
+def test_cells_that_hold_an_embedding_are_no_embedding(fitted_run, data, tmp_path, celbo_command):
+    """A person's counts, into which they put what `embed` gave, as the documentation has it."""
+    mine = anndata.read_h5ad(data)
+    mine.obsm["X_celbo"] = anndata.read_h5ad(fitted_run[0] / "embedding.h5ad").obsm["X_celbo"]
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    before = (tmp_path / "mine.h5ad").read_bytes()
+    done = celbo_command("embed", fitted_run[0], data, "-o", tmp_path / "mine.h5ad")
+    assert done.returncode == 2
+    assert "no embedding that celbo wrote" in done.stderr
+    assert (tmp_path / "mine.h5ad").read_bytes() == before
+    for _ in range(2):  # its own it may replace
+        assert celbo_command("embed", fitted_run[0], data, "-o", tmp_path / "z.h5ad").returncode == 0
+
+
+def test_the_folder_of_another_program_is_left_alone(data, tmp_path, celbo_command):
+    """Many write a run.json and a metrics.json."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for record in ("{}", "[1]", "no json", '{"versions": {"torch": "2"}}'):
+        (folder / "run.json").write_text(record)
+        (folder / "metrics.json").write_text("theirs")
+        done = celbo_command("fit", data, "-o", folder, "--epochs", "1")
+        assert done.returncode == 2
+        assert "that celbo did not write" in " ".join(done.stderr.split())
+        assert (folder / "run.json").read_text() == record
+        assert (folder / "metrics.json").read_text() == "theirs"
+        assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.json"}
+
+
 def test_labels_are_checked_before_they_are_fitted(data, celbo_command):
     good = celbo_command("check", data, "--labels", "cell_type")
     assert good.returncode == 0, good.stdout

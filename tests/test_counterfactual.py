@@ -1,12 +1,14 @@
 """Decoding under another condition: simulated truth, support, refusals, and the command."""
 
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pytest
 import torch
 
 import celbo
-from celbo.counterfactual import carry, one_more_draw
+from celbo.counterfactual import carry, decode_under, one_more_draw
 from celbo.data import open_source
 from celbo.simulate import true_share
 
@@ -43,8 +45,7 @@ def test_a_held_out_type_changes_as_it_truly_does(cells, left_out):
     model, _ = left_out
     asked = controls(cells, "type_0")
     found = model.counterfactual(asked, {"treatment": "treated"})
-    level = list(cells.uns["simulation"]["types"]).index("type_0") if "types" in cells.uns["simulation"] else 0
-    truth = np.asarray(cells.varm["treatment_lfc"])[:, level]
+    truth = np.asarray(cells.varm["treatment_lfc"])[:, 0]  # of type 0, as of all types
     shown = found.genes["before"] > 0.5
     responding = np.abs(truth) > 0
     told = np.corrcoef(found.genes["log2_fold_change"][shown & responding], truth[shown & responding])[0, 1]
@@ -85,6 +86,87 @@ def test_the_effect_that_is_carried_is_that_at_the_nearest_supported_cells(cells
     np.testing.assert_allclose(found.log_effect, (other / own).log().expand(2, -1), atol=1e-4)
     nothing = carry(whole.vae_, source, lambda rows: whole.schema_.expand(codes[rows]), off, supported[:0])
     assert (nothing.row_of == -1).all()
+
+
+def test_of_cells_that_are_not_supported_both_answers_are_given(cells, left_out):
+    """Means lie between that of the decoder and that of what is carried; counts are drawn from between, too."""
+    model, _ = left_out
+    asked = controls(cells, "type_0")[:60].copy()
+    found = model.counterfactual(asked, {"treatment": "treated"}, n_samples=60)
+    off = (found.support["verdict"] != "supported").to_numpy()
+    assert off.sum() > 20
+    draws = found.draws[0]
+    carried = draws.carried
+    np.testing.assert_array_equal(np.flatnonzero(carried.row_of >= 0), np.flatnonzero(off))
+    nothing = carried._replace(row_of=np.full_like(carried.row_of, -1))
+    source, given = draws.source, dict.fromkeys(["treatment"], "treated")
+    codes = model.schema_.codes(asked.obs, given)
+
+    def mean_of(which, n_samples):
+        contexts = lambda rows: model.schema_.expand(codes[rows])  # noqa: E731
+        return decode_under([model.vae_], source, contexts, [which], n_samples=n_samples, seed=0).mean
+
+    decoded, half = mean_of(nothing, 60), mean_of(carried, 60)
+    np.testing.assert_array_equal(half, found.mean)
+    np.testing.assert_allclose(half[~off], decoded[~off], rtol=1e-5)
+    effect = np.exp(carried.log_effect)
+    own = model.counterfactual(asked, {"treatment": "ctrl"}, n_samples=60).mean[off]
+    alone = own * effect * (own.sum(1, keepdims=True) / (own * effect).sum(1, keepdims=True))
+    shown = found.genes["before"].to_numpy() > 1
+    middle = (decoded[off] + alone)[:, shown].mean(0) / 2  # of group means, over cells
+    np.testing.assert_allclose(half[off][:, shown].mean(0), middle, rtol=0.1)
+    counts = np.mean([found.sample(seed=number).X.toarray()[off][:, shown].mean(0) for number in range(20)], axis=0)
+    geometric = np.sqrt(decoded[off] * alone)[:, shown].mean(0)
+    assert np.median(np.abs(counts / geometric - 1)) < 0.1
+    assert np.median(np.abs(decoded[off][:, shown].mean(0) / geometric - 1)) > 0.02  # the two do differ
+
+
+def test_a_group_mean_of_what_was_never_seen_spans_both_answers(cells, left_out):
+    model, _ = left_out
+    asked = controls(cells, "type_0")
+    found = model.counterfactual(asked, {"treatment": "treated"}, n_samples=20)
+    off = found.support["verdict"] != "supported"
+    assert off.mean() > 0.5
+    both = found.group_mean(n_draws=40)
+    nothing = found.draws[0].carried._replace(row_of=np.full_like(found.draws[0].carried.row_of, -1))
+    alone = replace(found, draws=[found.draws[0]._replace(carried=nothing)]).group_mean(n_draws=40)
+    shown = both["mean"] > 0.5
+    width = [(each["upper"] - each["lower"])[shown].mean() for each in (both, alone)]
+    assert width[0] > 1.1 * width[1]
+
+
+def test_of_a_gaussian_the_difference_is_told_in_units_of_its_spread(cells):
+    """Of z-scored values, whose means are around 0, a ratio says nothing."""
+    scored = cells.copy()
+    logged = np.log1p(scored.X.toarray() / scored.X.sum(1) * 1e4)
+    scored.layers["z"] = np.asarray((logged - logged.mean(0)) / (logged.std(0) + 1e-3), np.float32)
+    train = celbo.TrainConfig(max_epochs=30, seed=0)
+    options = {"likelihood": "gaussian", "layer": "z", "latent_dim": 6, "conditions": ["treatment"]}
+    model = celbo.ExpressionVAE(**options, train=train).fit(scored)
+    asked = controls(scored, "type_1")
+    found = model.counterfactual(asked, {"treatment": "treated"}).genes
+    assert "log2_fold_change" not in found
+    np.testing.assert_allclose(found["difference"], found["after"] - found["before"], atol=1e-5)
+    assert ((found["lower"] <= found["difference"]) & (found["difference"] <= found["upper"])).mean() > 0.95
+    of_type = (scored.obs["cell_type"] == "type_1").to_numpy()
+    is_treated = (scored.obs["treatment"] == "treated").to_numpy()
+    real = [scored.layers["z"][of_type & here].mean(0) for here in (is_treated, ~is_treated)]
+    assert np.corrcoef(found["difference"], real[0] - real[1])[0, 1] > 0.8
+    # sigma is 1: a change is one by .25
+    surely, hardly = found["probability"] > 0.99, found["probability"] < 0.01
+    assert surely.any()
+    assert hardly.any()
+    assert found["difference"][surely].abs().min() > 0.25 > found["difference"][hardly].abs().max()
+
+
+def test_of_a_cell_without_a_count_support_tells_nothing(cells, whole):
+    some = controls(cells, "type_1")[:4].copy()
+    some.X[2] = 0
+    with pytest.warns(UserWarning, match="no counts in 1 of 4 cells"):
+        found = whole.counterfactual(some, {"treatment": "treated"}).support
+    assert found["verdict"].tolist()[2] == "empty"
+    assert found[["share", "distance"]].isna().all(axis=1).tolist() == [False, False, True, False]
+    assert set(found["verdict"]) > {"empty"}
 
 
 def test_others_need_reference_cells_too(cells, whole, tmp_path):
@@ -270,9 +352,20 @@ def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_
         bad = run(*ask[:3], *arguments, "-o", tmp_path / "bad.h5ad")
         assert bad.returncode == 2
         assert said in bad.stderr
-    refused = run(*ask, "-o", tmp_path / "cells.h5ad")
-    assert refused.returncode == 2
-    assert "name another file" in refused.stderr
+    mine = controls(cells, "type_2")
+    mine.obs["celbo_verdict"] = "taken over from a result"
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    for name in ("cells", "mine"):
+        refused = run(*ask, "-o", tmp_path / f"{name}.h5ad")
+        assert refused.returncode == 2
+        assert "name another file" in refused.stderr
+    assert anndata.read_h5ad(tmp_path / "mine.h5ad").shape == mine.shape
+    other = celbo.ExpressionVAE(latent_dim=3, conditions=["treatment"], train=celbo.TrainConfig(max_epochs=5, seed=1))
+    other.fit(cells).save(tmp_path / "other")
+    assert run(*ask, "--other", tmp_path / "other", "-o", tmp_path / "two.h5ad").returncode == 0
+    some, others = anndata.read_h5ad(tmp_path / "cells.h5ad"), [celbo.load(tmp_path / "other")]
+    two = celbo.load(tmp_path / "model").counterfactual(some, {"treatment": "treated"}, others=others)
+    np.testing.assert_allclose(anndata.read_h5ad(tmp_path / "two.h5ad").X, two.mean, rtol=1e-5)
 
 
 def test_several_models_widen_what_one_is_sure_of(cells, whole):

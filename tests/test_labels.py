@@ -77,6 +77,15 @@ def test_a_model_with_labels_is_saved_and_loaded(many, model, tmp_path):
     assert float(loaded.vae_.classifier.temperature) == float(model.vae_.classifier.temperature)
 
 
+def test_a_new_batch_is_told_as_its_nearest(many, model):
+    renamed = many[(many.obs["batch"] == "batch_1").to_numpy()].copy()
+    renamed.obs["batch"] = "batch_new"
+    with pytest.warns(UserWarning, match="is read as 'batch_"):
+        found = model.predict(renamed, unseen="nearest")
+    truth = renamed.obs["cell_type"].astype(str).to_numpy()
+    assert (found["label"] == truth).mean() > 0.85
+
+
 def test_a_query_needs_no_labels(many, model):
     query = many[:50].copy()
     del query.obs["known"]
@@ -176,10 +185,12 @@ def test_the_command_line_predicts(many, model, tmp_path, celbo_command):
     table = pd.read_csv(tmp_path / "labels.csv", index_col="cell")
     assert list(table.index) == list(many.obs_names[:40])
     assert list(table.columns[:3]) == ["label", "probability", "p_known"]
-    (tmp_path / "labels.csv").write_text("mine\n")
-    done = celbo_command(*command)
-    assert done.returncode == 2
-    assert "no table that celbo wrote" in done.stderr
+    for mine in ("mine\n", "cell,label,curated_by\ncell_0,T,anna\n"):
+        (tmp_path / "labels.csv").write_text(mine)
+        done = celbo_command(*command)
+        assert done.returncode == 2
+        assert "no table that celbo wrote" in done.stderr
+        assert (tmp_path / "labels.csv").read_text() == mine
 
 
 def test_a_label_of_few_cells_is_measured_among_its_own():
@@ -222,6 +233,23 @@ def test_doubtful_labels_are_warned_of_or_refused(many):
         known_labels(pd.Series(["a", "b", "c", "d", "d"], name="type"), "unknown")
     with pytest.raises(celbo.UsageError, match=r"'Unassigned' .* occurs nowhere"):
         fitted(many[:200].copy(), unlabelled="Unassigned")
+
+
+@pytest.mark.parametrize("word", ["Unknown", "", "NA", "Unassigned", "-1"])
+def test_a_label_that_reads_as_none_is_doubted(word):
+    column = pd.Series(["T", "B", word, "T", "B", word], name="type")
+    with pytest.warns(UserWarning, match=rf"'{word}' \(2 cells\) is taken for a type"):
+        labels, _ = known_labels(column, "unknown")
+    assert word in labels.levels
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert known_labels(column, word)[0].levels == ("B", "T")
+
+
+def test_labels_are_numbers_or_text_and_so_is_what_stands_for_none():
+    labels, codes = known_labels(pd.Series([0, 1, -1, 0], name="type"), -1)
+    assert labels.levels == ("0", "1")
+    assert codes.tolist() == [0, 1, -1, 0]
 
 
 def test_what_is_usual_is_told_by_the_cells_held_out():

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import celbo
+from celbo.train import split_cells
 
 TRAIN = celbo.TrainConfig(max_epochs=30, seed=0)
 
@@ -49,6 +50,39 @@ def test_the_reference_does_not_move_by_a_bit(reference, mapped, many):
     assert reference.schema_.conditions[0].levels == ("batch_0", "batch_1")
     for before, after in zip(reference.posterior(known), mapped.posterior(known), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_means_over_batches_are_over_those_of_fit(reference, mapped, many, tmp_path):
+    """So that what a correction or a comparison says of known cells stays; the new level is decoded if asked for."""
+    known = of_batch(many, "batch_0", "batch_1")[:200].copy()
+    mapped.save(tmp_path / "mapped")
+    for model in (mapped, celbo.load(tmp_path / "mapped")):
+        before, after = (each.expected_expression(known, over=["batch"]) for each in (reference, model))
+        np.testing.assert_array_equal(before, after)
+        tables = [
+            each.differential_expression(known, groupby="cell_type", over=["batch"]) for each in (reference, model)
+        ]
+        pd.testing.assert_frame_equal(*tables)
+        unknown = known.copy()
+        unknown.obs["batch"] = "batch_9"
+        with pytest.warns(UserWarning, match="all levels of fit in equal parts"):
+            marginal = [each.embed(unknown, unseen="marginal") for each in (reference, model)]
+        np.testing.assert_array_equal(*marginal)
+        new = model.expected_expression(known, given={"batch": "batch_2"})
+        assert np.abs(np.log(new / before)).mean() > 0.01
+
+
+def test_the_only_cell_of_a_new_level_is_trained_on(reference, many):
+    """Were it held out, as chance would have it, its level would stay as it started, the mean of the known."""
+    for row in split_cells(60, TRAIN.validation_fraction, TRAIN.seed).validation[:3]:
+        new = of_batch(many, "batch_2")[:60].copy()
+        new.obs["batch"] = np.where(np.arange(60) == row, "alone", "batch_2")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = reference.map_query(new)
+        number = model.schema_.conditions[0].levels.index("alone")
+        context = model.vae_.encoder[0].weight.detach()[:, -model.schema_.context_dim :]
+        assert (context[:, number] != context[:, :2].mean(1)).any(), row
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
     if (path / "model").exists():
         checkpoint.refuse_to_replace(path / "model")
     there = [name for name in WRITTEN if (path / name).exists()]
-    if there and not {"run.json", "model"} & set(there):
+    is_ours = _is_record(path / "run.json") if "run.json" in there else "model" in there
+    if there and not is_ours:
         raise UsageError(f"{path} has {', '.join(there)} that celbo did not write; name another folder with -o.")
     lock, was_made = path / _LOCK, not path.exists()
     try:
@@ -77,6 +78,15 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
             with suppress(OSError):  # which is raised if there is something in it, as there should be
                 path.rmdir()
         _HELD.discard(lock.resolve())
+
+
+def _is_record(path: Path) -> bool:
+    """Whether this is the record of a run of celbo's, and not another program's file of that name."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return "celbo" in found["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 _HELD: set[Path] = set()

@@ -129,8 +129,7 @@ def check(
             refuse_options_of_fit(ctx)
             fitted = celbo.load(model)
             adata = cells_for(fitted, data, Reading(gene_column, make_unique, na_as_level, on_disk))
-            seen = "marginal" if unseen in ("nearest", "adapt") else unseen
-            found = check_query(adata, fitted.schema_, unseen=seen, genes_present=genes_present)
+            found = check_query(adata, fitted.schema_, unseen=unseen, genes_present=genes_present)
         else:
             chosen, reading = chosen_options(ctx, config)
             if chosen["model"].get("likelihood") == "auto":  # among those of counts
@@ -170,7 +169,7 @@ def fit(
     n_top_genes: Annotated[
         int | None,
         typer.Option(
-            help="Most variable genes to model, chosen within the first condition's levels; 0 for all.  "
+            help="Most variable genes to model, chosen within levels of the first nuisance or condition; 0 for all.  "
             f"[default: {N_TOP_GENES} if there are more]"
         ),
     ] = None,
@@ -394,8 +393,8 @@ def counterfactual(
     `celbo counterfactual run cells.h5ad --set treatment=treated -o treated.h5ad`
 
     **X** is the mean of each gene, **layers** "lower" and "upper" its 90 % interval over the posterior of z. **obs**
-    says per cell whether such cells were seen near it (`celbo_verdict`: supported, edge, extrapolation), **var** how
-    each gene changes.
+    says per cell whether such cells were seen near it (`celbo_verdict`: supported, edge, extrapolation; empty without a
+    count), **var** how each gene changes.
     """
     from celbo.outputs import refuse_no_counterfactual, write_counterfactual
 
@@ -411,7 +410,8 @@ def counterfactual(
         found = model.counterfactual(adata, given, others=others, n_samples=n_samples, seed=seed)
     write_counterfactual(found, adata, output, sample=sample, seed=seed)
     counts = found.support["verdict"].value_counts()
-    said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("supported", "edge", "extrapolation"))
+    names = ["supported", "edge", "extrapolation", *(["empty"] if "empty" in counts else [])]
+    said = ", ".join(f"{counts.get(name, 0):,} {name}" for name in names)
     say(f"{adata.n_obs:,} cells under {', '.join(conditions)}: {said}: {output}")
 
 

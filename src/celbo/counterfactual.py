@@ -6,7 +6,7 @@ condition the rate is ``mu' u``, scaled to the library (abduction, action, predi
 
 Of cells that are not supported there are two answers, neither of which is known to be right: what the decoder says
 there, mu', and its mean under the cell's own condition times the effect that it has learned at the nearest cells that
-are supported, mu e. Half of the draws take the one, half the other; counts are drawn from ``(mu' mu e)**(1/2)``.
+are supported, mu e. The draws take the one and the other in turns; counts are drawn from ``(mu' mu e)**(1/2)``.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from celbo.vae import VAE
 __all__ = ["LEAST_CHANGE", "Carried", "Counterfactual", "Decoded", "Draws", "carry", "changed_genes", "decode_under"]
 
 LEAST_CHANGE = 0.25
-"""Of the log2 of a mean, from which on a gene counts as changed."""
+"""Of the log2 of a mean, from which on a gene counts as changed; of a gaussian, of its standard deviation."""
 _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
 _CARRIERS = 100
@@ -58,12 +58,13 @@ class Counterfactual:
     support: pd.DataFrame
     """By cell: ``share`` of the known cells around it that have the conditions asked for (a mean over the cells without
     them that are nearest to it), ``distance`` to known cells that have them (1 is the farthest that is usual among
-    these), and ``verdict``: "supported", "edge" or "extrapolation". It speaks of coverage, not of correctness."""
+    these), and ``verdict``: "supported", "edge" or "extrapolation". It speaks of coverage, not of correctness. A cell
+    without a count is "empty", and has NaN."""
     genes: pd.DataFrame
-    """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` and its 90 % interval (draws of z and
-    models, and the error that so many cells leave), ``probability``: share of the draws in which it changes by
-    `LEAST_CHANGE` or more, and ``fdr``: the share of false ones among this gene and those that are surer, as far as the
-    draws tell; NaN, both, of genes that the cells lack."""
+    """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` (of a gaussian: ``difference``) and its
+    90 % interval (draws of z and models, and the error that so many cells leave), ``probability``: share of the draws
+    in which it changes by `LEAST_CHANGE` or more, and ``fdr``: the share of false ones among this gene and those that
+    are surer, as far as the draws tell; NaN, both, of genes that the cells lack."""
     draws: "list[Draws]"
     """What `sample` draws from, by model."""
     obs: pd.DataFrame
@@ -300,26 +301,27 @@ def decode_under(
         )
         for vae, of_model in zip(vaes, carried, strict=True)
     ]
-    noise = torch.zeros(2, n_genes, dtype=torch.float64).to(device)
+    noise = torch.zeros(2, n_genes, dtype=torch.float64, device=device)
     weights = torch.arange(n_samples).float() % 2  # either answer in turns
     generator, quantiles = torch.Generator().manual_seed(seed), torch.tensor([0.05, 0.95], device=device)
     with torch.inference_mode():
         for rows in in_chunks(np.arange(n), _CHUNK):
-            taken, found = source.take(rows).to(device), []
+            taken, found = source.take(rows), []
             for number, vae in enumerate(vaes):
-                cells = fill_in(vae, taken, source)
+                here = next(vae.parameters()).device  # each may be on one of its own
+                cells = fill_in(vae, taken.to(here), source)
                 mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-                eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
+                eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(here)
                 z = mu_z[:, None] + has_width * (0.5 * logvar_z[:, None]).exp() * eps
                 own = _decode(vae, z, cells.context, cells.library)
-                other = _decode(vae, z, contexts(rows).to(device), cells.library)
+                other = _decode(vae, z, contexts(rows).to(here), cells.library)
                 x = cells.x.to_dense().repeat_interleave(n_samples, 0)
                 means = own.mean, _between(other, own, carried[number], rows, weights.repeat(len(rows)))
-                pair = [_rates(mean, own, x).view(len(rows), n_samples, n_genes) for mean in means]
+                pair = [_rates(mean, own, x).view(len(rows), n_samples, n_genes).to(device) for mean in means]
                 found.append(pair[1])
                 before[number] += pair[0].sum(0)
                 after[number] += pair[1].sum(0)
-                noise += torch.stack([p.variance.sum(0) for p in (own, other)])
+                noise += torch.stack([p.variance.sum(0) for p in (own, other)]).to(device)
                 draws[number].z[rows], draws[number].library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
             decoded = torch.cat(found, dim=1)
             mean[rows] = decoded.mean(1).cpu().numpy()
@@ -388,12 +390,14 @@ def changed_genes(
     index: pd.Index,
     measured: NDArray[np.bool_],
     *,
+    is_ratio: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Means over cells under both conditions, by gene, and their log2 ratio; see `Counterfactual.genes`.
+    """Means over cells under both conditions, by gene, and how they differ; see `Counterfactual.genes`.
 
     To each draw comes an error of what was learned, normal, with the variance that the log ratio of two means of
-    ``n_cells`` counts has: ``var_before / (n_before before**2) + var_after / (n_after after**2)``.
+    ``n_cells`` counts has: ``var_before / (n_before before**2) + var_after / (n_after after**2)``; of a difference
+    ``var_before / n_before + var_after / n_after``.
 
     Parameters
     ----------
@@ -407,18 +411,26 @@ def changed_genes(
         Names of the genes.
     measured
         Which of them the cells have; of the others nothing is told but the means.
+    is_ratio
+        Whether means are above 0, so that their log2 ratio tells; else their difference does, and a change is one by
+        `LEAST_CHANGE` standard deviations of a value before.
     seed
         Of the errors.
     """
-    smallest = np.finfo(np.float32).tiny
-    change = np.log2(np.maximum(after, smallest)) - np.log2(np.maximum(before, smallest))
-    means = np.maximum(np.stack([before.mean(0), after.mean(0)]).astype(np.float64), 1e-12)
-    error = np.sqrt((noise / means**2 / np.maximum(n_cells, 1)[:, None]).sum(0)) / np.log(2)
+    variances = noise / np.maximum(n_cells, 1)[:, None]
+    if is_ratio:
+        smallest, name, least = np.finfo(np.float32).tiny, "log2_fold_change", LEAST_CHANGE
+        change = np.log2(np.maximum(after, smallest)) - np.log2(np.maximum(before, smallest))
+        means = np.maximum(np.stack([before.mean(0), after.mean(0)]).astype(np.float64), 1e-12)
+        error = np.sqrt((variances / means**2).sum(0)) / np.log(2)
+    else:
+        name, least, change = "difference", LEAST_CHANGE * np.sqrt(noise[0]), after - before
+        error = np.sqrt(variances.sum(0))
     moved = np.abs(after - before).max(0) > 0
     drawn = change + moved * error * np.random.default_rng([seed, 16]).standard_normal(change.shape)
     low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
-    probability = np.where(measured, (np.abs(drawn) >= LEAST_CHANGE).mean(0), np.nan)
+    probability = np.where(measured, (np.abs(drawn) >= least).mean(0), np.nan)
     fdr = np.where(measured, false_share(np.nan_to_num(probability)), np.nan)
-    columns = {"before": before.mean(0), "after": after.mean(0), "log2_fold_change": change.mean(0)}
+    columns = {"before": before.mean(0), "after": after.mean(0), name: change.mean(0)}
     columns |= {"lower": low, "upper": high, "probability": probability, "fdr": fdr}
     return pd.DataFrame(columns, index=index)

@@ -193,8 +193,9 @@ class ExpressionVAE:
                 warnings.simplefilter("ignore")  # the check has said it
                 labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
             schema = replace(schema, labels=labels)
-        levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
-        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
+        split = split_cells(
+            source.n_cells, self.train.validation_fraction, self.train.seed, self._levels(schema, adata)
+        )
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
@@ -512,7 +513,8 @@ class ExpressionVAE:
             cell always comes from its own conditions.
         over
             Conditions over whose levels to take the mean, each weighing the same: ``["batch"]`` removes its effect
-            without making one of the batches the measure.
+            without making one of the batches the measure. Levels that `map_query` took in are not among them, so that
+            what is said of a cell stays the same.
         library
             Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares
             (of zinb less than that, by the zeros its gate adds).
@@ -538,6 +540,9 @@ class ExpressionVAE:
                 contexts = self._contexts(adata, each) if each else None
                 of_setting = expected_values(self.vae_, source, contexts=contexts, library=libraries)
                 total = np.add(total, of_setting / n)
+        for condition in schema.conditions:
+            if condition.name in settings[0] and (doubt := condition.doubt(pd.Series([settings[0][condition.name]]))):
+                warnings.warn(doubt, stacklevel=2)
         return total
 
     def differential_expression(
@@ -575,8 +580,8 @@ class ExpressionVAE:
             Column of obs, as donor: groups are compared within each of its levels that has both, and the mean of these
             contrasts is told.
         over
-            Conditions over whose levels to take the mean; the categorical nuisance if None. Of others each cell has its
-            own.
+            Conditions over whose levels (of fit) to take the mean; the categorical nuisance if None. Of others each
+            cell has its own.
         n_samples
             Draws of z for each cell.
         seed
@@ -619,7 +624,10 @@ class ExpressionVAE:
         if over is None:
             over = [each.name for each in schema.conditions if each.name in self.nuisance and each.levels is not None]
             over = [name for name in over if name != groupby]
-            if math.prod(each.dim for each in schema.conditions if each.name in over) > MOST_COMBINATIONS:
+            if (
+                math.prod(len(each.levels_of_fit) for each in schema.conditions if each.name in over)
+                > MOST_COMBINATIONS
+            ):
                 warnings.warn(
                     f"{listed(over)} has more than {MOST_COMBINATIONS} levels, too many to average: each cell is "
                     "decoded under its own. Name others with over=[...].",
@@ -719,7 +727,7 @@ class ExpressionVAE:
             ]
             codes, labels = schema.codes(adata.obs), self._labels_of(adata.obs)
             levels = other_levels(schema, self.vae_.classifier, given, codes, mu_z, labels)
-            standing = support(mu_z, levels, learned_from[0], adata.obs_names)
+            standing = support(mu_z, levels, learned_from[0], adata.obs_names, empty_cells(adata, schema))
             unsupported = (standing["verdict"] != "supported").to_numpy()
             vaes = [model.vae_ for model in models]
             carried = [
@@ -750,6 +758,7 @@ class ExpressionVAE:
                 n_like(mu_z, learned_from[0]),
                 pd.Index(schema.genes),
                 schema.columns(adata.var_names) >= 0,
+                is_ratio=self._likelihood().values != "real",
                 seed=seed,
             ),
             draws=found.draws,
@@ -873,7 +882,9 @@ class ExpressionVAE:
         vae = self._make_vae(schema)
         learned = copy_weights(self.vae_, vae, self.schema_, schema)
         source = Filled(vae, open_source(adata, schema, genes_present=genes_present))
-        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed)
+        split = split_cells(
+            source.n_cells, self.train.validation_fraction, self.train.seed, self._levels(schema, adata)
+        )
         config = replace(self.train, warmup_fraction=0.0)
         vae.to(next(self.vae_.parameters()).device)
         with kernels.threads(config.threads):
@@ -1099,8 +1110,7 @@ class ExpressionVAE:
         source = self._source(adata)
         if self.reference_ is None:
             return source, None
-        is_level = [condition.levels is not None for condition in self.schema_.conditions]
-        levels = self.schema_.codes(adata.obs)[:, is_level]
+        levels = self._levels(self.schema_, adata)
         split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
         rows = self._reference_rows(split)
         same = len(rows) == len(self.reference_.library) and (rows < source.n_cells).all()
@@ -1164,8 +1174,8 @@ class ExpressionVAE:
             raise UsageError(
                 f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
             )
-        if isinstance(others, ExpressionVAE):
-            raise UsageError("others is one model; give a list of them: others=[model].")
+        if not isinstance(others, Sequence):
+            raise UsageError(f"others is a {type(others).__name__}; give a list of models: others=[model].")
         if not all(isinstance(other, ExpressionVAE) for other in others):
             raise UsageError("others are fitted models, as celbo.load reads them.")
         for part in ("genes", "conditions", "values", "layer", "size_factor"):
@@ -1179,6 +1189,8 @@ class ExpressionVAE:
 
     def _check_labels(self, check: Check, obs: pd.DataFrame) -> None:
         """Add what is wrong with the column of labels to what was found."""
+        if not isinstance(self.labels, str):
+            raise UsageError(f"labels={self.labels!r}; give the name of one column of obs.")
         if self.labels not in obs.columns:
             check.add("labels", "error", f"obs has no column {self.labels!r} for labels; it has {listed(obs.columns)}.")
             return
@@ -1220,6 +1232,7 @@ class ExpressionVAE:
 
     def _make_vae(self, schema: Schema) -> VAE:
         interactions = schema.pairs(self.interactions)
+        check_count("embedding_dim", self.embedding_dim, 1)
         try:
             return VAE(
                 input_dim=len(schema.genes),
@@ -1276,6 +1289,10 @@ class ExpressionVAE:
         schema = self.schema_
         codes = schema.codes(adata.obs, given)
         return lambda rows: schema.expand(codes[rows])
+
+    def _levels(self, schema: Schema, adata: AnnData) -> NDArray[np.float32]:
+        """Numbers of the levels of these cells, ``(cells, categorical conditions)``."""
+        return schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
 
     def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read

@@ -68,7 +68,7 @@ def predictions(
 
     Notes
     -----
-    Far is the distance to the 10th nearest (of a label with fewer cells, to the last of these), over the median of
+    Far is the distance to the 10th nearest (of a label with n < 11 cells, to the n - 1st), over the median of
     that among the label's own cells, since types are dense and loose. What is usual is told by the labelled cells that
     were held out, for training draws the others together: ``p_known`` is the share of these that lie as far; of fewer
     than 200, the tail of a Student t, as if their log distances were a sample from a normal distribution. It is NaN

@@ -35,7 +35,7 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
 
     X is the mean, ``layers["lower"]`` and ``layers["upper"]`` its 90 % interval; or, with ``sample``, drawn counts.
     obs has the conditions asked for and the support (``celbo_share``, ``celbo_distance``, ``celbo_verdict``), var the
-    changed genes.
+    changed genes, ``uns["celbo_counterfactual"]`` what X is: "mean" or "drawn".
     """
     refuse_no_counterfactual(path)
     if sample:
@@ -44,6 +44,7 @@ def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, s
         adata = AnnData(X=found.mean, obs=found.obs.copy(), layers={"lower": found.lower, "upper": found.upper})
         adata.var_names = found.genes.index
     adata.obs_names = cells.obs_names
+    adata.uns["celbo_counterfactual"] = "drawn" if sample else "mean"
     for name, column in found.support.items():
         adata.obs[f"celbo_{name}"] = column.to_numpy()
     for name, column in found.genes.items():
@@ -61,7 +62,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
     refuse_no_table(path)
     rows = table.index.name if table.index.name == "gene" else "cell"
-    columns = f"{rows},{table.columns[0]}"
+    columns = ",".join([rows, *table.columns[:3]])  # a person's own table seldom has the same four
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(columns.encode()))
@@ -82,12 +83,14 @@ def refuse_no_table(path: Path) -> None:
 
 def refuse_no_embedding(path: Path) -> None:
     """Refuse a name that no embedding can be written to."""
-    _refuse_other_cells(path, lambda found: "X_celbo" in found.obsm, "no embedding that celbo wrote")
+    _refuse_other_cells(
+        path, lambda found: "X_celbo" in found.obsm and not found.n_vars, "no embedding that celbo wrote"
+    )
 
 
 def refuse_no_counterfactual(path: Path) -> None:
     """Refuse a name that no counterfactual can be written to."""
-    _refuse_other_cells(path, lambda found: "celbo_verdict" in found.obs.columns, "no counterfactual that celbo wrote")
+    _refuse_other_cells(path, lambda found: "celbo_counterfactual" in found.uns, "no counterfactual that celbo wrote")
 
 
 def refuse_no_sample(path: Path) -> None:

@@ -213,7 +213,7 @@ def write_run(
 
 def record_of_run(run: Path) -> dict[str, Any]:
     """The ``run.json`` of a run, or of the run whose model folder this is; empty if there is none."""
-    for folder in (run, run.parent):
+    for folder in (run, run.parent) if run.name == "model" else (run,):
         try:
             found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

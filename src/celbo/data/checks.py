@@ -25,6 +25,13 @@ _GENES_PRESENT = 0.8
 _FEW = 10
 """So few different whole numbers look like codes."""
 
+_READ_AS = {
+    "marginal": "read as all levels of fit in equal parts",
+    "nearest": "each of which is read as the known one that suits its cells best",
+    "adapt": "each of which is learned from its cells",
+}
+"""What becomes of levels that fit did not see, unless they are refused."""
+
 _NOT_COUNTS = ("not-finite", "negative", "not-whole", "too-large")
 """Kinds of values, of `celbo.data.values.KINDS`, that counts may not have."""
 
@@ -212,7 +219,7 @@ def check_query(
     if unseen not in UNSEEN:
         raise UsageError(f"unseen is {unseen!r}; choose one of {', '.join(UNSEEN)}.")
     if not (isinstance(genes_present, int | float | np.number) and 0 < genes_present <= 1):
-        raise UsageError(f"genes_present={genes_present}; it is a share, above 0 and at most 1.")
+        raise UsageError(f"genes_present={genes_present!r}; it is a share, above 0 and at most 1.")
     check = Check(adata.n_obs, adata.n_vars, schema=schema)
     if not adata.n_obs:
         check.add("empty", "error", "these data have no cells.")
@@ -238,14 +245,17 @@ def check_query(
     with check.noting("conditions"):
         schema.codes(adata.obs, unseen=unseen)
         for condition in schema.conditions:
-            if not (known := condition.is_known(adata.obs[condition.name])).all():
-                levels = listed(sorted(as_text(adata.obs[condition.name][~known]).unique()))
+            column = adata.obs[condition.name]
+            if not (known := condition.is_known(column)).all():
+                levels = listed(sorted(as_text(column[~known]).unique()))
                 check.add(
                     "unseen-levels",
                     "warning",
                     f"condition {condition.name!r}: {(~known).sum():,} cells have levels not seen in fit ({levels}), "
-                    "read as all known levels in equal parts.",
+                    f"{_READ_AS[unseen]}.",
                 )
+            if doubt := condition.doubt(column):
+                check.add("outside", "warning", doubt)
     return check
 
 

@@ -14,9 +14,13 @@ __all__ = ["UNLABELLED", "UNSEEN", "Condition", "as_text", "known_labels", "make
 
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
+_BEYOND = 0.1
+"""Of the range of a continuous condition in fit, by which a value may lie outside of it without a word."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
 """What a column of labels reads where none is known, unless said otherwise; it need not occur."""
+_READ_AS_UNKNOWN = ("", "unknown", "unassigned", "unlabelled", "unlabeled", "nan", "na", "n/a", "none", "-1")
+"""Labels, in any case, that are more likely to say that a label is not known."""
 _TOLD = ("label", "probability", "p_known", "none of these")
 """What a table of predictions says beside the labels."""
 
@@ -48,11 +52,21 @@ class Condition:
     """Whether the model learns a few numbers for each level instead of taking it one-hot."""
     nuisance: bool = False
     """Whether it is there to be removed, and not to be asked about."""
+    n_mapped: int = 0
+    """How many of its levels, the last ones, were taken in after fit; no mean over levels has them."""
+    seen: tuple[float, float] | None = None
+    """Least and greatest value that fit saw of a continuous condition."""
 
     @property
     def dim(self) -> int:
         """Width of the encoded condition."""
         return 1 if self.levels is None else len(self.levels)
+
+    @property
+    def levels_of_fit(self) -> tuple[str, ...]:
+        """Levels that fit saw, and not those taken in afterwards; none of a continuous condition."""
+        levels = self.levels or ()
+        return levels[: len(levels) - self.n_mapped]
 
     def codes(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
         """Number of the level, or the standardised value, ``(cells,)`` float32.
@@ -97,15 +111,30 @@ class Condition:
         return self.expand(self.codes(column, unseen))
 
     def expand(self, codes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What `codes` gave as the model takes it, ``(cells, dim)`` float32: all levels in equal parts for -1."""
+        """What `codes` gave as the model takes it, ``(cells, dim)`` float32: levels of fit in equal parts for -1."""
         if self.levels is None:
             return codes[:, None]
         encoded = np.zeros((len(codes), self.dim), np.float32)
         known = np.flatnonzero(codes >= 0)
         encoded[known, codes[known].astype(int)] = 1
         if len(known) < len(codes):
-            encoded[codes < 0] = 1 / self.dim
+            n_of_fit = len(self.levels_of_fit)
+            encoded[codes < 0, :n_of_fit] = 1 / n_of_fit
         return encoded
+
+    def doubt(self, column: "pd.Series[Any]") -> str:
+        """What is to be said of values beyond what fit saw, by more than a tenth of its range; nothing if none are."""
+        if self.seen is None:
+            return ""
+        (low, high), values = self.seen, _numbers(self.name, column)
+        margin = _BEYOND * (high - low)
+        outside = (values < low - margin) | (values > high + margin)
+        if not outside.any():
+            return ""
+        return (
+            f"condition {self.name!r}: {outside.sum():,} of {len(column):,} values, the first {values[outside][0]:g}, "
+            f"lie outside of what fit saw ({low:g} to {high:g}); what is said there is a guess. Is the unit the same?"
+        )
 
     def is_known(self, column: "pd.Series[Any]") -> NDArray[np.bool_]:
         """Whether fit saw the level of each cell, ``(cells,)``; every number of a continuous condition is known."""
@@ -150,7 +179,7 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
             f"obs column {column.name!r} holds floating-point numbers, which are no labels. If they name types, make "
             f"them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
         )
-    text = as_text(column)
+    text, unlabelled = as_text(column), str(unlabelled)
     if unlabelled != UNLABELLED and not (text == unlabelled).any():
         raise UsageError(
             f"unlabelled={unlabelled!r} (--unlabelled) occurs nowhere in obs column {column.name!r}; give what it "
@@ -170,6 +199,12 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
         )
     codes = pd.Index(levels).get_indexer(pd.Index(text)).astype(np.int32)
     codes[~is_known] = -1
+    if odd := [level for level in levels if level.strip().casefold() in _READ_AS_UNKNOWN]:
+        warnings.warn(
+            f"obs column {column.name!r}: {listed(odd)} ({text.isin(odd).sum():,} cells) is taken for a type. "
+            f"If it says that the label is not known, give unlabelled={odd[0]!r} (--unlabelled).",
+            stacklevel=3,
+        )
     if (single := np.bincount(codes[is_known]) == 1).mean() > 0.5:
         warnings.warn(
             f"obs column {column.name!r}: {single.sum():,} of {len(levels):,} labels have one cell, from which nothing "
@@ -218,7 +253,8 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
             spread = values.std()
         if not 0 < spread < np.inf:
             raise DataError(f"obs column {name!r} goes from {values.min():g} to {values.max():g}: rescale it.")
-        return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()))
+        seen = float(values.min()), float(values.max())
+        return Condition(name, levels=None, mean=float(values.mean()), sd=float(values.std()), seen=seen)
     if isinstance(column.dtype, pd.CategoricalDtype):
         levels = tuple(map(str, column.cat.remove_unused_categories().cat.categories))
     else:
@@ -229,8 +265,6 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
 
 
 def _refuse_missing(name: str, column: "pd.Series[Any]", more: str = "") -> None:
-    if isinstance(column, pd.DataFrame):
-        raise DataError(f"obs has {column.shape[1]} columns {name!r}; rename all but one.")
     if (missing := column.isna()).any():
         raise DataError(
             f"obs column {name!r} has no value in {missing.sum():,} of {len(column):,} cells, "

@@ -167,7 +167,7 @@ class Schema:
         return var_names.get_indexer(pd.Index(self.genes))
 
     def combinations(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
-        """What is given, with every combination of the levels of the conditions of ``over``, at most 100.
+        """What is given, with every combination of the levels that the conditions of ``over`` had in fit, at most 100.
 
         Raises
         ------
@@ -182,14 +182,14 @@ class Schema:
         """
         if not isinstance(given, Mapping):
             raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
-        levels = {condition.name: condition.levels for condition in self.conditions}
-        wrong = [name for name in over if levels.get(name) is None or name in given]
-        if isinstance(over, str) or wrong:
+        levels = {condition.name: condition.levels_of_fit for condition in self.conditions}
+        is_list = isinstance(over, Sequence) and not isinstance(over, str)
+        if not is_list or any(not levels.get(name) or name in given for name in over):
             raise UsageError(
                 f"over={over!r}: give a list of categorical conditions that are not given already; "
                 f"the model has {listed(name for name, known in levels.items() if known) or 'none'}."
             )
-        combinations = list(product(*(levels[name] or () for name in over)))
+        combinations = list(product(*(levels[name] for name in over)))
         if len(combinations) > MOST_COMBINATIONS:
             raise UsageError(
                 f"over={list(over)!r} has {len(combinations):,} combinations of levels; at most {MOST_COMBINATIONS} "
@@ -216,7 +216,7 @@ class Schema:
             if known is not None and condition.name in obs.columns:
                 column = obs[condition.name]
                 new = sorted(as_text(column[~condition.is_known(column)]).unique())
-                condition = replace(condition, levels=(*known, *new))
+                condition = replace(condition, levels=(*known, *new), n_mapped=condition.n_mapped + len(new))
             conditions.append(condition)
         return replace(self, conditions=tuple(conditions))
 
@@ -241,9 +241,13 @@ class Schema:
                 sd=_finite(item["sd"]),
                 embedded=_typed(item.get("embedded", False), bool),
                 nuisance=_typed(item.get("nuisance", False), bool),
+                n_mapped=_typed(item.get("n_mapped", 0), int),
+                seen=None if item.get("seen") is None else _range(item["seen"]),
             )
             for item in _typed(document["conditions"], list)
         )
+        if any(condition.levels is not None and not condition.levels_of_fit for condition in conditions):
+            raise ValueError("a condition has no level that fit saw")
         if any(condition.sd <= 0 for condition in conditions):
             raise ValueError("the standard deviation of a condition is not above 0")
         if document["values"] not in VALUES:
@@ -270,6 +274,11 @@ def _typed(value: Any, kind: type) -> Any:
 
 def _strings(values: Any) -> tuple[str, ...]:
     return tuple(_typed(value, str) for value in _typed(values, list))
+
+
+def _range(values: Any) -> tuple[float, float]:
+    low, high = map(_finite, _typed(values, list))
+    return low, high
 
 
 def _finite(value: Any) -> float:
