@@ -144,7 +144,9 @@ def test_of_a_gaussian_the_difference_is_told_in_units_of_its_spread(cells):
     options = {"likelihood": "gaussian", "layer": "z", "latent_dim": 6, "conditions": ["treatment"]}
     model = celbo.ExpressionVAE(**options, train=train).fit(scored)
     asked = controls(scored, "type_1")
-    found = model.counterfactual(asked, {"treatment": "treated"}).genes
+    found = model.counterfactual(asked, {"treatment": "treated"})
+    assert model.embed(found.sample()).shape == (asked.n_obs, 6)  # which reads the layer
+    found = found.genes
     assert "log2_fold_change" not in found
     np.testing.assert_allclose(found["difference"], found["after"] - found["before"], atol=1e-5)
     assert ((found["lower"] <= found["difference"]) & (found["difference"] <= found["upper"])).mean() > 0.95

@@ -69,6 +69,8 @@ class Counterfactual:
     """What `sample` draws from, by model."""
     obs: pd.DataFrame
     """Of the cells, with the conditions asked for."""
+    layer: str | None = None
+    """Where the model reads values from, other than X."""
 
     def sample(self, seed: int = 0) -> AnnData:
         """Draw counts of each cell, with the likelihood's own noise, and z (of nb counts u, too) from its posterior.
@@ -79,11 +81,12 @@ class Counterfactual:
         Returns
         -------
         anndata.AnnData
-            Counts over the model's genes; obs as of the cells, conditions as asked for.
+            Counts over the model's genes, which it can read itself; obs as of the cells, conditions as asked for.
         """
         check_seed(seed)
         counts = _draw(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
-        adata = AnnData(X=counts, obs=self.obs.copy())
+        layers = {} if self.layer is None else {self.layer: counts}
+        adata = AnnData(X=counts, obs=self.obs.copy(), layers=layers)
         adata.var_names = self.genes.index
         return adata
 

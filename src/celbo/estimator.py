@@ -763,6 +763,7 @@ class ExpressionVAE:
             ),
             draws=found.draws,
             obs=obs,
+            layer=schema.layer,
         )
 
     def predict(
