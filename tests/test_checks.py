@@ -1,6 +1,7 @@
 """What `celbo check` says, options from files, golden folders, and data nobody thought of."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -269,6 +270,20 @@ def test_options_that_are_none_are_refused_before_training(options, said):
     cells = celbo.simulate_cells(n_cells=50, n_genes=20, seed=0)
     with pytest.raises(celbo.UsageError, match=said):
         celbo.ExpressionVAE(latent_dim=2, **options, train=celbo.TrainConfig(max_epochs=1)).fit(cells)
+
+
+def test_levels_that_may_be_mistakes_are_doubted():
+    cells = celbo.simulate_cells(n_cells=120, n_genes=40, seed=0)
+    cells.obs["batch"] = ["a 1", "A_1", "b", "nan", "1_1", "11"] * 20
+    found = [problem for problem in check_adata(cells, nuisance=["batch"]).problems if problem.name == "levels"]
+    assert [problem.severity for problem in found] == ["warning"] * 2
+    alike, missing = (problem.message for problem in found)
+    assert "read nearly the same" in alike
+    assert {"'a 1'", "'A_1'"} <= set(re.findall(r"'[^']*'", alike))
+    assert "11" not in alike
+    assert "'nan' is taken for a level" in missing
+    cells.obs["batch"] = ["donor_1", "donor_11", "+", "-", "(missing)", "unknown"] * 20
+    assert not [problem for problem in check_adata(cells, nuisance=["batch"]).problems if problem.name == "levels"]
 
 
 def test_a_check_says_what_becomes_of_new_levels(tmp_path):

@@ -297,6 +297,26 @@ def test_the_data_are_never_overwritten(fitted_run, data, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_signal_that_comes_while_c_calls_python_leaves_no_traceback():
+    """What is raised there cannot be passed on, and would be printed; the next minibatch ends the work."""
+    program = """
+import ctypes, os, signal, sys
+from celbo import terminal
+def told():
+    @ctypes.CFUNCTYPE(None)
+    def called():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+    called()
+    for _ in terminal.ending_when_told(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
+        print("went on")
+terminal.guarded(told)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
     folder = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Decoding under another condition: simulated truth, support, refusals, and the command."""
 
+import re
 from dataclasses import replace
 
 import anndata
@@ -182,6 +183,8 @@ def test_the_same_conditions_change_nothing_and_say_so(cells, whole):
     with pytest.warns(UserWarning, match="hardly changes these cells"):
         found = whole.counterfactual(asked, {"treatment": "ctrl"})
     np.testing.assert_allclose(found.genes["log2_fold_change"], 0, atol=1e-6)
+    assert (found.genes[["lower", "upper"]].abs() < 1e-5).all(axis=None)
+    assert (found.genes["probability"] == 0).all()
 
 
 def test_means_are_within_their_interval_and_near_expected_expression(cells, whole):
@@ -194,6 +197,10 @@ def test_means_are_within_their_interval_and_near_expected_expression(cells, who
     np.testing.assert_allclose(found.mean.sum(1), np.asarray(asked.X.sum(1)).ravel(), rtol=1e-4)  # its own library
     again = whole.counterfactual(asked, {"treatment": "treated"}, n_samples=100)
     np.testing.assert_array_equal(found.mean, again.mean)
+    n_changed = (found.genes["fdr"] <= 0.05).sum()
+    assert re.fullmatch(
+        rf"40 cells \(.*\d+ supported.*\) x 300 genes, {n_changed} changed \(fdr <= 0.05\)", repr(found)
+    )
 
 
 def test_sampled_counts_have_the_mean_and_variance_of_real_treated_cells(cells, whole):
@@ -309,6 +316,7 @@ def test_cells_that_lack_genes_are_filled_in_first(cells, whole):
         ({}, celbo.UsageError, "names no condition"),
         ({"dose": 1}, celbo.UsageError, "'dose' is not a condition"),
         ({"treatment": "gene therapy"}, celbo.DataError, "gene therapy"),
+        ({"treatment": "treatd"}, celbo.DataError, "Did you mean 'treated'?"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(cells, whole, given, error, said):
@@ -350,6 +358,7 @@ def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_
     for arguments, said in (
         (["--set", "treatment"], "write it as CONDITION=VALUE"),
         (["--set", "dose=1"], "'dose' is not a condition"),
+        (["--set", "treatment = treated"], "has blanks before the '='"),
     ):
         bad = run(*ask[:3], *arguments, "-o", tmp_path / "bad.h5ad")
         assert bad.returncode == 2

@@ -152,7 +152,7 @@ def test_history_has_a_record_per_epoch(fitted):
 
 
 def test_an_unfitted_model_says_so():
-    with pytest.raises(NotFittedError, match="call fit first"):
+    with pytest.raises(NotFittedError, match=r"is not fitted .* call fit first"):
         ExpressionVAE().embed("nowhere.h5ad")
     assert not hasattr(ExpressionVAE(), "vae_")
 

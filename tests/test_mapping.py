@@ -216,6 +216,26 @@ def test_levels_are_added_after_the_known_ones_and_nowhere_else(many):
 # Conditions of very many levels
 
 
+def test_new_levels_of_few_cells_are_doubted_together_and_those_of_the_same_cells_too(many, reference):
+    new = of_batch(many, "batch_2")[:60].copy()
+
+    def doubts():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reference.map_query(new)
+        return [str(each.message) for each in caught]
+
+    new.obs["batch"] = [f"cell {number}" for number in range(60)]
+    (said,) = doubts()
+    assert "60 new levels have fewer than 20 cells" in said
+    assert len(said) < 400
+    new.obs["batch"], new.obs["treatment"] = "batch_2", "another"
+    (said,) = doubts()
+    assert "batch=batch_2 and treatment=another are those of the same cells" in said
+    new.obs["treatment"] = ["another", "ctrl"] * 30
+    assert doubts() == []
+
+
 def test_a_condition_of_many_levels_becomes_a_few_learned_numbers(many):
     cells = many.copy()
     cells.obs["donor"] = pd.Categorical([f"d{n % 60}" for n in range(cells.n_obs)])

@@ -147,7 +147,9 @@ def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[Expressio
     reading = reading._replace(on_disk=on_disk or reading.on_disk)
     if data is None:
         if "path" not in recorded:
-            raise UsageError(f"{run} does not say which cells it was fitted to; name them.")
+            raise UsageError(
+                f"{run} does not say which cells it was fitted to; name them, as an .h5ad or .zarr after it."
+            )
         data = Path(recorded["path"])
         if not data.exists():
             raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
@@ -162,6 +164,8 @@ def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -
         named = [each.name for each in model.schema_.conditions if text.startswith(f"{each.name}=")]
         name = max(named, key=len) if named else text.partition("=")[0]
         value = text[len(name) + 1 :]
+        if not named and name != name.strip():
+            raise UsageError(f"{option} {text!r} has blanks before the '='; write it as CONDITION=VALUE.")
         if not value:
             raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
         if name in given:

@@ -36,13 +36,17 @@ __all__ = ["LEAST_CHANGE", "Carried", "Counterfactual", "Decoded", "Draws", "car
 
 LEAST_CHANGE = 0.25
 """Of the log2 of a mean, from which on a gene counts as changed; of a gaussian, of its standard deviation."""
+_SURE = 0.05
+"""Share of false ones among the genes that are said to change."""
+_ROUNDING = 1e-5
+"""Of a mean, below which a change is one of 32-bit arithmetic."""
 _CHUNK = 64
 """Cells whose posterior samples are held at a time."""
 _CARRIERS = 100
 """Known cells nearest to one that is not supported, over which the effect that is carried to it is a mean."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Counterfactual:
     """Cells as they would be under other conditions."""
 
@@ -71,6 +75,14 @@ class Counterfactual:
     """Of the cells, with the conditions asked for."""
     layer: str | None = None
     """Where the model reads values from, other than X."""
+
+    def __repr__(self) -> str:
+        """How many cells and genes, how many of each verdict, and how many genes surely change."""
+        verdicts = ", ".join(f"{n:,} {verdict}" for verdict, n in self.support["verdict"].value_counts().items())
+        changed = int((self.genes["fdr"] <= _SURE).sum())
+        return (
+            f"{len(self.obs):,} cells ({verdicts}) x {len(self.genes):,} genes, {changed:,} changed (fdr <= {_SURE:g})"
+        )
 
     def sample(self, seed: int = 0) -> AnnData:
         """Draw counts of each cell, with the likelihood's own noise, and z (of nb counts u, too) from its posterior.
@@ -429,7 +441,7 @@ def changed_genes(
     else:
         name, least, change = "difference", LEAST_CHANGE * np.sqrt(noise[0]), after - before
         error = np.sqrt(variances.sum(0))
-    moved = np.abs(after - before).max(0) > 0
+    moved = np.abs(after - before).max(0) > _ROUNDING * np.abs(before).max(0)
     drawn = change + moved * error * np.random.default_rng([seed, 16]).standard_normal(change.shape)
     low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
     probability = np.where(measured, (np.abs(drawn) >= least).mean(0), np.nan)

@@ -38,7 +38,7 @@ from celbo.inference import (
 )
 from celbo.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
 from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.mapping import at_nearest_levels, copy_weights, doubt_levels
+from celbo.mapping import at_nearest_levels, copy_weights, doubt_new_levels
 from celbo.minibatch import Contexts, Rows, gene_moments
 from celbo.objective import OBJECTIVES, Objective
 from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
@@ -867,7 +867,7 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         schema = self.schema_.with_levels_of(adata.obs)
-        for doubt in doubt_levels(self.schema_, schema, adata):
+        for doubt in doubt_new_levels(self.schema_, schema, adata):
             warnings.warn(doubt, stacklevel=2)
         if schema == self.schema_:
             open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
@@ -1160,9 +1160,9 @@ class ExpressionVAE:
     def __getattr__(self, name: str) -> Any:
         """Say what to do where something is asked for that only `fit` makes."""
         if name.endswith("_") and not name.startswith("_"):
-            raise NotFittedError(
-                f"this model has no {name}: call fit first, or celbo.load a fitted one (split_ is not kept by save)."
-            )
+            if name == "split_":
+                raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
+            raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _check_asked(self, given: Mapping[str, Any], others: "Sequence[ExpressionVAE]", n_samples: int) -> None:

@@ -20,6 +20,8 @@ FEWEST_HELD_OUT_LABELLED = 10
 """Labelled cells kept out of training below which nothing is called none of these: what is usual could not be told."""
 _ENOUGH_FOR_SHARES = round(2 / _UNLIKELY)
 """Of these, so that the least share is well below the threshold."""
+_PRIOR_MEAN, _PRIOR_SD, _PRIOR_CELLS = 0.35, 0.3, 5
+"""Log distances that are usual of held-out cells, from simulated and real ones; and how many cells that counts for."""
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -71,8 +73,9 @@ def predictions(
     Far is the distance to the 10th nearest (of a label with n < 11 cells, to the n - 1st), over the median of
     that among the label's own cells, since types are dense and loose. What is usual is told by the labelled cells that
     were held out, for training draws the others together: ``p_known`` is the share of these that lie as far; of fewer
-    than 200, the tail of a Student t, as if their log distances were a sample from a normal distribution. It is NaN
-    where fewer than 10 were held out.
+    than 200, the tail of what another cell's is expected to be, a Student t: log distances are normal, and five cells
+    of mean .35 and standard deviation .3, as is usual, count beside them (the conjugate prior; Gelman 2013, section
+    3.3). It is NaN where fewer than 10 were held out.
     """
     best, p_known = probabilities.argmax(1), np.full(len(mu_z), np.nan)
     if known.held_out.sum() >= FEWEST_HELD_OUT_LABELLED and not known.held_out.all():
@@ -91,9 +94,12 @@ def _at_least_as_far(usual: NDArray[np.float64], distance: NDArray[np.float64]) 
     n = len(usual)
     if n >= _ENOUGH_FOR_SHARES:
         return (1 + n - np.searchsorted(np.sort(usual), distance)) / (1 + n)
-    known, asked = np.log(usual), np.log(distance)
-    spread = max(known.std(ddof=1), np.finfo(np.float32).eps) * math.sqrt(1 + 1 / n)
-    return student.sf((asked - known.mean()) / spread, n - 1)
+    known, weight = np.log(usual), n + _PRIOR_CELLS
+    mean = (known.sum() + _PRIOR_CELLS * _PRIOR_MEAN) / weight
+    squares = np.square(known - known.mean()).sum() + _PRIOR_CELLS * _PRIOR_SD**2
+    squares += n * _PRIOR_CELLS / weight * (known.mean() - _PRIOR_MEAN) ** 2
+    spread = math.sqrt(squares / weight * (1 + 1 / weight))
+    return student.sf((np.log(distance) - mean) / spread, weight)
 
 
 def _distances(

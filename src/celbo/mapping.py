@@ -1,6 +1,5 @@
 """Levels that fit did not see: read as the nearest known one, or taken into the model (surgery, Lotfollahi 2021)."""
 
-import re
 import warnings
 from collections.abc import Sequence
 
@@ -10,19 +9,20 @@ from anndata import AnnData
 from torch import Tensor
 
 from celbo.data import Schema, open_source
-from celbo.data.conditions import as_text
+from celbo.data.conditions import as_text, spelling
+from celbo.errors import listed
 from celbo.inference import cell_terms
 from celbo.objective import Objective
 from celbo.vae import VAE
 
-__all__ = ["at_nearest_levels", "copy_weights", "doubt_levels"]
+__all__ = ["at_nearest_levels", "copy_weights", "doubt_new_levels"]
 
 _CELLS_TO_COMPARE = 200
 """Cells of a level that decide which known level is nearest to it."""
 _FEW_CELLS = 20
 """Cells of a new level below which what is learned of it is little."""
-_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
-"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
+_LEVELS_TO_COMPARE = 50
+"""New levels of a condition whose cells are compared with those of another's."""
 
 
 @torch.no_grad()
@@ -127,23 +127,38 @@ def at_nearest_levels(
     return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
 
 
-def doubt_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:
-    """What is to be said of new levels that may be mistakes: of few cells, or spelt nearly as a known one."""
-    found = []
+def doubt_new_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:
+    """What is to be said of new levels: those spelt nearly as a known one, of few cells, or with another's cells."""
+    found, cells_of = [], dict[bytes, str]()
     for before, after in zip(known.conditions, schema.conditions, strict=True):
         new = (after.levels or ())[len(before.levels or ()) :]
-        plain = {_SEPARATORS.sub("", level).casefold(): level for level in before.levels or ()}
+        if not new:
+            continue
+        plain = {spelling(level): level for level in before.levels or ()}
         plain.pop("", None)
-        n_cells = as_text(adata.obs[before.name]).value_counts() if new else {}
+        text = as_text(adata.obs[before.name])
+        n_cells, few = text.value_counts(), []
         for level in new:
-            if like := plain.get(_SEPARATORS.sub("", level).casefold()):
+            if like := plain.get(spelling(level)):
                 found.append(
                     f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
                     "spelling and map again."
                 )
             elif n_cells[level] < _FEW_CELLS:
+                few.append(level)
+        if few:
+            found.append(
+                f"condition {before.name!r}: {len(few):,} new levels have fewer than {_FEW_CELLS} cells "
+                f"({listed(few)}), from which little is learned. Is it the right column?"
+            )
+        here = dict[bytes, str]()
+        for level in new[:_LEVELS_TO_COMPARE]:
+            cells = (text == level).to_numpy().tobytes()
+            here[cells] = f"{before.name}={level}"
+            if cells in cells_of:
                 found.append(
-                    f"condition {before.name!r}: the new level {level!r} has {n_cells[level]} cells, from which little "
-                    "is learned."
+                    f"the new levels {cells_of[cells]} and {here[cells]} are those of the same cells: what one does "
+                    "cannot be told from what the other does."
                 )
+        cells_of |= here
     return found

@@ -65,6 +65,12 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _left_behind(found: "sys.UnraisableHookArgs") -> None:
+    """Say nothing of a `_stop` that came while C called Python, which cannot pass it on: training ends by itself."""
+    if not (_signals and isinstance(found.exc_value, SystemExit)):
+        sys.__unraisablehook__(found)
+
+
 def ending_when_told(track: "Track") -> "Track":
     """End at the next minibatch if a signal came; Python drops what `_stop` raises while it runs a destructor."""
 
@@ -84,6 +90,7 @@ def guarded(app: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    sys.unraisablehook = _left_behind
     try:
         app()
     except CelboError as error:

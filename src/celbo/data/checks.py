@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from celbo.data.conditions import UNSEEN, Condition, as_text, make_condition, size_factors
+from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, make_condition, size_factors
 from celbo.data.names import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
@@ -345,6 +345,8 @@ def _check_conditions(
             made.append(replace(condition, nuisance=name in nuisance))
             _warn_of_codes(check, condition, obs[name])
             _warn_of_rare_levels(check, condition, obs[name])
+            for doubt in doubt_levels(condition):
+                check.add("levels", "warning", doubt)
     return tuple(made)
 
 

@@ -1,5 +1,7 @@
 """Conditions: columns of obs given to the model, encoded as numbers; and size factors."""
 
+import difflib
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,17 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError, UsageError, listed
 
-__all__ = ["UNLABELLED", "UNSEEN", "Condition", "as_text", "known_labels", "make_condition", "size_factors"]
+__all__ = [
+    "UNLABELLED",
+    "UNSEEN",
+    "Condition",
+    "as_text",
+    "doubt_levels",
+    "known_labels",
+    "make_condition",
+    "size_factors",
+    "spelling",
+]
 
 _MOST_ONE_HOT = 50
 """Levels beyond which a few numbers are learned for each."""
@@ -19,7 +31,11 @@ _BEYOND = 0.1
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
 """What a column of labels reads where none is known, unless said otherwise; it need not occur."""
-_READ_AS_UNKNOWN = ("", "unknown", "unassigned", "unlabelled", "unlabeled", "nan", "na", "n/a", "none", "-1")
+_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
+"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
+_READ_AS_MISSING = ("", "nan", "na", "n/a", "none")
+"""Levels, in any case, that are more likely to say that there is no value."""
+_READ_AS_UNKNOWN = (*_READ_AS_MISSING, "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
 """Labels, in any case, that are more likely to say that a label is not known."""
 _TOLD = ("label", "probability", "p_known", "none of these")
 """What a table of predictions says beside the labels."""
@@ -101,7 +117,11 @@ class Condition:
     def code(self, value: object) -> float:
         """`codes` of one value that somebody asks for."""
         if self.levels is not None and (asked := as_text(pd.Series([value]))[0]) not in self.levels:
-            raise DataError(f"condition {self.name!r} has no level {asked!r} in fit; it has {listed(self.levels)}.")
+            near = difflib.get_close_matches(asked, self.levels, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"condition {self.name!r} has no level {asked!r} in fit; it has {listed(self.levels)}.{meant}"
+            )
         if self.levels is None and not (isinstance(value, int | float | np.number) and np.isfinite(float(value))):
             raise DataError(f"condition {self.name!r} is continuous; give a finite number, not {value!r}.")
         return float(self.codes(pd.Series([value]))[0])
@@ -141,6 +161,36 @@ class Condition:
         if self.levels is None:
             return np.ones(len(column), bool)
         return np.asarray(column.isna() | as_text(column).isin(self.levels))
+
+
+def spelling(level: str) -> str:
+    """What two levels have in common that differ in case and separators only.
+
+    Examples
+    --------
+    >>> spelling("Donor 1") == spelling("donor_1"), spelling("1.0") == spelling("1"), spelling("1_1") == spelling("11")
+    (True, True, False)
+    """
+    return _SEPARATORS.sub("", level).casefold()
+
+
+def doubt_levels(condition: Condition) -> list[str]:
+    """What is to be said of levels that may be mistakes: spelt nearly as another, or as a missing value is."""
+    alike: dict[str, list[str]] = {}
+    for level in condition.levels or ():
+        alike.setdefault(spelling(level) or level, []).append(level)
+    found = [
+        f"condition {condition.name!r} has levels that read nearly the same, {listed(several)}; if one is meant, mend "
+        "their spelling."
+        for several in alike.values()
+        if len(several) > 1
+    ]
+    if odd := [level for level in condition.levels or () if level.strip().casefold() in _READ_AS_MISSING]:
+        found.append(
+            f"condition {condition.name!r}: {listed(odd)} is taken for a level of its own. If it says that the value "
+            "is missing, fill it in, or drop these cells."
+        )
+    return found
 
 
 def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
