@@ -317,6 +317,7 @@ terminal.guarded(told)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
     folder = tmp_path / "run"

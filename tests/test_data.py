@@ -233,6 +233,18 @@ def test_a_schema_survives_json():
     cells = some_cells(dose=[0.0, 1.0, 2.0, 3.0])
     schema = schema_of(cells, conditions=["batch", "dose"])
     assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+    mapped = schema.with_levels_of(some_cells(batch="new", dose=[0.0, 1.0, 2.0, 3.0]).obs)
+    assert Schema.from_json(json.loads(json.dumps(mapped.to_json()))) == mapped
+    assert mapped.conditions[0].levels_of_fit == schema.conditions[0].levels
+
+
+@pytest.mark.parametrize("forged", [{"n_mapped": 2}, {"n_mapped": -1}, {"n_mapped": 1.0}, {"seen": [3.0, 1.0]}])
+def test_a_forged_schema_is_refused(forged):
+    document = schema_of(some_cells(), conditions=["batch"]).to_json()
+    document["conditions"] = [{**json.loads(json.dumps(document["conditions"][0])), **forged}]
+    document["genes"] = list(document["genes"])
+    with pytest.raises((TypeError, ValueError)):
+        Schema.from_json(document)
 
 
 @pytest.mark.parametrize("write", ["write_h5ad", "write_zarr"])

@@ -157,6 +157,11 @@ def test_an_unfitted_model_says_so():
     assert not hasattr(ExpressionVAE(), "vae_")
 
 
+def test_a_misspelt_name_of_a_fitted_model_is_no_want_of_fitting(fitted):
+    with pytest.raises(AttributeError, match="has no attribute 'latent_'"):
+        _ = fitted.latent_
+
+
 def test_options_that_do_not_exist_list_those_that_do(cells):
     with pytest.raises(UsageError, match="'nbb'; choose one of gaussian, bernoulli, poisson, nb, zinb"):
         ExpressionVAE(likelihood="nbb").fit(cells)

@@ -267,6 +267,17 @@ def test_labels_are_numbers_or_text_and_so_is_what_stands_for_none():
     assert codes.tolist() == [0, 1, -1, 0]
 
 
+def test_what_stands_for_none_is_kept_as_text(tmp_path):
+    cells = celbo.simulate_cells(n_cells=100, n_genes=30, n_types=2, seed=0)
+    cells.obs["type"] = np.where(np.arange(100) < 40, -1, np.arange(100) % 2)
+    quick = celbo.TrainConfig(max_epochs=1)
+    celbo.ExpressionVAE(latent_dim=2, labels="type", unlabelled=cells.obs["type"].min(), train=quick).fit(cells).save(
+        tmp_path / "model"
+    )
+    assert celbo.load(tmp_path / "model").schema_.labels.levels == ("0", "1")
+    assert celbo.load(tmp_path / "model").unlabelled == "-1"
+
+
 def test_what_is_usual_is_told_by_the_cells_held_out():
     """Training draws labelled cells together; those held out lie as new ones do, and p_known is uniform of these."""
     rng, index = np.random.default_rng(1), pd.RangeIndex(4000)

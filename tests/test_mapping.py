@@ -59,6 +59,8 @@ def test_means_over_batches_are_over_those_of_fit(reference, mapped, many, tmp_p
     for model in (mapped, celbo.load(tmp_path / "mapped")):
         before, after = (each.expected_expression(known, over=["batch"]) for each in (reference, model))
         np.testing.assert_array_equal(before, after)
+        for names in (pd.Index(["batch"]), np.array(["batch"]), (name for name in ["batch"])):
+            np.testing.assert_array_equal(model.expected_expression(known, over=names), after)
         tables = [
             each.differential_expression(known, groupby="cell_type", over=["batch"]) for each in (reference, model)
         ]

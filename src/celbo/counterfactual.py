@@ -97,7 +97,7 @@ class Counterfactual:
         """
         check_seed(seed)
         counts = _draw(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
-        layers = {} if self.layer is None else {self.layer: counts}
+        layers = {} if self.layer is None else {self.layer: counts.copy()}
         adata = AnnData(X=counts, obs=self.obs.copy(), layers=layers)
         adata.var_names = self.genes.index
         return adata

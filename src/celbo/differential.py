@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.special import polygamma
 from scipy.stats import norm
 
-from celbo.data.conditions import as_text
+from celbo.data.conditions import as_text, column_of
 from celbo.errors import DataError, UsageError, listed
 from celbo.inference import context_of, false_share, fill_in
 from celbo.minibatch import Contexts, Source, in_chunks
@@ -225,7 +225,7 @@ def group_cells(
     for option, column in (("groupby", groupby), ("pair_by", pair_by)):
         if column is not None and column not in obs.columns:
             raise UsageError(f"{option}={column!r} is no column of obs; it has {listed(obs.columns)}.")
-    labels = _as_text(obs[groupby])
+    labels = _as_text(column_of(obs, groupby))
     sizes = labels.value_counts()
     if unknown := [each for each in (group, reference) if each is not None and each not in sizes]:
         raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
@@ -249,7 +249,7 @@ def group_cells(
         raise UsageError(
             f"none of the {len(sizes):,} groups of {groupby!r} has {_FEWEST} cells; group by a coarser column."
         )
-    levels = pd.Series("", obs.index) if pair_by is None else _as_text(obs[pair_by])
+    levels = pd.Series("", obs.index) if pair_by is None else _as_text(column_of(obs, pair_by))
     both = pd.DataFrame({"level": levels, "group": labels})
     numbered = both.groupby(["level", "group"], sort=True)
     sets = numbered.ngroup().to_numpy()

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from celbo.advice import Diagnosis, diagnose
 from celbo.classifier import calibrate
 from celbo.counterfactual import Counterfactual, carry, changed_genes, decode_under
 from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
-from celbo.data.conditions import UNLABELLED, as_text, known_labels
+from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels
 from celbo.data.genes import choose_genes
 from celbo.data.schema import MOST_COMBINATIONS
 from celbo.data.sources import empty_cells
@@ -191,7 +191,7 @@ class ExpressionVAE:
         if self.labels is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the check has said it
-                labels, source.labels = known_labels(adata.obs[self.labels], self.unlabelled)
+                labels, source.labels = known_labels(column_of(adata.obs, self.labels), self.unlabelled)
             schema = replace(schema, labels=labels)
         split = split_cells(
             source.n_cells, self.train.validation_fraction, self.train.seed, self._levels(schema, adata)
@@ -308,7 +308,7 @@ class ExpressionVAE:
             The cells.
         unseen
             What to do with levels of conditions that fit did not see: "refuse" them, read them as the "nearest" known
-            level (under which their cells have the highest ELBO), as all known levels in equal parts ("marginal"), or
+            level (under which their cells have the highest ELBO), as all levels of fit in equal parts ("marginal"), or
             "adapt": learn weights for them from these cells (`map_query`).
         genes_present
             Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
@@ -540,9 +540,7 @@ class ExpressionVAE:
                 contexts = self._contexts(adata, each) if each else None
                 of_setting = expected_values(self.vae_, source, contexts=contexts, library=libraries)
                 total = np.add(total, of_setting / n)
-        for condition in schema.conditions:
-            if condition.name in settings[0] and (doubt := condition.doubt(pd.Series([settings[0][condition.name]]))):
-                warnings.warn(doubt, stacklevel=2)
+        self._doubt_given(settings[0])
         return total
 
     def differential_expression(
@@ -700,6 +698,9 @@ class ExpressionVAE:
         ((50, 60), (50, 60))
         """
         schema = self.schema_
+        if not isinstance(others, Iterable):
+            raise UsageError(f"others is a {type(others).__name__}; give a list of models: others=[model].")
+        others = list(others)
         self._check_asked(given, others, n_samples)
         check_seed(seed)
         models = [self, *others]
@@ -711,6 +712,7 @@ class ExpressionVAE:
             )
         adata = read_adata(adata, layer=schema.layer)
         contexts = self._contexts(adata, given)
+        self._doubt_given(given)
         for name in nested_conditions(references[0].conditions, schema, given):
             rest = listed(each.name for each in schema.conditions if each.name != name)
             warnings.warn(
@@ -1053,10 +1055,11 @@ class ExpressionVAE:
         adata = read_adata(adata, layer=schema.layer)
         if groupby is not None and groupby not in adata.obs.columns:
             raise UsageError(f"groupby={groupby!r} is no column of obs; it has {listed(adata.obs.columns)}.")
+        types = None if groupby is None else column_of(adata.obs, groupby).astype(str).to_numpy()
         source, rows, training = self.cells_to_measure(adata)
         if len(rows) < 2:
             raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
-        codes, obs = schema.codes(adata.obs), adata.obs.iloc[rows]
+        codes = schema.codes(adata.obs)
         conditions = {
             condition.name: (
                 columns,
@@ -1074,7 +1077,7 @@ class ExpressionVAE:
                 objective=self._objective(),
                 conditions=conditions,
                 settings=self._settings(),
-                types=None if groupby is None else obs[groupby].astype(str).to_numpy(),
+                types=None if types is None else types[rows],
                 seed=seed,
             )
         return diagnose(evidence)
@@ -1148,6 +1151,7 @@ class ExpressionVAE:
         return {
             **chosen,
             "hidden_dims": [int(width) for width in self.hidden_dims],
+            "unlabelled": str(self.unlabelled),
             "n_top_genes": self.n_top_genes and int(self.n_top_genes),
             "conditions": list(self.conditions),
             "nuisance": list(self.nuisance),
@@ -1162,7 +1166,8 @@ class ExpressionVAE:
         if name.endswith("_") and not name.startswith("_"):
             if name == "split_":
                 raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
-            raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
+            if "vae_" not in self.__dict__:
+                raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _check_asked(self, given: Mapping[str, Any], others: "Sequence[ExpressionVAE]", n_samples: int) -> None:
@@ -1175,8 +1180,6 @@ class ExpressionVAE:
             raise UsageError(
                 f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
             )
-        if not isinstance(others, Sequence):
-            raise UsageError(f"others is a {type(others).__name__}; give a list of models: others=[model].")
         if not all(isinstance(other, ExpressionVAE) for other in others):
             raise UsageError("others are fitted models, as celbo.load reads them.")
         for part in ("genes", "conditions", "values", "layer", "size_factor"):
@@ -1188,6 +1191,12 @@ class ExpressionVAE:
             raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
         check_count("n_samples", n_samples, 2)
 
+    def _doubt_given(self, given: Mapping[str, Any]) -> None:
+        """Warn of what is asked for beyond the values of fit."""
+        for condition in self.schema_.conditions:
+            if condition.name in given and (doubt := condition.doubt(pd.Series([given[condition.name]]))):
+                warnings.warn(doubt, stacklevel=3)
+
     def _check_labels(self, check: Check, obs: pd.DataFrame) -> None:
         """Add what is wrong with the column of labels to what was found."""
         if not isinstance(self.labels, str):
@@ -1198,7 +1207,7 @@ class ExpressionVAE:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                known_labels(obs[self.labels], self.unlabelled)
+                known_labels(column_of(obs, self.labels), self.unlabelled)
             except DataError as error:
                 check.add("labels", "error", str(error))
             except UsageError:

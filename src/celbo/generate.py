@@ -187,7 +187,7 @@ def new_cells(
         obs[schema.size_factor] = drawn.library / schema.library_scale
     if around is not None:
         obs["around"] = around[drawn.rows].astype(str)
-    layers = {} if schema.layer is None else {schema.layer: values}
+    layers = {} if schema.layer is None else {schema.layer: values.copy()}
     return AnnData(
         X=values,
         obs=obs,

@@ -9,7 +9,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from celbo.data import Schema, open_source
-from celbo.data.conditions import as_text, spelling
+from celbo.data.conditions import as_text, column_of, spelling
 from celbo.errors import listed
 from celbo.inference import cell_terms
 from celbo.objective import Objective
@@ -105,7 +105,7 @@ def at_nearest_levels(
     for condition in schema.conditions:
         if condition.name not in obs.columns:
             continue
-        column = obs[condition.name].astype(object)
+        column = column_of(obs, condition.name).astype(object)
         for level in column[~condition.is_known(column)].unique():
             there = np.flatnonzero(column == level)
             some = adata[there[np.linspace(0, len(there) - 1, min(len(there), _CELLS_TO_COMPARE)).astype(int)]]

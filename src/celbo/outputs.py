@@ -24,6 +24,15 @@ __all__ = [
 ]
 
 
+_TABLES = (
+    "cell,label,probability,p_known,",
+    "cell,log_p,se,ess,",
+    "cell,log_p,score,p_value,",
+    "gene,group,reference,",
+)
+"""How the tables of each command begin; a person's own seldom has the same first columns."""
+
+
 def write_embedding(cells: AnnData, path: Path) -> None:
     """Write an embedding as ``.h5ad``, in one step or not at all; what is no embedding is not replaced."""
     refuse_no_embedding(path)
@@ -62,10 +71,10 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
     refuse_no_table(path)
     rows = table.index.name if table.index.name == "gene" else "cell"
-    columns = ",".join([rows, *table.columns[:3]])  # a person's own table seldom has the same four
+    ours = [start for start in _TABLES if start.startswith(f"{rows},{table.columns[0]},")]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(columns.encode()))
+        is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(tuple(map(str.encode, ours))))
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}. Name another place with -o.") from error
     if not is_ours:

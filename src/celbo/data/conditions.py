@@ -17,6 +17,7 @@ __all__ = [
     "UNSEEN",
     "Condition",
     "as_text",
+    "column_of",
     "doubt_levels",
     "known_labels",
     "make_condition",
@@ -31,18 +32,19 @@ _BEYOND = 0.1
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
 """What a column of labels reads where none is known, unless said otherwise; it need not occur."""
-_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)")
-"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"."""
-_READ_AS_MISSING = ("", "nan", "na", "n/a", "none")
-"""Levels, in any case, that are more likely to say that there is no value."""
-_READ_AS_UNKNOWN = (*_READ_AS_MISSING, "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
+_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_]+|[\s_]+(?!\d)|(?<=[^\W\d_])[.\-]+(?=[^\W\d_])")
+"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"; but not the
+sign of "-1", "KO-" and "d-1"."""
+_READ_AS_MISSING = ("", "nan", "NaN", "NA", "na", "N/A", "n/a", "<NA>", "NaT")
+"""Levels that are more likely to say that there is no value; "none" is a treatment, too."""
+_READ_AS_UNKNOWN = ("", "nan", "na", "n/a", "<na>", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
 """Labels, in any case, that are more likely to say that a label is not known."""
 _TOLD = ("label", "probability", "p_known", "none of these")
 """What a table of predictions says beside the labels."""
 
 UNSEEN = ("refuse", "nearest", "marginal", "adapt")
-"""What to do with a level that fit did not see: refuse it, take the likeliest known one, all in equal parts, or learn
-weights of its own from these cells."""
+"""What to do with a level that fit did not see: refuse it, take the likeliest known one, all of fit in equal parts, or
+learn weights of its own from these cells."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def doubt_levels(condition: Condition) -> list[str]:
         for several in alike.values()
         if len(several) > 1
     ]
-    if odd := [level for level in condition.levels or () if level.strip().casefold() in _READ_AS_MISSING]:
+    if odd := [level for level in condition.levels or () if level.strip() in _READ_AS_MISSING]:
         found.append(
             f"condition {condition.name!r}: {listed(odd)} is taken for a level of its own. If it says that the value "
             "is missing, fill it in, or drop these cells."
@@ -314,7 +316,20 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
     return Condition(name, levels, embedded=len(levels) > _MOST_ONE_HOT) if len(levels) > 1 else None
 
 
+def column_of(obs: pd.DataFrame, name: str) -> "pd.Series[Any]":
+    """The column of this name, or a `DataError` if there are several."""
+    column = obs[name]
+    _refuse_several(name, column)
+    return column
+
+
+def _refuse_several(name: str, column: "pd.Series[Any] | pd.DataFrame") -> None:
+    if isinstance(column, pd.DataFrame):
+        raise DataError(f"obs has {column.shape[1]} columns {name!r}; rename all but one.")
+
+
 def _refuse_missing(name: str, column: "pd.Series[Any]", more: str = "") -> None:
+    _refuse_several(name, column)
     if (missing := column.isna()).any():
         raise DataError(
             f"obs column {name!r} has no value in {missing.sum():,} of {len(column):,} cells, "

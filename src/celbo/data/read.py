@@ -20,7 +20,7 @@ from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
 from celbo.data.stored import refuse_layer
-from celbo.errors import DataError, StorageError, listed
+from celbo.errors import DataError, StorageError
 
 __all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
 
@@ -52,13 +52,11 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     Raises
     ------
     DataError
-        If the path does not exist, is damaged, or holds no AnnData; or if two columns of obs have one name.
+        If the path does not exist, is damaged, or holds no AnnData.
     StorageError
         If it may not be read.
     """
     if isinstance(data, AnnData):
-        if (twice := data.obs.columns[data.obs.columns.duplicated()]).size:
-            raise DataError(f"obs has more than one column {listed(twice.unique())}; rename all but one.")
         return data
     if not isinstance(data, str | Path):
         raise DataError(

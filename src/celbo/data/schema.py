@@ -1,7 +1,7 @@
 """The contract with an AnnData: which genes in which order, which values, which conditions with which levels."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, permutations, product
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celbo.data.conditions import Condition, as_text
+from celbo.data.conditions import Condition, as_text, column_of
 from celbo.errors import DataError, UsageError, listed
 
 __all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
@@ -183,7 +183,8 @@ class Schema:
         if not isinstance(given, Mapping):
             raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
         levels = {condition.name: condition.levels_of_fit for condition in self.conditions}
-        is_list = isinstance(over, Sequence) and not isinstance(over, str)
+        is_list = isinstance(over, Iterable) and not isinstance(over, str)
+        over = list(over) if is_list else over
         if not is_list or any(not levels.get(name) or name in given for name in over):
             raise UsageError(
                 f"over={over!r}: give a list of categorical conditions that are not given already; "
@@ -214,7 +215,7 @@ class Schema:
         for condition in self.conditions:
             known = condition.levels
             if known is not None and condition.name in obs.columns:
-                column = obs[condition.name]
+                column = column_of(obs, condition.name)
                 new = sorted(as_text(column[~condition.is_known(column)]).unique())
                 condition = replace(condition, levels=(*known, *new), n_mapped=condition.n_mapped + len(new))
             conditions.append(condition)
@@ -246,7 +247,7 @@ class Schema:
             )
             for item in _typed(document["conditions"], list)
         )
-        if any(condition.levels is not None and not condition.levels_of_fit for condition in conditions):
+        if any(not 0 <= condition.n_mapped < max(1, len(condition.levels or ())) for condition in conditions):
             raise ValueError("a condition has no level that fit saw")
         if any(condition.sd <= 0 for condition in conditions):
             raise ValueError("the standard deviation of a condition is not above 0")
@@ -278,6 +279,8 @@ def _strings(values: Any) -> tuple[str, ...]:
 
 def _range(values: Any) -> tuple[float, float]:
     low, high = map(_finite, _typed(values, list))
+    if low > high:
+        raise ValueError(f"the range {low:g} to {high:g}")
     return low, high
 
 
