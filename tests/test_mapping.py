@@ -159,6 +159,14 @@ def test_missing_genes_are_filled_in_while_mapping(reference, many):
     assert np.median(apart) < 0.5 * np.median(np.linalg.norm(whole - whole.mean(0), axis=1))
 
 
+def test_what_is_to_be_known_of_cells_is_said_once_where_they_are_adapted_to(reference, many):
+    lacking = of_batch(many, "batch_2")[:60, 5:].copy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reference.embed(lacking, unseen="adapt")
+    assert sum("fills them in" in str(each.message) for each in caught) == 1
+
+
 def test_what_cannot_be_mapped_is_refused(reference, many):
     new, few = of_batch(many, "batch_2"), of_batch(many, "batch_0", "batch_1")[::4].copy()
     with pytest.raises(celbo.DataError, match="no column 'batch'"):

@@ -1312,7 +1312,9 @@ class ExpressionVAE:
         """A source of these cells, and the model that knows their levels; options are those of `posterior`."""
         if unseen == "adapt":
             mapped = self.map_query(adata, genes_present=genes_present)
-            return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # mapping has said it
+                return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
         if unseen == "nearest":
             with kernels.threads(self.train.threads):
                 adata = at_nearest_levels(
