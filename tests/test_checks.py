@@ -234,6 +234,7 @@ def test_values_beyond_what_fit_saw_are_doubted(tmp_path):
     for ask in (
         lambda: model.expected_expression(query, given={"dose": 1e6}),
         lambda: model.counterfactual(query, {"dose": 1e6}),
+        lambda: model.interpolate(query[:1], query[1:2], given={"dose": 1e6}),
     ):
         with pytest.warns(UserWarning, match=r"dose.*1 of 1 values, the first 1e\+06, lie outside"):
             ask()
@@ -251,6 +252,15 @@ def test_a_column_of_obs_named_twice_is_refused_wherever_it_is_used():
     bad = cells.copy()
     bad.obs = pd.concat([bad.obs, bad.obs[["cell_type"]]], axis=1)
     np.testing.assert_array_equal(model.embed(bad), model.embed(cells))
+    labelled = celbo.ExpressionVAE(
+        latent_dim=2, conditions=["batch"], labels="cell_type", train=celbo.TrainConfig(max_epochs=1)
+    ).fit(cells)
+    for use in (
+        lambda: labelled.counterfactual(bad, {"batch": "batch_0"}),
+        lambda: celbo.pseudobulk(bad, ["cell_type"]),
+    ):
+        with pytest.raises(celbo.DataError, match="obs has 2 columns 'cell_type'"):
+            use()
     bad.obs = pd.concat([bad.obs, bad.obs[["batch"]]], axis=1)
     for use in (
         lambda: celbo.ExpressionVAE(nuisance=["batch"]).fit(bad),
@@ -290,11 +300,18 @@ def test_levels_that_may_be_mistakes_are_doubted():
     assert {"'a 1'", "'A_1'"} <= set(re.findall(r"'[^']*'", alike))
     assert "11" not in alike
     assert "'nan' is taken for a level" in missing
+    for pair in (["donor-1", "donor_1"], ["Sample.1", "sample_1"], ["P1-T", "P1_T"], ["1-A", "1_A"], ["b ", "b"]):
+        cells.obs["batch"] = [*pair, "c"] * 40
+        (found,) = [each for each in check_adata(cells, nuisance=["batch"]).problems if each.name == "levels"]
+        assert all(repr(level) in found.message for level in pair)
+    cells.obs["batch"] = pd.Series(["a", None, "b"] * 40, dtype=object).astype(str).to_numpy()
+    (found,) = [each for each in check_adata(cells, nuisance=["batch"]).problems if each.name == "levels"]
+    assert "'None' is taken for a level" in found.message
     for usual in (
         ["donor_1", "donor_11", "+", "-", "(missing)", "none"],
         ["-1", "1", "-0.5", "0.5", ".5", "5"],
         ["d-1", "d1", "KO", "KO-", "CD4", "CD4-"],
-        ["Na", "K", "None", "1.5", "15", "1_5"],
+        ["Na", "K", "Cl", "1.5", "15", "1_5"],
     ):
         cells.obs["batch"] = usual * 20
         assert not [problem for problem in check_adata(cells, nuisance=["batch"]).problems if problem.name == "levels"]

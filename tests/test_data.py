@@ -238,7 +238,9 @@ def test_a_schema_survives_json():
     assert mapped.conditions[0].levels_of_fit == schema.conditions[0].levels
 
 
-@pytest.mark.parametrize("forged", [{"n_mapped": 2}, {"n_mapped": -1}, {"n_mapped": 1.0}, {"seen": [3.0, 1.0]}])
+@pytest.mark.parametrize(
+    "forged", [{"n_mapped": 2}, {"n_mapped": -1}, {"n_mapped": 1.0}, {"seen": [3.0, 1.0]}, {"levels": []}]
+)
 def test_a_forged_schema_is_refused(forged):
     document = schema_of(some_cells(), conditions=["batch"]).to_json()
     document["conditions"] = [{**json.loads(json.dumps(document["conditions"][0])), **forged}]

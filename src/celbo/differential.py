@@ -339,7 +339,7 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     """
     if isinstance(by, str) or not by or any(name not in adata.obs.columns for name in by):
         raise DataError(f"by={by!r}: give a list of columns of obs; it has {listed(adata.obs.columns)}.")
-    if missing := [name for name in by if adata.obs[name].isna().any()]:
+    if missing := [name for name in by if column_of(adata.obs, name).isna().any()]:
         raise DataError(f"cells have no value of {listed(missing)}; leave these cells out, or name the missing value.")
     grouped = adata.obs.groupby(list(by), observed=True, sort=True)
     codes, n_cells = grouped.ngroup().to_numpy(), grouped.size()

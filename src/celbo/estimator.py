@@ -63,6 +63,7 @@ _FEW_SAMPLES = 10
 
 _FEW_CELLS = 30
 """Cells below which a fit is doubted."""
+_MADE_BY_FIT = ("schema_", "vae_", "history_", "split_", "reference_")
 
 
 class History(list[Epoch]):
@@ -1017,6 +1018,7 @@ class ExpressionVAE:
         groups = [read_adata(cells, layer=schema.layer) for cells in (start, end)]
         z = np.stack([self.embed(cells).mean(0) for cells in groups])
         context = torch.stack([schema.encode(cells.obs, given).mean(0) for cells in groups])
+        self._doubt_given(given or {})
         with kernels.threads(self.train.threads):
             t, along, means = interpolate(self.vae_, z, context, n_points=int(n_points), library=library)
         obs = pd.DataFrame({"position": t.astype(float)}, index=[f"point_{number}" for number in range(len(t))])
@@ -1163,11 +1165,10 @@ class ExpressionVAE:
 
     def __getattr__(self, name: str) -> Any:
         """Say what to do where something is asked for that only `fit` makes."""
-        if name.endswith("_") and not name.startswith("_"):
-            if name == "split_":
-                raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
-            if "vae_" not in self.__dict__:
-                raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
+        if name == "split_" and "vae_" in self.__dict__:
+            raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
+        if name in _MADE_BY_FIT:
+            raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _check_asked(self, given: Mapping[str, Any], others: "Sequence[ExpressionVAE]", n_samples: int) -> None:
@@ -1221,8 +1222,9 @@ class ExpressionVAE:
         labels = self.schema_.labels
         if labels is None or labels.levels is None or labels.name not in obs.columns:
             return np.full(len(obs), -1, np.int32)
-        codes = pd.Index(labels.levels).get_indexer(as_text(obs[labels.name]))
-        return np.where(obs[labels.name].notna(), codes, -1).astype(np.int32)
+        column = column_of(obs, labels.name)
+        codes = pd.Index(labels.levels).get_indexer(as_text(column))
+        return np.where(column.notna(), codes, -1).astype(np.int32)
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood not in LIKELIHOODS:

@@ -32,10 +32,10 @@ _BEYOND = 0.1
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
 """What a column of labels reads where none is known, unless said otherwise; it need not occur."""
-_SEPARATORS = re.compile(r"\.0$|(?<!\d)[\s_]+|[\s_]+(?!\d)|(?<=[^\W\d_])[.\-]+(?=[^\W\d_])")
-"""What two spellings of a level may differ in, beside their case: "1" and "1.0", "Donor 1" and "donor_1"; but not the
-sign of "-1", "KO-" and "d-1"."""
-_READ_AS_MISSING = ("", "nan", "NaN", "NA", "na", "N/A", "n/a", "<NA>", "NaT")
+_ENDS = re.compile(r"^[\s_]+|[\s_]+$|\.0$")
+_SEPARATORS = re.compile(r"(?<=[^\W\d_])[\s_.\-]+(?=[^\W_])|(?<=\d)[\s_.\-]+(?=[^\W\d_])")
+"""Between two letters, or a letter and a digit; of "-1" and "KO-" it is a sign, and of "1.5" and "1_1" a number's."""
+_READ_AS_MISSING = ("", "nan", "NaN", "NA", "na", "N/A", "n/a", "None", "<NA>", "NaT")
 """Levels that are more likely to say that there is no value; "none" is a treatment, too."""
 _READ_AS_UNKNOWN = ("", "nan", "na", "n/a", "<na>", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
 """Labels, in any case, that are more likely to say that a label is not known."""
@@ -166,14 +166,16 @@ class Condition:
 
 
 def spelling(level: str) -> str:
-    """What two levels have in common that differ in case and separators only.
+    """What levels have in common that differ in case, in what separates their parts, and in blanks around them.
 
     Examples
     --------
-    >>> spelling("Donor 1") == spelling("donor_1"), spelling("1.0") == spelling("1"), spelling("1_1") == spelling("11")
-    (True, True, False)
+    >>> {spelling(level) for level in ("Donor 1", "donor_1", "donor-1 ")}
+    {'donor_1'}
+    >>> [spelling(level) for level in ("1.0", "1", "1_1", "-1", "KO-")]
+    ['1', '1', '1_1', '-1', 'ko-']
     """
-    return _SEPARATORS.sub("", level).casefold()
+    return _SEPARATORS.sub("_", _ENDS.sub("", level)).casefold()
 
 
 def doubt_levels(condition: Condition) -> list[str]:

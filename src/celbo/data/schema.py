@@ -247,8 +247,10 @@ class Schema:
             )
             for item in _typed(document["conditions"], list)
         )
-        if any(not 0 <= condition.n_mapped < max(1, len(condition.levels or ())) for condition in conditions):
-            raise ValueError("a condition has no level that fit saw")
+        for condition in conditions:
+            n_levels = 1 if condition.levels is None else len(condition.levels)
+            if not 0 <= condition.n_mapped < n_levels:
+                raise ValueError(f"{condition.n_mapped} of the {n_levels} levels of {condition.name!r:.80} are mapped")
         if any(condition.sd <= 0 for condition in conditions):
             raise ValueError("the standard deviation of a condition is not above 0")
         if document["values"] not in VALUES:
