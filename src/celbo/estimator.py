@@ -194,9 +194,7 @@ class ExpressionVAE:
                 warnings.simplefilter("ignore")  # the check has said it
                 labels, source.labels = known_labels(column_of(adata.obs, self.labels), self.unlabelled)
             schema = replace(schema, labels=labels)
-        split = split_cells(
-            source.n_cells, self.train.validation_fraction, self.train.seed, self._levels(schema, adata)
-        )
+        split = self._split(schema, adata)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
@@ -730,7 +728,8 @@ class ExpressionVAE:
             ]
             codes, labels = schema.codes(adata.obs), self._labels_of(adata.obs)
             levels = other_levels(schema, self.vae_.classifier, given, codes, mu_z, labels)
-            standing = support(mu_z, levels, learned_from[0], adata.obs_names, empty_cells(adata, schema))
+            standing = support(mu_z, levels, learned_from[0], adata.obs_names)
+            standing.loc[empty_cells(adata, schema)] = (np.nan, np.nan, "empty")
             unsupported = (standing["verdict"] != "supported").to_numpy()
             vaes = [model.vae_ for model in models]
             carried = [
@@ -886,9 +885,7 @@ class ExpressionVAE:
         vae = self._make_vae(schema)
         learned = copy_weights(self.vae_, vae, self.schema_, schema)
         source = Filled(vae, open_source(adata, schema, genes_present=genes_present))
-        split = split_cells(
-            source.n_cells, self.train.validation_fraction, self.train.seed, self._levels(schema, adata)
-        )
+        split = self._split(schema, adata)
         config = replace(self.train, warmup_fraction=0.0)
         vae.to(next(self.vae_.parameters()).device)
         with kernels.threads(config.threads):
@@ -1116,8 +1113,7 @@ class ExpressionVAE:
         source = self._source(adata)
         if self.reference_ is None:
             return source, None
-        levels = self._levels(self.schema_, adata)
-        split = split_cells(source.n_cells, self.train.validation_fraction, self.train.seed, levels)
+        split = self._split(self.schema_, adata)
         rows = self._reference_rows(split)
         same = len(rows) == len(self.reference_.library) and (rows < source.n_cells).all()
         is_same = same and np.array_equal(source.library[rows], self.reference_.library)
@@ -1302,9 +1298,10 @@ class ExpressionVAE:
         codes = schema.codes(adata.obs, given)
         return lambda rows: schema.expand(codes[rows])
 
-    def _levels(self, schema: Schema, adata: AnnData) -> NDArray[np.float32]:
-        """Numbers of the levels of these cells, ``(cells, categorical conditions)``."""
-        return schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
+    def _split(self, schema: Schema, adata: AnnData) -> Split:
+        """Which of these cells are held out, and which learned from: of every level one at least."""
+        levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
+        return split_cells(adata.n_obs, self.train.validation_fraction, self.train.seed, levels)
 
     def _source(self, adata: AnnData | str | Path) -> CellSource:
         schema = self.schema_  # first, so that an unfitted model says so before anything is read

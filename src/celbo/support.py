@@ -70,13 +70,7 @@ def other_levels(
     return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
 
 
-def support(
-    mu_z: NDArray[np.float32],
-    levels: NDArray[np.float32],
-    known: Known,
-    index: pd.Index,
-    empty: NDArray[np.bool_] | None = None,
-) -> pd.DataFrame:
+def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known, index: pd.Index) -> pd.DataFrame:
     """Whether cells of the conditions asked for were seen near each cell in the latent space.
 
     Parameters
@@ -89,8 +83,6 @@ def support(
         The cells that the model learned from.
     index
         Names of the cells.
-    empty
-        Which of them have no count, so that nothing can be told.
 
     Returns
     -------
@@ -104,7 +96,7 @@ def support(
     with_it = known.mu_z[known.has_it]
     if len(with_it) < 2:
         nothing = {"share": 0.0, "distance": np.inf, "verdict": "extrapolation"}
-        return _marked(pd.DataFrame(nothing, index=index), empty)
+        return pd.DataFrame(nothing, index=index)
     place = min(_NEAREST, len(with_it))
     tree, tree_with = cKDTree(known.mu_z), cKDTree(with_it)
     like = known.mu_z if known.has_it.all() else known.mu_z[~known.has_it]
@@ -119,16 +111,7 @@ def support(
     supported = near & seen & (share >= _ENOUGH * chance) & (len(with_it) > _NEAREST)
     off = ~near & (~seen | (share < _SELDOM * chance))
     verdict = np.where(supported, "supported", np.where(off, "extrapolation", "edge"))
-    columns = {"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}
-    return _marked(pd.DataFrame(columns, index=index), empty)
-
-
-def _marked(found: pd.DataFrame, empty: NDArray[np.bool_] | None) -> pd.DataFrame:
-    """What was found, but of cells without a count."""
-    if empty is not None and empty.any():
-        found.loc[empty, ["share", "distance"]] = np.nan
-        found.loc[empty, "verdict"] = "empty"
-    return found
+    return pd.DataFrame({"share": share, "distance": distance / max(usual, 1e-12), "verdict": verdict}, index=index)
 
 
 def supported_positions(known: Known, *, seed: int = 0) -> NDArray[np.float32]:
