@@ -16,7 +16,8 @@ import anndata
 import numpy as np
 import scipy.sparse as sp
 
-from celbo.data import check_adata, read_adata
+from celbo.data.checks import check_adata
+from celbo.data.read import read_adata
 
 CASES = ("csr", "csc", "dense", "csr on disk", "dense on disk")
 

@@ -22,8 +22,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import celbo
-from celbo.curing import is_healthy
-from celbo.importance import log_prob
+from celbo.model.importance import log_prob
+from celbo.trials.curing import is_healthy
 
 N_GENES = 1000
 

@@ -12,7 +12,7 @@ import numpy as np
 from collapse import SETUPS, make
 
 import celbo
-from celbo.report import layout
+from celbo.report.latent import layout
 
 SHOWN = ("fixed sigma, pbmc3k", "deep, pbmc3k", "deep, paul15", "labels, simulated")
 

@@ -17,7 +17,7 @@ import numpy as np
 from counterfactual import TASKS, logged, prepare, split
 
 import celbo
-from celbo.report import layout
+from celbo.report.latent import layout
 
 SHOWN = ("CD4T", "CD14+Mono")
 

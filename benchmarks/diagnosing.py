@@ -8,7 +8,7 @@ import warnings
 from unittest import mock
 
 import celbo
-from celbo import train
+from celbo.fit import train
 
 
 def main() -> None:

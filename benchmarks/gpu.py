@@ -23,7 +23,7 @@ BATCH_SIZES = (128, 1024, 4096)
 
 def fit_celbo(tier: str):
     def fit(*arguments) -> float:
-        from celbo import kernels
+        from celbo.kernels import dispatch as kernels
 
         kernels.use(tier)
         return throughput.fit_celbo(*arguments)  # device="auto" takes the GPU

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 import celbo
-from celbo.demo import knn_accuracy
+from celbo.app.demo import knn_accuracy
 
 # file: column of labels, conditions given to the model
 SETS = {

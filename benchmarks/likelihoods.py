@@ -13,7 +13,7 @@ import warnings
 import anndata
 
 import celbo
-from celbo.comparing import SIMPLEST_FIRST
+from celbo.trials.comparing import SIMPLEST_FIRST
 
 
 def simulated(likelihood: str, seed: int) -> anndata.AnnData:

@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import celbo
-from celbo.outliers import joined, p_values, standardised
+from celbo.ask.outliers import joined, p_values, standardised
 
 SETS = {
     "kang_ifnb": ("cell_type", "condition"),

@@ -21,6 +21,11 @@ from scipy import sparse
 
 import celbo
 
+try:
+    from celbo.data.read import read_adata
+except ImportError:
+    from celbo.data import read_adata
+
 TRAIN = celbo.TrainConfig(max_epochs=12, seed=3, threads=2)
 
 
@@ -40,8 +45,7 @@ def digest(value) -> str:
 def answers(model, cells, fit_cells, given=None, groupby=None) -> dict[str, str]:
     """Hash the weights, and the answers to every question."""
     found = {f"weight {name}": digest(value.cpu().numpy()) for name, value in model.vae_.state_dict().items()}
-    found["history"] = digest([[epoch.step, epoch.kl_weight, *epoch.kl_per_dim, epoch.validation_elbo, epoch.active_units,
-                                epoch.ablation] for epoch in model.history_])  # fmt: skip
+    found["history"] = digest(model.history_.to_frame().drop(columns="seconds"))
     mu_z, sd_z = model.posterior(cells)
     found |= {"mu_z": digest(mu_z), "sd_z": digest(sd_z), "elbo": digest(model.elbo(cells, seed=1))}
     found["expected"] = digest(model.expected_expression(cells))
@@ -58,7 +62,11 @@ def answers(model, cells, fit_cells, given=None, groupby=None) -> dict[str, str]
     found["interpolate"] = digest(model.interpolate(cells[:3], cells[3:9], n_points=4))
     if given:
         changed = model.counterfactual(cells, given, n_samples=6)
-        found |= {"counterfactual": digest(changed.mean), "lower": digest(changed.lower), "upper": digest(changed.upper)}
+        found |= {
+            "counterfactual": digest(changed.mean),
+            "lower": digest(changed.lower),
+            "upper": digest(changed.upper),
+        }
         found |= {"support": digest(changed.support), "changed genes": digest(changed.genes)}
         found["counterfactual sample"] = digest(changed.sample(seed=1))
         if model.schema_.values == "counts":
@@ -70,7 +78,9 @@ def answers(model, cells, fit_cells, given=None, groupby=None) -> dict[str, str]
         found["predict"] = digest(model.predict(cells))
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "model")
-        found["weights file"] = digest(np.frombuffer((Path(folder) / "model/weights.safetensors").read_bytes(), np.uint8))
+        found["weights file"] = digest(
+            np.frombuffer((Path(folder) / "model/weights.safetensors").read_bytes(), np.uint8)
+        )
         loaded = celbo.load(Path(folder) / "model")
         found["loaded mu_z"] = digest(loaded.posterior(cells)[0])
         found["reference file"] = digest(
@@ -108,18 +118,18 @@ def simulated():
         "poisson vamp": {"likelihood": "poisson", "prior": "vamp:20", "nuisance": ["batch"]},
         "autoencoder": {"objective": "autoencoder"},
         "norm_mu": {"remedies": ["norm_mu", "free_bits:0.1", "mmd:1", "autoencoder_start"], "dispersion": "gene-cell"},
-        "batch norm": {"norm": "batch", "remedies": ["linear_decoder", "capacity:5", "match_levels"], "nuisance": ["batch"]},
+        "batch norm": {
+            "norm": "batch",
+            "remedies": ["linear_decoder", "capacity:5", "match_levels"],
+            "nuisance": ["batch"],
+        },
         "skip": {"hidden_dims": (32, 16), "remedies": ["skip", "beta:0.5"], "prior": "mixture:5"},
-    }.items():  # fmt: skip
+    }.items():
         yield name, answers(fit(**options).fit(cells), cells[:300], cells, treated if "conditions" in options else None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
         cells.write_h5ad(path)
-        from_disk = celbo.data.read_adata(path, on_disk=True) if hasattr(celbo, "data") else None
-        if from_disk is None:
-            from celbo.data import read_adata
-
-            from_disk = read_adata(path, on_disk=True)
+        from_disk = read_adata(path, on_disk=True)
         model = fit(nuisance=["batch"], conditions=["treatment"], n_top_genes=100).fit(from_disk)
         yield "on disk", answers(model, from_disk, from_disk, treated, "cell_type")
 
@@ -147,7 +157,9 @@ def golden():
     for folder in sorted((Path(__file__).parents[1] / "tests" / "golden").glob("*/answers.json")):
         known = json.loads(folder.read_text())
         cells = anndata.AnnData(
-            np.array(known["counts"], np.float32), obs=pd.DataFrame(known["obs"]), var=pd.DataFrame(index=known["genes"])
+            np.array(known["counts"], np.float32),
+            obs=pd.DataFrame(known["obs"]),
+            var=pd.DataFrame(index=known["genes"]),
         )
         cells.obs_names = [f"cell_{number}" for number in range(cells.n_obs)]
         model = celbo.load(folder.parent)

@@ -22,8 +22,8 @@ import scipy.sparse as sp
 import torch
 
 import celbo
-from celbo import kernels, train
-from celbo.data import make_source
+from celbo.data.sources import make_source
+from celbo.fit import train
 from celbo.minibatch import gene_moments
 
 N_TRAINED = 10_000
@@ -55,7 +55,7 @@ def training_times(numbers: list[int], turns: int, threads: int) -> dict[int, fl
         vae.head.initialise(vae.fc_out, gene_moments(source, rows))
         runs[n_cells] = train.epochs(vae, source, train.Split(rows, rows[:0]), config)
     times = {n_cells: [] for n_cells in numbers}
-    with kernels.threads(threads):
+    with threads(threads):
         for turn in range(turns + 1):
             for n_cells, run in runs.items():
                 seconds = next(run).seconds

@@ -28,8 +28,8 @@ from quality import prepare
 from throughput import in_its_own_process
 
 import celbo
-from celbo import train
-from celbo.data import make_source
+from celbo.data.sources import make_source
+from celbo.fit import train
 
 SETS = ("pbmc3k", "kang_ifnb", "simulated_20k")
 RECORDED = Path(__file__).with_name("recorded.json")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import celbo
-from celbo.cli import main
+from celbo.app.cli import main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy

@@ -24,7 +24,8 @@ import torch
 
 import celbo
 from celbo import DataError, cli
-from celbo.data import check_adata, check_query, read_adata
+from celbo.data.checks import check_adata, check_query
+from celbo.data.read import read_adata
 
 QUICK = celbo.TrainConfig(max_epochs=2, seed=0)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -558,7 +559,7 @@ def test_24_large_integers_are_checked_as_integers(cells):
 
 def test_25_a_full_disk_keeps_the_old_run(cells, file, tmp_path):
     def run(*arguments, **options):
-        code = "from celbo.cli import main; main()"
+        code = "from celbo.app.cli import main; main()"
         fitting = ["fit", file, "-o", tmp_path / "run", "--epochs", "1", "--hidden-dim", "8", *arguments]
         done = [sys.executable, "-c", code, *map(str, fitting)]
         return subprocess.run(done, capture_output=True, text=True, env=ENVIRONMENT, **options)
@@ -608,7 +609,7 @@ def test_32_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(fit, f
 
 def test_32_two_processes_do_not_write_one_folder(file, tmp_path):
     fitting = ["fit", file, "-o", tmp_path / "run", "--epochs", "30", "--patience", "30"]
-    code = "from celbo.cli import main; main()"
+    code = "from celbo.app.cli import main; main()"
     both = [
         subprocess.Popen([sys.executable, "-c", code, *map(str, fitting)], stderr=subprocess.PIPE, env=ENVIRONMENT)
         for _ in range(2)
@@ -655,7 +656,7 @@ def test_34_no_home_no_utf8_and_a_folder_that_may_not_be_written(cells, tmp_path
     away.mkdir(mode=0o500)
     environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("HOME", "LANG", "LC_ALL")}
     environment |= {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent"}
-    code = "from celbo.cli import main; main()"
+    code = "from celbo.app.cli import main; main()"
     for arguments in (
         ["fit", path, "-o", tmp_path / "läuf", "--condition", "batch", "--epochs", "1"],
         ["inspect", tmp_path / "läuf"],

@@ -6,13 +6,10 @@ Public names load on first use, so that ``import celbo`` and ``celbo.__version__
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from celbo.version import __version__
 
 if TYPE_CHECKING:
-    from celbo.comparing import choose, compare
-    from celbo.curing import cure
-    from celbo.differential import pseudobulk
-    from celbo.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
+    from celbo.ask.differential import pseudobulk
     from celbo.errors import (
         CelboError,
         DataError,
@@ -23,36 +20,39 @@ if TYPE_CHECKING:
         UsageError,
     )
     from celbo.estimator import ExpressionVAE, load
-    from celbo.likelihoods import LIKELIHOODS
-    from celbo.objective import elbo_terms
-    from celbo.realism import check_realism
-    from celbo.remedies import REMEDIES
+    from celbo.fit.remedies import REMEDIES
+    from celbo.fit.train import TrainConfig
+    from celbo.model.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
+    from celbo.model.likelihoods import LIKELIHOODS
+    from celbo.model.objective import elbo_terms
+    from celbo.model.vae import VAE
     from celbo.simulate import simulate_cells
-    from celbo.train import TrainConfig
-    from celbo.vae import VAE
+    from celbo.trials.comparing import choose, compare
+    from celbo.trials.curing import cure
+    from celbo.trust.realism import check_realism
 
 _HOME = {
     "CelboError": "errors",
     "DataError": "errors",
     "DivergedError": "errors",
     "ExpressionVAE": "estimator",
-    "LIKELIHOODS": "likelihoods",
+    "LIKELIHOODS": "model.likelihoods",
     "ModelFileError": "errors",
-    "NegativeBinomial": "distributions",
+    "NegativeBinomial": "model.distributions",
     "NotFittedError": "errors",
-    "REMEDIES": "remedies",
+    "REMEDIES": "fit.remedies",
     "StorageError": "errors",
-    "TrainConfig": "train",
+    "TrainConfig": "fit.train",
     "UsageError": "errors",
-    "VAE": "vae",
-    "ZeroInflatedNegativeBinomial": "distributions",
-    "check_realism": "realism",
-    "choose": "comparing",
-    "compare": "comparing",
-    "cure": "curing",
-    "elbo_terms": "objective",
+    "VAE": "model.vae",
+    "ZeroInflatedNegativeBinomial": "model.distributions",
+    "check_realism": "trust.realism",
+    "choose": "trials.comparing",
+    "compare": "trials.comparing",
+    "cure": "trials.curing",
+    "elbo_terms": "model.objective",
     "load": "estimator",
-    "pseudobulk": "differential",
+    "pseudobulk": "ask.differential",
     "simulate_cells": "simulate",
 }
 

@@ -31,8 +31,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from celbo import __version__
 from celbo.errors import CelboError, ModelFileError, StorageError
+from celbo.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",

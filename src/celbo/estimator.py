@@ -14,39 +14,35 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo import checkpoint, kernels
-from celbo.advice import Diagnosis, diagnose
-from celbo.classifier import calibrate
-from celbo.counterfactual import Counterfactual, carry, changed_genes, decode_under
-from celbo.data import CellSource, Check, Schema, check_adata, make_source, open_source, read_adata
+from celbo import checkpoint
+from celbo.ask.counterfactual import Counterfactual, carry, changed_genes, decode_under
+from celbo.ask.differential import add_up, contrast, group_cells, of_genes
+from celbo.ask.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
+from celbo.ask.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
+from celbo.ask.mapping import at_nearest_levels, copy_weights, doubt_new_levels
+from celbo.ask.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
+from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
+from celbo.data.checks import Check, check_adata
 from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels
 from celbo.data.genes import choose_genes
-from celbo.data.schema import MOST_COMBINATIONS
-from celbo.data.sources import empty_cells
-from celbo.differential import add_up, contrast, group_cells, of_genes
+from celbo.data.read import read_adata
+from celbo.data.schema import MOST_COMBINATIONS, Schema
+from celbo.data.sources import CellSource, empty_cells, make_source, open_source
 from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_count, check_seed, listed
-from celbo.evidence import doubts_of_fit, gather
-from celbo.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
-from celbo.importance import log_prob
-from celbo.inference import (
-    Filled,
-    cell_terms,
-    context_of,
-    expected_values,
-    filled_library,
-    posterior,
-)
-from celbo.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
-from celbo.likelihoods import LIKELIHOODS, Likelihood
-from celbo.mapping import at_nearest_levels, copy_weights, doubt_new_levels
+from celbo.fit.reference import Reference, nested_conditions, reference_arrays, reference_from
+from celbo.fit.remedies import Recipe, combine, refuse_unfit, remedy_table
+from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
+from celbo.kernels.threads import threads
 from celbo.minibatch import Contexts, Rows, gene_moments
-from celbo.objective import OBJECTIVES, Objective
-from celbo.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.reference import Reference, nested_conditions, reference_arrays, reference_from
-from celbo.remedies import Recipe, combine, refuse_unfit, remedy_table
-from celbo.support import known_cells, n_like, other_levels, support, supported_positions
-from celbo.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
-from celbo.vae import VAE
+from celbo.model.classifier import calibrate
+from celbo.model.filling import Filled
+from celbo.model.importance import log_prob
+from celbo.model.inference import cell_terms, expected_values, filled_library, posterior
+from celbo.model.likelihoods import LIKELIHOODS, Likelihood
+from celbo.model.objective import OBJECTIVES, Objective
+from celbo.model.vae import VAE, context_of
+from celbo.trust.advice import Diagnosis, diagnose
+from celbo.trust.evidence import doubts_of_fit, gather
 
 __all__ = ["ExpressionVAE", "History", "load"]
 
@@ -67,7 +63,7 @@ _MADE_BY_FIT = ("schema_", "vae_", "history_", "split_", "reference_")
 
 
 class History(list[Epoch]):
-    """One `celbo.train.Epoch` per pass over the training cells."""
+    """One `celbo.fit.train.Epoch` per pass over the training cells."""
 
     def to_frame(self) -> pd.DataFrame:
         """A row per epoch; ``kl_per_dim`` is spread over columns ``kl_0``, ``kl_1``, ..."""
@@ -121,7 +117,7 @@ class ExpressionVAE:
     dispersion: str = "gene"
     """What theta of a negative binomial depends on: "gene", "gene-condition" or "gene-cell"."""
     objective: str = "vae"
-    """A name in `celbo.objective.OBJECTIVES`: "vae", or "autoencoder" (no KL, z = mu_z)."""
+    """A name in `celbo.model.objective.OBJECTIVES`: "vae", or "autoencoder" (no KL, z = mu_z)."""
     encode_context: bool = True
     """Whether the encoder sees the conditions too."""
     skip: bool = False
@@ -137,14 +133,14 @@ class ExpressionVAE:
     context_skip: bool = False
     """Give the conditions alone to every layer of the decoder."""
     norm_mu: bool = False
-    """Normalise the posterior means over cells; see `celbo.vae.NormMu`."""
+    """Normalise the posterior means over cells; see `celbo.model.vae.NormMu`."""
     interactions: Sequence[str] = ()
     """Pairs of conditions whose combinations do more than their parts: "batch:treatment". Two levels that were never
     seen together do no more."""
     embedding_dim: int = 10
     """Learned numbers in place of the levels of a condition that has more than 50, and of each combination of two."""
     prior: str = "normal"
-    """A name in `celbo.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
+    """A name in `celbo.model.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
     remedies: Sequence[str] = ()
     """Names in `celbo.REMEDIES`, with a number after a colon where they take one: "cyclical", "free_bits:0.1". What
     they say of the model goes before the options above."""
@@ -165,7 +161,7 @@ class ExpressionVAE:
         adata
             Cells with raw counts, or the path of an ``.h5ad`` file or ``.zarr`` folder of them.
         track
-            Watches the minibatches of each epoch go by; see `celbo.train.epochs`.
+            Watches the minibatches of each epoch go by; see `celbo.fit.train.epochs`.
 
         Returns
         -------
@@ -207,14 +203,14 @@ class ExpressionVAE:
         config = self.train
         if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
             config = replace(config, warmup_fraction=0.0)
-        with kernels.threads(config.threads):
+        with threads(config.threads):
             self.history_ = History(epochs(vae, source, split, config, objective=objective, recipe=recipe, track=track))
         self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
         self.reference_ = self._refer(adata, source)
         if vae.classifier is not None:
             held_out = self.reference_.held_out
             calibrate(vae.classifier, self.reference_.mu_z[held_out], self.reference_.labels[held_out])
-        with kernels.threads(config.threads):
+        with threads(config.threads):
             doubts = doubts_of_fit(
                 vae,
                 source,
@@ -320,7 +316,7 @@ class ExpressionVAE:
         schema = self.schema_
         adata = read_adata(adata, layer=schema.layer)
         model, source = self._open(adata, unseen, genes_present)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             mu_z, logvar_z = posterior(model.vae_, source)
         return mu_z, np.exp(0.5 * logvar_z) * self._has_width
 
@@ -337,7 +333,7 @@ class ExpressionVAE:
         check_seed(seed)
         adata = read_adata(adata, layer=self.schema_.layer)
         source = self._source(adata)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             terms = cell_terms(self.vae_, source, seed=seed, objective=self._objective())
         kl = pd.DataFrame(terms.kl, index=adata.obs_names).add_prefix("kl_")
         kl.insert(0, "elbo", terms.elbo)
@@ -358,8 +354,8 @@ class ExpressionVAE:
         """How likely each cell is: log p(x | library, conditions), by importance weighting, in nats.
 
         ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` over ``n_samples`` draws (Burda 2016) from r, a mixture of
-        the widened posterior and the prior (`celbo.importance.log_prob`); with the library size given it is a density
-        given the total. A cell has the same figure whichever others are asked about, unless ``unseen``
+        the widened posterior and the prior (`celbo.model.importance.log_prob`). The library size is given, so this is
+        a density given the total. A cell has the same figure whichever other cells are asked about, unless ``unseen``
         is "nearest" or "adapt".
 
         Parameters
@@ -401,7 +397,7 @@ class ExpressionVAE:
         adata = read_adata(adata, layer=self.schema_.layer)
         self._refuse_autoencoder()
         model, source = self._open(adata, unseen, genes_present)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             found = plain = log_prob(model.vae_, source, n_samples=n_samples, refine_steps=0, seed=seed)
             if refine:
                 found = log_prob(model.vae_, source, n_samples=n_samples, seed=seed)
@@ -476,7 +472,7 @@ class ExpressionVAE:
         is_level = [condition.levels is not None for condition in schema.conditions]
         codes = np.vstack([self.reference_.conditions[known], source.codes])[:, is_level]
         batch = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1) if any(is_level) else np.zeros(len(codes))
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             found = model._read_cells(source, rows, self.reference_, seed)
             mu_z, _ = posterior(model.vae_, source)
             library = filled_library(model.vae_, source)
@@ -533,7 +529,7 @@ class ExpressionVAE:
         if library is not None:
             libraries = torch.full((adata.n_obs, 1), float(library))
         source = self._source(adata)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             total, n = np.zeros((), np.float32), np.float32(len(settings))
             for each in settings:
                 contexts = self._contexts(adata, each) if each else None
@@ -634,7 +630,7 @@ class ExpressionVAE:
         settings = schema.combinations({}, over)
         contexts = [self._contexts(adata, each) if each else None for each in settings]
         source = self._source(adata)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed, has_width=self._has_width)
         measured = schema.columns(adata.var_names) >= 0
         sums = of_genes(sums, measured)
@@ -677,7 +673,7 @@ class ExpressionVAE:
 
         Returns
         -------
-        celbo.counterfactual.Counterfactual
+        celbo.ask.counterfactual.Counterfactual
 
         Raises
         ------
@@ -720,7 +716,7 @@ class ExpressionVAE:
                 stacklevel=2,
             )
         source = self._source(adata)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             mu_z, _ = posterior(self.vae_, source)
             learned_from = [
                 known_cells(reference, model.schema_, model.vae_.classifier, given)
@@ -785,7 +781,7 @@ class ExpressionVAE:
         pandas.DataFrame
             By cell: ``label`` ("none of these" where ``p_known`` is below .01), ``probability`` of the likeliest label
             (calibrated on held-out labelled cells), ``p_known``: probability that a cell of a known label lies as far
-            from the labelled ones (`celbo.labels.predictions`); then a column of probabilities for each label. NaN
+            from the labelled ones (`celbo.ask.labels.predictions`); then a column of probabilities for each label. NaN
             throughout of a cell without a count.
 
         Raises
@@ -843,7 +839,7 @@ class ExpressionVAE:
         genes_present
             Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
         track
-            Watches the minibatches go by; see `celbo.train.epochs`.
+            Watches the minibatches go by; see `celbo.fit.train.epochs`.
 
         Returns
         -------
@@ -888,7 +884,7 @@ class ExpressionVAE:
         split = self._split(schema, adata)
         config = replace(self.train, warmup_fraction=0.0)
         vae.to(next(self.vae_.parameters()).device)
-        with kernels.threads(config.threads):
+        with threads(config.threads):
             steps = epochs(vae, source, split, config, objective=self._objective(), learned=learned, track=track)
             mapped.history_ = History(steps)
         mapped.schema_, mapped.vae_ = schema, vae.eval()
@@ -956,9 +952,9 @@ class ExpressionVAE:
                 raise UsageError(f"source={source!r} and around exclude each other: cells around others have their z.")
             adata = read_adata(around, layer=schema.layer)
             names, codes = adata.obs_names, schema.codes(adata.obs)
-            with kernels.threads(self.train.threads):
+            with threads(self.train.threads):
                 reference = as_reference(self.vae_, self._source(adata), codes)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             drawn = draw_cells(
                 self.vae_,
                 schema,
@@ -1016,7 +1012,7 @@ class ExpressionVAE:
         z = np.stack([self.embed(cells).mean(0) for cells in groups])
         context = torch.stack([schema.encode(cells.obs, given).mean(0) for cells in groups])
         self._doubt_given(given or {})
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             t, along, means = interpolate(self.vae_, z, context, n_points=int(n_points), library=library)
         obs = pd.DataFrame({"position": t.astype(float)}, index=[f"point_{number}" for number in range(len(t))])
         return AnnData(X=means, obs=obs, var=pd.DataFrame(index=list(schema.genes)), obsm={"z": along})
@@ -1038,7 +1034,7 @@ class ExpressionVAE:
 
         Returns
         -------
-        celbo.diagnostics.Diagnosis
+        celbo.trust.diagnostics.Diagnosis
             Prints its verdict in one line, then the findings, worst first, then remedies in the order to try them.
 
         Examples
@@ -1066,7 +1062,7 @@ class ExpressionVAE:
             )
             for number, (condition, columns) in enumerate(zip(schema.conditions, schema.context_columns, strict=True))
         }
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             evidence = gather(
                 self.vae_,
                 source,
@@ -1315,7 +1311,7 @@ class ExpressionVAE:
                 warnings.simplefilter("ignore")  # mapping has said it
                 return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
         if unseen == "nearest":
-            with kernels.threads(self.train.threads):
+            with threads(self.train.threads):
                 adata = at_nearest_levels(
                     self.vae_, self.schema_, adata, self._objective(), genes_present=genes_present
                 )
@@ -1330,7 +1326,7 @@ class ExpressionVAE:
     def _refer(self, adata: AnnData, source: CellSource) -> Reference:
         """Positions of all held-out cells and of as many training cells as are kept."""
         rows = self._reference_rows(self.split_)
-        with kernels.threads(self.train.threads):
+        with threads(self.train.threads):
             mu_z, logvar_z = posterior(self.vae_, source, rows)
         found = Reference(
             mu_z=mu_z,
@@ -1345,13 +1341,13 @@ class ExpressionVAE:
         if self.objective != "autoencoder" and 0 < found.held_out.sum() < len(rows):
             held_out = np.flatnonzero(found.held_out)
             some = np.sort(np.random.default_rng([self.train.seed, 18]).permutation(held_out)[:_CELLS_TO_CALIBRATE])
-            with kernels.threads(self.train.threads):
+            with threads(self.train.threads):
                 found.readings[some] = self._read_cells(source, rows[some], found, self.train.seed)
             found.was_read[some] = True
         return found
 
     def _read_cells(self, source: CellSource, rows: Rows, reference: Reference, seed: int) -> NDArray[np.float64]:
-        """What `celbo.outliers` compares cells by."""
+        """What `celbo.ask.outliers` compares cells by."""
         return readings(
             self.vae_,
             source,

@@ -34,7 +34,10 @@ def main(name: str, options: str, *, mapped: bool = False) -> None:
     answers = {
         "genes": list(some.var_names),
         "counts": some.X.toarray().astype(int).tolist(),
-        "obs": {**{column: some.obs[column].astype(str).tolist() for column in columns}, "dose": list(some.obs["dose"])},
+        "obs": {
+            **{column: some.obs[column].astype(str).tolist() for column in columns},
+            "dose": list(some.obs["dose"]),
+        },
         "mu_z": mu_z.tolist(),
         "sd_z": sd_z.tolist(),
         "expected": model.expected_expression(some).tolist(),

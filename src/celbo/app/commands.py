@@ -1,0 +1,311 @@
+"""What several commands do: read options and cells, open a run, fit and write one."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+from rich.console import Console
+
+import celbo
+from celbo.app.terminal import ending_when_told, plain, say, shown_warnings
+from celbo.errors import UsageError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from celbo.app.demo import Recovery
+    from celbo.checkpoint import FolderDescription
+    from celbo.estimator import ExpressionVAE
+    from celbo.trials.comparing import Comparison
+    from celbo.trials.curing import Step
+
+__all__ = [
+    "Reading",
+    "cells_for",
+    "chosen_options",
+    "compare_with_record",
+    "conditions_of",
+    "describe",
+    "fit_and_write",
+    "make_model",
+    "new_levels",
+    "open_run",
+    "read_cells",
+    "refuse_options_of_fit",
+    "refuse_same_run",
+    "refuse_the_data",
+    "show_trail",
+]
+
+
+class Reading(NamedTuple):
+    """How data are read; names are those of `celbo.app.config.READING`."""
+
+    gene_column: str | None = None
+    make_unique: bool = False
+    na_as_level: bool = False
+    on_disk: bool = False
+
+
+# Options of the command line that have another name in Python, or stand for one of several.
+_NAMES = {
+    "condition": "conditions",
+    "interaction": "interactions",
+    "hidden_dim": "hidden_dims",
+    "epochs": "max_epochs",
+    "remedy": "remedies",
+}
+
+
+def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:
+    """What the command line and the config file say of model, training and reading; the command line wins."""
+    from celbo.app.config import READING, read_config
+
+    defaults = celbo.ExpressionVAE().options()
+    train = defaults.pop("train")
+    chosen: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "reading": {}}
+    if config is not None:
+        chosen = read_config(config, defaults, train)
+    for parameter, value in ctx.params.items():
+        name = _NAMES.get(parameter, parameter)
+        source = ctx.get_parameter_source(parameter)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if name == "latent_dim" and value != "auto":
+            value = _whole(value)
+        for table, known in (("model", defaults), ("train", train), ("reading", READING)):
+            if name in known:
+                chosen[table][name] = value
+    return chosen, Reading(**chosen["reading"])
+
+
+def _whole(text: str) -> int:
+    """The number of latent dimensions, which may be a word."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--latent-dim {text}: give a whole number, or auto.") from None
+
+
+def refuse_options_of_fit(ctx: typer.Context) -> None:
+    """Refuse options that a fitted model brings of its own, where it is named."""
+    of_fit = (
+        *("condition", "nuisance", "interaction", "likelihood", "labels", "unlabelled", "layer", "size_factor"),
+        *("allow_noninteger", "config"),
+    )
+    given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"with --model the model says what it reads; leave out {options}.")
+
+
+def compare_with_record(
+    adata: "AnnData", layer: str | None, chosen: dict[str, dict[str, Any]], config: Path | None
+) -> None:
+    """Say so if a run is repeated on other data than it was about."""
+    from celbo.runs.writing import fingerprint
+
+    expected = chosen.get("data", {}).get("sha256_values")
+    if expected and fingerprint(adata, layer)["sha256_values"] != expected:
+        say(f"warning: the values are not those of the run that {config} records; the result will differ.")
+
+
+def make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
+    """A model with the options chosen, not fitted."""
+    model = dict(chosen["model"])
+    model["n_top_genes"] = model.get("n_top_genes") or None
+    return celbo.ExpressionVAE(**model, train=celbo.TrainConfig(**chosen["train"]))
+
+
+def read_cells(data: Path, reading: Reading, layer: str | None, conditions: "Sequence[str]") -> "AnnData":
+    """Open the cells, name their genes, and make missing conditions a level where that is asked for."""
+    from celbo.data.read import fill_missing_levels, name_genes, read_adata
+
+    adata = name_genes(
+        read_adata(data, layer=layer, on_disk=reading.on_disk), reading.gene_column, make_unique=reading.make_unique
+    )
+    return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
+
+
+def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData":
+    """`read_cells` for a fitted model, which knows its layer and its conditions."""
+    return read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+
+
+def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":
+    """A fitted model and cells for it: those named, or those that its run was fitted to."""
+    from celbo.runs.writing import record_of_run
+
+    model = celbo.load(run)
+    record = record_of_run(run)
+    recorded = record.get("reading", {})
+    reading = Reading(**{name: recorded[name] for name in Reading._fields if name in recorded})
+    reading = reading._replace(on_disk=on_disk or reading.on_disk)
+    if data is None:
+        if "path" not in recorded:
+            raise UsageError(
+                f"{run} does not say which cells it was fitted to; name them, as an .h5ad or .zarr after it."
+            )
+        data = Path(recorded["path"])
+        if not data.exists():
+            raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
+    return model, cells_for(model, data, reading), data, reading
+
+
+def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -> dict[str, str | float]:
+    """What CONDITION=VALUE says, numbers for continuous conditions."""
+    continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
+    given: dict[str, str | float] = {}
+    for text in texts:
+        named = [each.name for each in model.schema_.conditions if text.startswith(f"{each.name}=")]
+        name = max(named, key=len) if named else text.partition("=")[0]
+        value = text[len(name) + 1 :]
+        if not named and name != name.strip():
+            raise UsageError(f"{option} {text!r} has blanks before the '='; write it as CONDITION=VALUE.")
+        if not value:
+            raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
+        if name in given:
+            raise UsageError(f"{option} gives {name!r} more than once; give one value of each condition.")
+        try:
+            given[name] = float(value) if name in continuous else value
+        except ValueError:
+            raise UsageError(f"{option} {text}: {name!r} is continuous; give a number.") from None
+    return given
+
+
+def refuse_same_run(run: Path, output: Path) -> None:
+    """Refuse to write over the run that is read."""
+    if (output / "model").resolve() in (run.resolve(), (run / "model").resolve()):
+        raise UsageError(f"{output} is the run that is read, and would be lost; name another folder with -o.")
+
+
+def refuse_the_data(output: Path, data: Path) -> None:
+    """Refuse to write over the cells that are read."""
+    if output.exists() and data.exists() and output.samefile(data):
+        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+
+
+def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:
+    """Levels that the second model knows beside those of the first, with how many cells have them."""
+    from celbo.data.conditions import as_text
+
+    said = []
+    for old, new in zip(before.schema_.conditions, after.schema_.conditions, strict=True):
+        n_cells = as_text(adata.obs[old.name]).value_counts()
+        said += [f"{old.name}={level} ({n_cells[level]:,})" for level in (new.levels or ())[len(old.levels or ()) :]]
+    return said
+
+
+def show_trail(trail: "Sequence[Step]") -> None:
+    """What was tried, in a line each."""
+    for step in trail:
+        typer.echo(plain(f"{' + '.join(step.remedies) or 'no remedy'}: {step.verdict}"))
+        price = "" if step.difference is None else f" (s.e. {step.se:.2f})"
+        typer.echo(plain(f"  {step.said}{price}"))
+
+
+def fit_and_write(
+    model: "ExpressionVAE",
+    adata: "AnnData",
+    output: Path,
+    *,
+    source: str,
+    path: Path | None = None,
+    reading: dict[str, Any] | None = None,
+    keep_reference: bool = True,
+    auto_remedy: bool = False,
+    auto: Collection[str] = (),
+    recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
+) -> dict[str, Any]:
+    """Train with progress, then write the run; warnings are shown, and repeated in the report."""
+    from celbo.app.progress import shown_progress
+    from celbo.fit.train import settle_device
+    from celbo.runs.claims import claimed_folder
+    from celbo.runs.writing import write_run
+
+    say(f"computing on {settle_device(model.train.device)}")
+    if (output / "model").is_dir():
+        say(f"{output} has a run already, which this one replaces when it is done")
+    with claimed_folder(output, path):
+        started = time.perf_counter()
+        with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+            choices: list[Comparison] = []
+            trail = None
+            if auto:
+                model, choices = celbo.choose(
+                    model,
+                    adata,
+                    likelihood="likelihood" in auto,
+                    latent_dim="latent_dim" in auto,
+                    track=ending_when_told(track),
+                )
+            else:
+                model.fit(adata, track=ending_when_told(track))
+            if auto_remedy:
+                fitted, of_it = model, len(notes)
+                model, trail = celbo.cure(fitted, adata, track=ending_when_told(track))
+                if model is not fitted:  # what was said of the model that was given up is no longer true
+                    del notes[:of_it]
+        seconds = time.perf_counter() - started
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the data are was said before they were fitted
+            summary = write_run(
+                output,
+                model,
+                adata,
+                seconds=seconds,
+                source=source,
+                notes=notes,
+                reading=reading,
+                recovery=None if recover is None else [row._asdict() for row in recover(model, adata)],
+                keep_reference=keep_reference,
+                trail=trail,
+                choices=choices,
+            )
+    for choice in choices:
+        typer.echo(plain(str(choice)))
+    if trail is not None:
+        show_trail(trail)
+    metrics = summary["metrics"]
+    elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
+    of = "training" if elbo == "elbo_train" else "held-out"
+    say(
+        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell; "
+        f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
+    )
+    return summary
+
+
+def describe(folder: "FolderDescription") -> dict[str, Any]:
+    """Say what a model folder holds in a line each; what the folder lacks is None."""
+    document = folder.document
+    options, schema = document.get("options", {}), document.get("schema", {})
+    history = document.get("history") or [{}]
+    return {
+        "path": str(folder.path),
+        "format": folder.format_version,
+        "celbo_version": folder.celbo_version,
+        "size_bytes": folder.size,
+        "likelihood": options.get("likelihood"),
+        "objective": options.get("objective"),
+        "latent_dim": options.get("latent_dim"),
+        "hidden_dims": options.get("hidden_dims"),
+        "n_genes": len(schema.get("genes", [])),
+        "genes": schema.get("genes", [])[:5],
+        "selection": schema.get("selection"),
+        "layer": schema.get("layer"),
+        "size_factor": schema.get("size_factor"),
+        "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},
+        "nuisance": [item["name"] for item in schema.get("conditions", []) if item.get("nuisance")],
+        "interactions": options.get("interactions"),
+        "labels": (schema.get("labels") or {}).get("levels"),
+        "epochs": len(document.get("history") or []),
+        "kl_weight": history[-1].get("kl_weight"),
+        "elbo_validation": history[-1].get("validation_elbo"),
+        "n_parameters": sum(math.prod(shape) for shape in folder.shapes.values()),
+        "has_reference": folder.has_reference,
+    }

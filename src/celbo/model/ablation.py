@@ -1,0 +1,168 @@
+"""What the decoder loses without z, without one of its dimensions, or without a condition."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from celbo.minibatch import Minibatch, Rows, Source
+from celbo.model.inference import CHUNK, for_chunks, posterior
+from celbo.model.objective import log_prob_of_cells
+from celbo.model.vae import VAE, context_of
+
+__all__ = ["UseOfLatent", "in_brief", "sensitivity", "use_of_latent"]
+
+_MOST_COLUMNS = 64
+"""Of a context that is compared as it is."""
+
+
+class UseOfLatent(NamedTuple):
+    """What the decoder makes of z and of the conditions, for each cell, in numpy."""
+
+    mu_z: NDArray[np.float32]
+    """``(cells, latent_dim)``, as ``logvar_z``."""
+    logvar_z: NDArray[np.float32]
+    reconstruction: NDArray[np.float32]
+    """With each cell's own z, ``(cells,)``, nats."""
+    lost: NDArray[np.float32]
+    """Reconstruction lost, ``(parts, cells)``, nats: all of z permuted; each of its dimensions, if asked for; each set
+    of context columns, NaN where the other cell has the same."""
+
+
+def use_of_latent(
+    vae: VAE,
+    source: Source,
+    rows: Rows | None = None,
+    *,
+    by_dimension: bool = False,
+    of_context: Sequence[slice] = (),
+    sample: bool = True,
+    seed: int = 0,
+) -> UseOfLatent:
+    """Reconstruction of each cell, and what it loses when z, or the context, is another cell's.
+
+    z is drawn from the posterior once, and permuted among cells of the same context; the context is permuted among all.
+
+    Parameters
+    ----------
+    vae
+        The model; dropout is off meanwhile.
+    source
+        The cells.
+    rows
+        Which of them; all if None.
+    by_dimension
+        Whether to permute each dimension of z by itself, too.
+    of_context
+        Columns of the context to permute together: those of one condition, for example.
+    sample
+        Whether to draw z; else it is mu_z.
+    seed
+        Of the draws and permutations.
+
+    Returns
+    -------
+    UseOfLatent
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    mu_z, logvar_z = (np.empty((len(rows), vae.latent_dim), np.float32) for _ in range(2))
+    contexts = dict[int, sparse.csr_matrix]()  # of very many levels hardly any is not 0
+
+    def encode(cells: Minibatch, here: slice) -> None:
+        found = vae.encode(cells.x, context_of(vae, cells))
+        mu_z[here], logvar_z[here] = found[0].cpu().numpy(), found[1].cpu().numpy()
+        contexts[here.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
+
+    for_chunks(vae, source, rows, encode)
+    context = sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
+    rng = np.random.default_rng([seed, 5])
+    eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
+    z = mu_z + np.exp(0.5 * logvar_z) * eps
+    within, among = _permutation(in_brief(context), rng), _permutation(np.empty((len(rows), 0)), rng)
+    of_z = [slice(None), *(slice(j, j + 1) for j in range(vae.latent_dim) if by_dimension)]
+    reconstruction, lost = (
+        np.empty(len(rows), np.float32),
+        np.empty((len(of_z) + len(of_context), len(rows)), np.float32),
+    )
+
+    def decode(cells: Minibatch, here: slice) -> None:
+        def log_prob(z: NDArray[np.float32], context: NDArray[np.float32]) -> NDArray[np.float32]:
+            parts = (torch.from_numpy(part).to(cells.x.device) for part in (z, context))
+            p = vae.likelihood(next(parts), context=next(parts) if vae.context_dim else None, library=cells.library)
+            values: NDArray[np.float32] = log_prob_of_cells(p, cells.x, cells.observed).cpu().numpy()
+            return values
+
+        own, of_other = context[here].toarray(), context[among[here]].toarray()
+        reconstruction[here] = log_prob(z[here], own)
+        for number, columns in enumerate([*of_z, *of_context]):
+            z_there, context_there = z[here].copy(), own.copy()
+            if number < len(of_z):
+                z_there[:, columns] = z[within[here]][:, columns]
+            else:
+                context_there[:, columns] = of_other[:, columns]
+            lost[number, here] = reconstruction[here] - log_prob(z_there, context_there)
+            if number >= len(of_z):
+                lost[number, here][(context_there == own).all(1)] = np.nan
+
+    for_chunks(vae, source, rows, decode)
+    return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
+
+
+def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[np.float64]:
+    """How far each latent dimension moves the decoded mean, against the likelihood's own noise; ``(latent_dim,)``.
+
+    ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information about z_j that
+    its genes carry, in units of what z_j varies. Forward-mode derivatives.
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    mu_z, _ = posterior(vae, source, rows)
+    total = torch.zeros(vae.latent_dim, dtype=torch.float64)
+    device = next(vae.parameters()).device
+    was_training = vae.training
+    vae.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), CHUNK):
+            cells = source.take(rows[start : start + CHUNK]).to(device)
+            z = torch.from_numpy(mu_z[start : start + CHUNK]).to(device)
+
+            def mean(z: Tensor, cells: Minibatch = cells) -> Tensor:
+                return vae.decode(z, context_of(vae, cells), cells.library)
+
+            variance = vae.likelihood(z, context=context_of(vae, cells), library=cells.library).variance
+            for j in range(vae.latent_dim):
+                along = torch.zeros_like(z)
+                along[:, j] = 1
+                slope: Tensor = torch.func.jvp(mean, (z,), (along,))[1]
+                total[j] += (slope.double().square() / variance.double().clamp(min=1e-30)).sum().cpu()
+    vae.train(was_training)
+    found: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
+    return found
+
+
+def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:
+    """What tells contexts apart, in few columns: themselves, or a number that is the same for the same."""
+    if context.shape[1] <= _MOST_COLUMNS:
+        return np.asarray(context.toarray())
+    found: NDArray[np.float64] = context @ np.random.default_rng(13).random((context.shape[1], 1))
+    return found
+
+
+def _permutation(context: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.intp]:
+    """For each cell another one of the same context, each once; among all cells where contexts hardly recur."""
+    groups = np.zeros(len(context), np.intp)
+    if context.shape[1]:
+        groups = np.unique(context, axis=0, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(groups, minlength=1)
+    if 2 * len(sizes) > len(context):
+        groups = np.zeros_like(groups)
+    else:
+        groups[sizes[groups] < 2] = -1
+    other = np.empty(len(context), np.intp)
+    for group in np.unique(groups):
+        members = rng.permutation(np.flatnonzero(groups == group))
+        other[members] = np.roll(members, 1)
+    return other

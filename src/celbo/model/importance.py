@@ -1,0 +1,228 @@
+"""log p(x | library, conditions) by importance weighting, after each cell's posterior was refined."""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from celbo.minibatch import Minibatch, Rows, Source, csr_tensor, in_chunks
+from celbo.model.filling import fill_in
+from celbo.model.objective import kl_to_prior, log_prob_of_cells
+from celbo.model.priors import Components
+from celbo.model.vae import VAE, context_of
+
+__all__ = ["LogProb", "log_prob"]
+
+_CHUNK = 256
+"""Cells that are refined together."""
+_ROWS_AT_ONCE = 2048
+"""Pairs of cell and sample that are decoded together."""
+_CONTEXT_AT_ONCE = 1_000_000
+"""Numbers of their contexts together, where there are very many levels."""
+_LEARNING_RATE = 0.03
+"""Of the refinement, falling to 0."""
+_WIDTHS = (1.2, 1.2, 2.0, 1.2, 1.2, 3.0, 1.2, 1.2, None, 1.2)
+"""By turns, how much wider than q samples are drawn; None: from the prior. Most are where q is; the others find what
+one normal distribution overlooks, a second mode or a heavy tail, so that the effective number tells of it."""
+
+
+class LogProb(NamedTuple):
+    """By cell, float64."""
+
+    log_p: NDArray[np.float64]
+    """Nats."""
+    se: NDArray[np.float64]
+    """Its standard error, ``sqrt(1 / ESS - 1 / K)``."""
+    ess: NDArray[np.float64]
+    """Effective number of the K samples; below 10 the estimate is not to be trusted."""
+
+
+def log_prob(
+    vae: VAE,
+    source: Source,
+    rows: Rows | None = None,
+    *,
+    n_samples: int = 500,
+    refine_steps: int = 150,
+    seed: int = 0,
+) -> LogProb:
+    """``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)``, by importance weighting (Burda 2016).
+
+    r is a mixture around the posterior q: of each ten samples seven are drawn from it with 1.2 times its standard
+    deviation, one with 2, one with 3 times, and one from the prior (of fewer than nine none); weights are by the
+    density of them all (Owen & Zhou 2000, JASA 95:135). q starts as the encoder's posterior, and is refined for each
+    cell by Adam on its own ELBO: what is compared then is the model, not its encoder. Sums are taken in float64. With
+    the library size given it is a density given the total.
+    The draws for a cell depend on the seed and its own values: what is found of it does not change with the company.
+
+    Parameters
+    ----------
+    vae
+        The model.
+    source
+        The cells.
+    rows
+        Which of them; all if None.
+    n_samples
+        K.
+    refine_steps
+        Steps of refinement; 0 for none.
+    seed
+        Of all draws.
+
+    Returns
+    -------
+    LogProb
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    device = next(vae.parameters()).device
+    was_training, learns = vae.training, [parameter.requires_grad for parameter in vae.parameters()]
+    vae.eval().requires_grad_(False)
+    try:
+        found = []
+        for piece in in_chunks(rows, _CHUNK):
+            cells = source.take(piece)
+            noise = _generators(cells.x, seed)
+            found.append(_of_cells(vae, source, cells.to(device), n_samples, refine_steps, noise))
+    finally:
+        vae.train(was_training)
+        for parameter, wanted in zip(vae.parameters(), learns, strict=True):
+            parameter.requires_grad_(wanted)
+    log_p, ess = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (np.empty(0), np.empty(0))
+    return LogProb(log_p, np.sqrt(np.maximum(0.0, 1 / ess - 1 / n_samples)), ess)
+
+
+def _of_cells(
+    vae: VAE,
+    source: Source,
+    cells: Minibatch,
+    n_samples: int,
+    refine_steps: int,
+    noise: Sequence[np.random.Generator],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    context = context_of(vae, cells)
+    with torch.no_grad():
+        cells = fill_in(vae, cells, source)
+        mu_z, logvar_z = vae.encode(cells.x, context)
+    mu_z, logvar_z = _refine(vae, cells, mu_z, logvar_z, refine_steps, noise)
+    sd = (0.5 * logvar_z).exp()
+    rows = min(_ROWS_AT_ONCE, _CONTEXT_AT_ONCE // max(vae.context_dim, 1))
+    n_cells, at_once = len(mu_z), max(1, rows // len(mu_z))
+    widths = list(islice(cycle(_WIDTHS), n_samples))
+    shares = {width: n / n_samples for width, n in Counter(widths).items()}
+    log_weights = []
+    with torch.no_grad():
+        prior = vae.prior_components(mu_z, context)
+        for start in range(0, n_samples, at_once):
+            of_these = widths[start : start + at_once]
+            z = _draw(of_these, mu_z, sd, prior, noise)
+            again = _repeated(cells, len(z))
+            p = vae.likelihood(z.flatten(0, 1), context=context_of(vae, again), library=again.library)
+            log_likelihood = log_prob_of_cells(p, again.x, again.observed).double().view(len(z), n_cells)
+            log_prior = prior.distribution().log_prob(z).double()
+            log_weights.append(log_likelihood + log_prior - _log_density(z, mu_z, sd, log_prior, shares))
+    weights = torch.cat(log_weights)
+    log_p = torch.logsumexp(weights, 0) - math.log(n_samples)
+    ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
+    return log_p.cpu().numpy(), ess.cpu().numpy()
+
+
+def _draw(
+    widths: Sequence[float | None], mu_z: Tensor, sd: Tensor, prior: Components, noise: Sequence[np.random.Generator]
+) -> Tensor:
+    """A sample of z for each cell by each of these `_WIDTHS`, ``(widths, cells, latent_dim)``."""
+    eps = _normal(noise, len(widths), mu_z.shape[1] + 1).to(mu_z.device)
+    eps, chance = eps[..., :-1], torch.special.ndtr(eps[..., -1])
+    cells, up_to = torch.arange(len(mu_z), device=mu_z.device), prior.log_weights.exp().cumsum(0)[:-1]
+    drawn = []
+    for number, width in enumerate(widths):
+        if width is not None:
+            drawn.append(mu_z + width * sd * eps[number])
+            continue
+        component = torch.searchsorted(up_to, chance[number].contiguous())
+        mu, logvar = (part.expand(len(mu_z), -1, -1)[cells, component] for part in (prior.mu, prior.logvar))
+        drawn.append(mu + (0.5 * logvar).exp() * eps[number])
+    return torch.stack(drawn)
+
+
+def _log_density(
+    z: Tensor, mu_z: Tensor, sd: Tensor, log_prior: Tensor, shares: Mapping[float | None, float]
+) -> Tensor:
+    """Of what `_draw` draws, ``(widths, cells)`` float64, where each of `_WIDTHS` has these shares."""
+    apart = ((z - mu_z) / sd).double().square().sum(-1)
+    log_volume = (sd.double().log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+    parts = [
+        math.log(share)
+        + (log_prior if width is None else -0.5 * apart / width**2 - z.shape[-1] * math.log(width) - log_volume)
+        for width, share in shares.items()
+    ]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+def _refine(
+    vae: VAE, cells: Minibatch, mu_z: Tensor, logvar_z: Tensor, steps: int, noise: Sequence[np.random.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Maximise each cell's ELBO over its own mean and log-variance."""
+    mu_z, logvar_z = mu_z.clone().requires_grad_(), logvar_z.clone().requires_grad_()
+    groups: list[dict[str, Any]] = [{"params": [mu_z]}, {"params": [logvar_z], "lr": 2 * _LEARNING_RATE}]
+    optimizer = torch.optim.Adam(groups, lr=_LEARNING_RATE)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    context = context_of(vae, cells)
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / steps)
+        eps = _normal(noise, 1, vae.latent_dim)[0].to(mu_z.device)
+        z = mu_z + (0.5 * logvar_z).exp() * eps
+        p = vae.likelihood(z, context=context, library=cells.library)
+        kl = kl_to_prior(vae, mu_z, logvar_z, z, context).sum(-1)
+        loss = (kl - log_prob_of_cells(p, cells.x, cells.observed)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return mu_z.detach(), logvar_z.detach()
+
+
+def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
+    """Of random numbers, for each cell its own, by its values."""
+    x = x.cpu()
+    if x.layout == torch.sparse_csr:
+        parts = (part.numpy() for part in (x.values(), x.col_indices(), x.crow_indices()))
+        stored = sparse.csr_matrix(tuple(parts), tuple(x.shape)).copy()  # which is changed below
+    else:
+        stored = sparse.csr_matrix(x.numpy())
+    stored.eliminate_zeros()
+    stored.sort_indices()
+    genes, bounds = stored.indices.astype(np.int64), stored.indptr
+    cells = [slice(*ends) for ends in pairwise(bounds)]
+    of_cells = [zlib.crc32(stored.data[cell].tobytes(), zlib.crc32(genes[cell].tobytes())) for cell in cells]
+    return [np.random.default_rng([seed, 10, of_cell]) for of_cell in of_cells]
+
+
+def _normal(noise: Sequence[np.random.Generator], n: int, dim: int) -> Tensor:
+    """The next standard normal numbers, ``(n, cells, dim)``."""
+    return torch.from_numpy(np.stack([each.standard_normal((n, dim), np.float32) for each in noise], axis=1))
+
+
+def _repeated(cells: Minibatch, times: int) -> Minibatch:
+    """The same cells again and again, one whole set after another."""
+    if times == 1:
+        return cells
+    x = cells.x
+    if x.layout == torch.sparse_csr:
+        starts, values = x.crow_indices(), x.values()
+        shift = torch.arange(times)[:, None] * len(values)
+        crow = torch.cat([(starts[:-1] + shift).reshape(-1), starts.new_tensor([times * len(values)])])
+        x = csr_tensor(
+            crow.to(starts.dtype), x.col_indices().repeat(times), values.repeat(times), (times * x.shape[0], x.shape[1])
+        )
+    else:
+        x = x.repeat(times, 1)
+    return Minibatch(x, cells.context.repeat(times, 1), cells.library.repeat(times, 1), cells.observed)

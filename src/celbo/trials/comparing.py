@@ -1,0 +1,267 @@
+"""Compare fitted models by how likely they find the same cells; choose the simplest that is as good as any."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo.data.read import read_adata
+from celbo.errors import UsageError, check_count, check_seed, listed
+from celbo.estimator import ExpressionVAE
+from celbo.fit.train import Track, plan_run
+from celbo.kernels.threads import threads
+from celbo.minibatch import Rows
+from celbo.model.importance import log_prob
+from celbo.model.likelihoods import LIKELIHOODS
+
+__all__ = ["LATENT_DIMS", "SIMPLEST_FIRST", "Comparison", "choose", "compare", "simplest"]
+
+SIMPLEST_FIRST = ("bernoulli", "poisson", "nb", "zinb")
+"""Likelihoods that ``likelihood="auto"`` chooses from; the first where no count is above 1."""
+LATENT_DIMS = (2, 5, 10, 20, 30)
+"""Widths that ``latent_dim="auto"`` chooses from."""
+_CELLS, _SAMPLES = 500, 200
+_FEW_CELLS = 30
+"""Below which people are warned."""
+_FEW = 10
+"""Effective samples below which log p of a cell is not to be trusted."""
+_AS_GOOD, _HOPELESS = 2.0, 5.0
+"""Paired standard errors below the best: up to which a model is as good, and from which on it is given up early."""
+_EARLY = 4
+"""Share of the epochs after which models are given up: one in so many."""
+_DRAWS = 1000
+"""Resamplings of the cells that say how sure a choice is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Models side by side on the same cells."""
+
+    table: pd.DataFrame
+    """By model, in the order given: mean refined ``log_p`` of a cell (nats); ``difference`` to the best one and its
+    paired ``se``; ``unrefined``, what the encoder's own posterior gives; median effective samples ``ess``, and the
+    share of cells with ``few`` (below 10)."""
+    n_cells: int
+    held_out: bool
+    """Whether no model learned from these cells."""
+    chosen: str
+    """The first in the order given that is within 2 paired standard errors of the best."""
+    sure: float
+    """Share of resampled sets of cells in which the same model would be chosen."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        models = [{"model": name, **row} for name, row in self.table.to_dict("index").items()]
+        facts = {"n_cells": self.n_cells, "held_out": self.held_out, "chosen": self.chosen, "sure": self.sure}
+        return {"models": models, **facts}
+
+    def __str__(self) -> str:
+        lines = [f"{self.chosen}: the first within 2 s.e. of the best; of resampled cells {self.sure:.0%} say so too"]
+        for name, row in self.table.iterrows():
+            behind = "best" if row["difference"] == 0 else f"{row['difference']:+.2f} (s.e. {row['se']:.2f})"
+            doubt = "" if row["ess"] >= _FEW else f"; no result: median ESS {row['ess']:.1f}"
+            lines.append(
+                f"{name}: log p(x) {row['log_p']:,.2f} nats, {behind}; unrefined {row['unrefined']:,.2f}{doubt}"
+            )
+        whose = "held-out cells" if self.held_out else "cells, of which some may have been learned from"
+        return "\n".join([*lines, f"{self.n_cells:,} {whose}"])
+
+
+def compare(
+    models: Mapping[str, ExpressionVAE], adata: AnnData | str | Path, *, n_samples: int = _SAMPLES, seed: int = 0
+) -> Comparison:
+    """Compare models by the refined log p(x) of the same cells: at most 500, held out of fitting where that is known.
+
+    The posterior of each cell is refined for each model first (`ExpressionVAE.log_prob`), so that models are compared,
+    not their encoders. Differences are paired by cell.
+
+    Parameters
+    ----------
+    models
+        By name, the simplest first.
+    adata
+        The cells. If they are those the models were fitted to, only what all of them held out is compared.
+    n_samples
+        Draws of z for each cell.
+    seed
+        Of the choice of cells, and of the draws.
+
+    Raises
+    ------
+    UsageError
+        If models have other genes, or values of another kind, or there are fewer than two of them or of the cells.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> adata = celbo.simulate_cells(n_cells=300, n_genes=50, seed=0)
+    >>> train = celbo.TrainConfig(max_epochs=20)
+    >>> models = {name: celbo.ExpressionVAE(likelihood=name, latent_dim=2, train=train) for name in ("poisson", "nb")}
+    >>> found = celbo.compare({name: model.fit(adata) for name, model in models.items()}, adata)
+    >>> found.table.loc[found.chosen, "ess"] > 10
+    np.True_
+    """
+    check_count("n_samples", n_samples, 2)
+    check_seed(seed)
+    if not isinstance(models, Mapping):
+        raise UsageError("name the models, the simplest first: celbo.compare({'nb': model_1, 'zinb': model_2}, adata).")
+    if len(models) < 2:
+        raise UsageError(f"{len(models)} model to compare; give at least two.")
+    if len({id(model) for model in models.values()}) < len(models):
+        raise UsageError("a model is compared with others; give each once.")
+    first = next(iter(models.values()))
+    if any(model.schema_.genes != first.schema_.genes for model in models.values()):
+        raise UsageError("the models have other genes; log p(x) can be compared over the same genes only.")
+    if any(model.objective == "autoencoder" for model in models.values()):
+        raise UsageError("a plain autoencoder has no p(x) to compare; leave it out.")
+    for part in ("layer", "size_factor"):
+        if any(getattr(model.schema_, part) != getattr(first.schema_, part) for model in models.values()):
+            raise UsageError(f"the models read another {part}; log p(x) can be compared of the same counts only.")
+    adata = read_adata(adata, layer=first.schema_.layer)
+    kinds = {name: model.schema_.values for name, model in models.items()}
+    if len(set(kinds.values())) > 1 and not (
+        set(kinds.values()) <= {"counts", "detected"} and _is_binary(first, adata)
+    ):
+        told = listed(f"{name} ({kind})" for name, kind in kinds.items())
+        raise UsageError(f"the models are of values of other kinds: {told}; log p(x) of those cannot be compared.")
+    splits = [model.split_again(adata)[1] for model in models.values()]
+    every: Rows = np.arange(adata.n_obs)
+    held_out = reduce(np.intersect1d, [every if split is None else split.validation for split in splits])
+    all_held_out = len(held_out) >= 2 and all(split is not None for split in splits)
+    rows = held_out if len(held_out) >= 2 else every
+    if len(rows) < 2:
+        raise UsageError(f"{len(rows)} cell to compare models on; give at least 2, better {_FEW_CELLS} or more.")
+    if len(rows) < _FEW_CELLS:
+        why = "were held out by every model; those fitted with the same seed hold out the same" if all_held_out else ""
+        warnings.warn(
+            f"only {len(rows)} cells {why or 'to compare models on'}: a difference may be chance.", stacklevel=2
+        )
+    rows = np.sort(np.random.default_rng([seed, 19]).permutation(rows)[:_CELLS])
+    return _compared(models, adata, rows, n_samples, seed, held_out=all_held_out)
+
+
+def _compared(
+    models: Mapping[str, ExpressionVAE], adata: AnnData, rows: Rows, n_samples: int, seed: int, *, held_out: bool
+) -> Comparison:
+    refined, table = {}, {}
+    for name, model in models.items():
+        source = model.split_again(adata)[0]
+        with threads(model.train.threads):
+            plain = log_prob(model.vae_, source, rows, n_samples=n_samples, refine_steps=0, seed=seed)
+            found = log_prob(model.vae_, source, rows, n_samples=n_samples, seed=seed)
+        refined[name] = found.log_p
+        table[name] = {
+            "log_p": found.log_p.mean(),
+            "unrefined": plain.log_p.mean(),
+            "ess": np.median(found.ess),
+            "few": (found.ess < _FEW).mean(),
+        }
+    frame = pd.DataFrame.from_dict(table, orient="index")
+    log_p = np.array([refined[name] for name in models])
+    lost = log_p - log_p[log_p.mean(1).argmax()]
+    frame.insert(1, "difference", lost.mean(1))
+    frame.insert(2, "se", lost.std(1, ddof=1) / np.sqrt(len(rows)))
+    rng, chosen = np.random.default_rng([seed, 20]), simplest(log_p)
+    again = [simplest(log_p[:, rng.integers(len(rows), size=len(rows))]) for _ in range(_DRAWS)]
+    return Comparison(frame, len(rows), held_out, list(models)[chosen], float(np.mean(np.equal(again, chosen))))
+
+
+def simplest(log_p: NDArray[np.float64]) -> int:
+    """Number of the first model, of ``(models, cells)``, that is within 2 paired standard errors of the best.
+
+    Examples
+    --------
+    >>> simplest(np.array([[0.0, 0.0, 0.1], [1.0, 1.2, 1.1], [1.1, 1.1, 1.2]]))
+    1
+    """
+    lost = log_p[log_p.mean(1).argmax()] - log_p
+    se = lost.std(1, ddof=1) / np.sqrt(log_p.shape[1])
+    return int(np.flatnonzero(lost.mean(1) <= _AS_GOOD * se)[0])
+
+
+def choose(
+    model: ExpressionVAE,
+    adata: AnnData | str | Path,
+    *,
+    likelihood: bool = False,
+    latent_dim: bool = False,
+    track: Track | None = None,
+) -> tuple[ExpressionVAE, list[Comparison]]:
+    """Fit variants of a model, and keep the simplest within 2 paired standard errors of the best on held-out cells.
+
+    All are fitted for a quarter of the epochs first; those that are 5 standard errors behind then are given up. The
+    likelihood is chosen before the width of z. Counts are compared with counts only: a model of real numbers is not one
+    to choose from, nor one of detection, unless no count is above 1.
+
+    Parameters
+    ----------
+    model
+        Not fitted; its other options are those of all variants.
+    adata
+        The cells.
+    likelihood
+        Whether to choose among `SIMPLEST_FIRST`.
+    latent_dim
+        Whether to choose among `LATENT_DIMS`.
+    track
+        Watches the minibatches go by; see `celbo.fit.train.epochs`.
+
+    Returns
+    -------
+    tuple
+        The chosen model, fitted; and a `Comparison` for each choice.
+
+    Raises
+    ------
+    UsageError
+        If fewer than 30 cells would be held out.
+    """
+    adata = read_adata(adata, layer=model.layer)
+    if (likelihood or latent_dim) and (n := round(adata.n_obs * model.train.validation_fraction)) < _FEW_CELLS:
+        raise UsageError(f"{n} cells would be held out, too few to choose by; give {_FEW_CELLS}, or choose yourself.")
+    compared = []
+    if likelihood:
+        binary = _is_binary(model, adata)
+        names = [name for name in SIMPLEST_FIRST if binary or LIKELIHOODS[name].values == "counts"]
+        model, found = _best(model, "likelihood", names, adata, track)
+        compared.append(found)
+    if latent_dim:
+        widths = [width for width in LATENT_DIMS if width < min(adata.shape)]
+        model, found = _best(model, "latent_dim", widths, adata, track)
+        compared.append(found)
+    if not compared:
+        model.fit(adata, track=track)
+    return model, compared
+
+
+def _best(
+    model: ExpressionVAE, option: str, values: Sequence[Any], adata: AnnData, track: Track | None
+) -> tuple[ExpressionVAE, Comparison]:
+    """Fit the model with each value of an option; the simplest that is as good as the best."""
+    n_train = adata.n_obs - round(adata.n_obs * model.train.validation_fraction)
+    planned = plan_run(max(n_train, 1), model.train, model.recipe()).epochs
+    few = replace(model.train, max_epochs=max(1, planned // _EARLY))
+    variants = {str(value): replace(model, **{option: value}) for value in values}
+    fitted = {name: replace(each, train=few).fit(adata, track=track) for name, each in variants.items()}
+    if len(fitted) == 1:
+        raise UsageError(f"there is nothing to choose {option} from: only {values[0]!r} can be fitted to these cells.")
+    early = compare(fitted, adata)
+    left = early.table.index[early.table["difference"] >= -_HOPELESS * early.table["se"]]
+    if len(left) == 1:
+        return variants[left[0]].fit(adata, track=track), early
+    found = {name: variants[name].fit(adata, track=track) for name in left}
+    late = compare(found, adata)
+    return found[late.chosen], late
+
+
+def _is_binary(model: ExpressionVAE, adata: AnnData) -> bool:
+    """Whether no value is above 1."""
+    stored = model.check(adata).stored
+    return stored is not None and all(block.nnz == 0 or block.max() <= 1 for block in stored.blocks())

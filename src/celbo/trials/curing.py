@@ -1,0 +1,215 @@
+"""Cure a collapsed model: diagnose, apply the first remedy that fits, fit again, compare, until it is healthy."""
+
+import warnings
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from celbo.data.conditions import as_text
+from celbo.data.read import read_adata
+from celbo.errors import DivergedError, UsageError, listed
+from celbo.estimator import ExpressionVAE
+from celbo.fit.remedies import REMEDIES
+from celbo.fit.train import Track
+from celbo.kernels.threads import threads
+from celbo.minibatch import Rows
+from celbo.model.importance import log_prob
+from celbo.trust.advice import Advice, Diagnosis
+
+__all__ = ["Step", "cure", "is_healthy"]
+
+_CELLS_TO_COMPARE = 300
+_SAMPLES = 200
+_BACK = 0.5
+"""Nats per cell of ablation, or one dimension, by which a remedy has to help at least."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model on the trail."""
+
+    remedies: tuple[str, ...]
+    verdict: str
+    collapsed: bool
+    active_units: int
+    ablation: float
+    """Reconstruction lost without z, nats per held-out cell."""
+    log_p: float
+    """Refined log p(x) of held-out cells, mean, nats."""
+    difference: float | None
+    """Log p(x) less that of the model before it, paired; None for the first."""
+    se: float | None
+    """Its standard error."""
+    kept: bool
+    """Whether the search went on from here."""
+    said: str
+    """Why, in words."""
+
+
+def is_healthy(diagnosis: Diagnosis) -> bool:
+    """Whether the decoder listens to z, and z uses the dimensions that the data show, or its whole width."""
+    expected = [each for each in diagnosis.findings if each.name == "expected dimensions"]
+    return not diagnosis.collapsed and all(each.verdict == "good" for each in expected)
+
+
+def cure(
+    model: ExpressionVAE,
+    adata: AnnData | str | Path,
+    *,
+    tolerance: float = 1.0,
+    tries: int = 3,
+    track: Track | None = None,
+) -> tuple[ExpressionVAE, list[Step]]:
+    """Apply remedies to a fitted model, one after another, as long as it is not healthy.
+
+    Once it is, a try is still given to each known cause of collapse that is left in it, while z uses fewer dimensions
+    than the data show.
+
+    Each try fits a new model with one more remedy, from the same seed. It is kept if z says more than before, and if
+    the refined log p(x) of held-out cells fell by no more than ``tolerance`` since the first model; what is not kept is
+    on the trail, too.
+
+    Parameters
+    ----------
+    model
+        Fitted to these cells; left as it is.
+    adata
+        The cells.
+    tolerance
+        Nats per cell of held-out log p(x) that all remedies together may cost.
+    tries
+        Models to fit at most.
+    track
+        Watches the minibatches go by; see `celbo.fit.train.epochs`.
+
+    Returns
+    -------
+    tuple
+        The best model (this one, if nothing helped), and the trail: a `Step` for each.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> adata = celbo.simulate_cells(n_cells=500, n_genes=100, median_library=1000, seed=0)
+    >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=30)).fit(adata)
+    >>> cured, trail = celbo.cure(model, adata)
+    >>> [step.kept for step in trail]
+    [True]
+    """
+    if tries < 1 or not tolerance >= 0:
+        raise UsageError(
+            f"tries={tries}, tolerance={tolerance}; give at least 1 try, and a tolerance of 0 nats or more."
+        )
+    adata = read_adata(adata, layer=model.layer)
+    _, split = model.split_again(adata)
+    if split is None:
+        raise UsageError(
+            "these are not the cells the model was fitted to, in their order, or it keeps no reference to tell by "
+            "(keep_reference); cure needs to know which cells were held out. Fit it again with these cells."
+        )
+    new_levels = {
+        f"{each.name}={level}"
+        for each in model.schema_.conditions
+        for level in set(each.levels or ()) - set(as_text(adata.obs[each.name]))
+    }
+    if new_levels:
+        raise UsageError(
+            f"the model knows levels that these cells do not have ({listed(sorted(new_levels))}), and would forget "
+            "them: cure the model they were mapped to, then map again."
+        )
+    if "split_" not in model.__dict__:
+        model = copy(model)
+        model.split_ = split  # which a loaded model has lost
+    held_out = split.validation if len(split.validation) >= 2 else split.train
+    rows = np.sort(np.random.default_rng([model.train.seed, 15]).permutation(held_out)[:_CELLS_TO_COMPARE])
+    diagnosis, log_p = model.diagnose(adata), _log_p(model, adata, rows)
+    first, said_of_kept = log_p, list[warnings.WarningMessage]()
+    trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]
+    tried: set[str] = set()
+    if is_healthy(diagnosis):
+        return model, trail
+    while len(trail) <= tries:
+        remaining = [each for each in diagnosis.remedies if each.remedy and each.remedy not in tried]
+        if is_healthy(diagnosis):  # by now; what brought the collapse about is taken away all the same
+            remaining = [each for each in remaining if each.is_cause]
+        if not remaining:
+            break
+        advice = remaining[0]
+        tried.add(advice.remedy)
+        changed = replace(model, remedies=_joined(model.remedies, advice))
+        try:
+            with warnings.catch_warnings(record=True) as said_of_it:
+                warnings.simplefilter("always")
+                changed.fit(adata, track=track)
+        except (UsageError, DivergedError) as error:
+            said = f"not kept: {str(error).splitlines()[0]}"
+            trail.append(replace(trail[-1], remedies=tuple(changed.remedies), kept=False, said=said))
+            continue
+        found, its_log_p = changed.diagnose(adata), _log_p(changed, adata, rows)
+        kept, said = _is_better(found, diagnosis, its_log_p - log_p, float((its_log_p - first).mean()), tolerance)
+        trail.append(_step(changed, found, its_log_p, log_p, kept, said))
+        if kept:
+            model, diagnosis, log_p, said_of_kept = changed, found, its_log_p, said_of_it
+    for each in said_of_kept:  # of the models that were given up nobody needs to hear
+        warnings.warn(each.message, each.category, stacklevel=2)
+    return model, trail
+
+
+def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
+    """The remedies and one more, in the place of one that changes the same part."""
+    part = REMEDIES[advice.remedy.partition(":")[0]].part
+    return (*(each for each in remedies if REMEDIES[each.partition(":")[0]].part != part), advice.remedy)
+
+
+def _log_p(model: ExpressionVAE, adata: AnnData, rows: Rows) -> NDArray[np.float64]:
+    source, _ = model.split_again(adata)
+    with threads(model.train.threads):
+        return log_prob(model.vae_, source, rows, n_samples=_SAMPLES, seed=model.train.seed).log_p
+
+
+def _is_better(
+    found: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], in_all: float, tolerance: float
+) -> tuple[bool, str]:
+    mean = float(difference.mean())
+    more = _ablation(found) - _ablation(before)
+    says_more = (before.collapsed and not found.collapsed) or more > _BACK or found.active_units > before.active_units
+    price = f"log p(x) of held-out cells changes by {mean:+.2f} nats"
+    if not says_more:
+        return False, f"not kept: z says no more than before; {price}"
+    if in_all < -tolerance:
+        since = "" if in_all == mean else f" ({in_all:+.2f} since the first model)"
+        return False, f"not kept: z says more, but {price}{since}, beyond the tolerance of {tolerance:g}"
+    return True, f"kept: z says more; {price}"
+
+
+def _ablation(diagnosis: Diagnosis) -> float:
+    return float(diagnosis.finding("latent ablation").value[0]["nats"])
+
+
+def _step(
+    model: ExpressionVAE,
+    diagnosis: Diagnosis,
+    log_p: NDArray[np.float64],
+    before: NDArray[np.float64] | None,
+    kept: bool,
+    said: str,
+) -> Step:
+    difference: Any = None if before is None else log_p - before
+    return Step(
+        remedies=tuple(model.remedies),
+        verdict=diagnosis.verdict,
+        collapsed=diagnosis.collapsed,
+        active_units=diagnosis.active_units,
+        ablation=_ablation(diagnosis),
+        log_p=float(log_p.mean()),
+        difference=None if difference is None else float(difference.mean()),
+        se=None if difference is None else float(difference.std(ddof=1) / np.sqrt(len(difference))),
+        kept=kept,
+        said=said,
+    )

@@ -1,0 +1,1 @@
+"""Whether a model, or the cells it draws, can be believed."""

@@ -1,0 +1,272 @@
+"""What all findings together come to: a verdict in one line, the findings, worst first, and remedies in order."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celbo.model.information import ACTIVE
+from celbo.trust.diagnostics import (
+    DEAD,
+    LEAST_ABLATION,
+    Finding,
+    Floats,
+    active_units,
+    aggregated_gap,
+    condition_ablation,
+    condition_leakage,
+    decoder_sensitivity,
+    expected_dimensions,
+    falls_short,
+    gain,
+    kl_by_dimension,
+    lasting_collapse,
+    latent_ablation,
+    latent_information,
+    listens,
+    types_kept,
+)
+
+__all__ = ["Advice", "Diagnosis", "Evidence", "diagnose"]
+
+_SCHEDULES = {"linear", "sigmoid", "cosine", "cyclical", "autoencoder_start"}
+_GRAVITY = {"good": 0, "watch": 1, "bad": 2}
+
+
+class Advice(NamedTuple):
+    """A remedy that fits the findings."""
+
+    remedy: str
+    """As ``--remedy`` and ``remedies=[...]`` take it; empty where it is another option."""
+    why: str
+    command: str
+    """Options to add to ``celbo fit``."""
+    keyword: str
+    """The same for `celbo.ExpressionVAE`."""
+    is_cause: bool = False
+    """Whether it takes away what is known to collapse models, rather than working against it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found in a fitted model, and what to do about it."""
+
+    collapsed: bool
+    """Whether the decoder makes next to nothing of z."""
+    active_units: int
+    """Dimensions of z that vary and that the decoder listens to."""
+    verdict: str
+    """One line."""
+    findings: list[Finding] = field(default_factory=list)
+    """Worst first."""
+    remedies: list[Advice] = field(default_factory=list)
+    """The one to try first comes first."""
+
+    def finding(self, name: str) -> Finding:
+        """The finding of this name; `KeyError` if it was not measured."""
+        return {each.name: each for each in self.findings}[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        document = asdict(self)
+        document["remedies"] = [advice._asdict() for advice in self.remedies]
+        plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain), parse_constant=lambda _: None)
+        return plain
+
+    def __str__(self) -> str:
+        """Verdict, findings, remedies, in lines."""
+        lines = [self.verdict, ""]
+        for each in self.findings:
+            lines.append(f"{each.verdict:<6}{each.name}: {each.meaning}")
+            if each.try_next:
+                lines.append(f"      try: {each.try_next}")
+        if self.remedies:
+            lines += ["", "What to try, in this order:"]
+            lines += [f"{n}. {advice.command}  ({advice.why})" for n, advice in enumerate(self.remedies, start=1)]
+        return "\n".join(lines)
+
+
+class Evidence(NamedTuple):
+    """What is measured on a model and its cells, best on cells that it did not learn from."""
+
+    mu_z: Floats
+    """``(cells, latent_dim)``."""
+    logvar_z: Floats
+    anchors: tuple[Floats, Floats]
+    """``mu_z, logvar_z`` of as many cells as there are, for what is measured between cells: `ANCHORS` at most."""
+    kl: Floats
+    """``(cells, latent_dim)``."""
+    lost: Floats
+    """Reconstruction lost when all of z, and each of its dimensions, is permuted: ``(1 + latent_dim, cells)``."""
+    elbo: Floats
+    """``(cells,)``, as ``reconstruction``."""
+    reconstruction: Floats
+    gene_means: Floats
+    """Log-likelihood of gene means x library size, ``(cells,)``."""
+    components: Floats | None
+    """Log-likelihood by as many principal components as z has dimensions, ``(cells,)``."""
+    expected_dim: int | None
+    """Dimensions that the data show above their noise."""
+    sensitivity: Floats
+    """``(latent_dim,)``."""
+    lost_by_condition: Mapping[str, Floats]
+    """Reconstruction lost when a condition is permuted, ``(cells,)``."""
+    conditions: Mapping[str, NDArray[Any]]
+    """Each cell's level, or value, ``(cells,)``."""
+    types: NDArray[Any] | None = None
+    """Known types of the cells, within which leakage is looked for."""
+    principal: Floats | None = None
+    """Principal components of log-normalised values, ``(cells, n)``, where types are known."""
+    settings: Mapping[str, Any] = {}
+    """What matters of how the model was trained: see `diagnose`."""
+
+
+def diagnose(evidence: Evidence) -> Diagnosis:
+    """Ask everything of the evidence, and rank what was found and what to do.
+
+    ``settings`` may hold ``likelihood, dispersion, norm, n_hidden, warmup_fraction, remedies, beta, kl_weight,
+    objective, prior, context_dim``: what the advice depends on.
+    """
+    e = evidence
+    variance_alive = e.mu_z.var(0, dtype=np.float64) > ACTIVE
+    alive = int((variance_alive & listens(e.lost[1:]) & (e.kl.mean(0) >= DEAD)).sum())
+    if e.settings.get("objective") == "autoencoder":
+        alive = int((variance_alive & listens(e.lost[1:])).sum())
+    ablation = latent_ablation(e.lost, e.elbo, e.gene_means)
+    findings = [
+        ablation,
+        active_units(e.mu_z),
+        decoder_sensitivity(e.sensitivity),
+        gain("gain over gene means", e.elbo, e.gene_means, "gene means x library size"),
+    ]
+    if e.settings.get("objective") != "autoencoder":
+        prior = str(e.settings.get("prior", "normal"))
+        if prior in ("normal", "conditional"):  # else the KL of a cell is an estimate, and its quantiles are of noise
+            findings += [kl_by_dimension(e.kl), lasting_collapse(e.kl)]
+        findings.append(latent_information(*e.anchors))
+        if prior == "normal":
+            findings.append(aggregated_gap(*e.anchors))
+    if e.components is not None:
+        than = "as many principal components (reconstruction)"
+        findings.append(gain("gain over principal components", e.reconstruction, e.components, than))
+    if e.expected_dim is not None:
+        findings.append(expected_dimensions(alive, e.expected_dim, e.mu_z.shape[1]))
+    for name, lost in e.lost_by_condition.items():
+        nuisance = name in e.settings.get("nuisance", ())
+        findings.append(condition_ablation(name, lost, nuisance=nuisance))
+        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
+    if e.types is not None and e.principal is not None:
+        removed = [levels for name, levels in e.conditions.items() if np.issubdtype(levels.dtype, np.integer)]
+        batch = (
+            np.unique(removed, axis=1, return_inverse=True)[1].reshape(-1) if removed else np.zeros(len(e.mu_z), int)
+        )
+        findings.append(types_kept(e.mu_z, e.principal, e.types, batch))
+    if (weight := e.settings.get("kl_weight", 1.0)) != 1 and e.settings.get("objective") != "autoencoder":
+        meaning = f"the KL weight ended at {weight:.3g}: what was trained is not the ELBO; the terms here are"
+        findings.append(Finding("KL weight", weight, "1", "watch", meaning))
+    collapsed = ablation.verdict == "bad" or alive == 0
+    findings.sort(key=lambda each: -_GRAVITY[each.verdict])  # stable: within a verdict as above
+    return Diagnosis(
+        collapsed=collapsed,
+        active_units=alive,
+        verdict=_verdict(e, collapsed, alive),
+        findings=findings,
+        remedies=_advise(e, collapsed, alive, {each.name: each for each in findings}),
+    )
+
+
+def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
+    nats, total = max(0.0, float(e.lost[0].mean())), e.mu_z.shape[1]
+    gained = float((e.elbo - e.gene_means).mean())
+    carries, them = ("carries", "it") if alive == 1 else ("carry", "them")
+    if collapsed and gained < 0 and nats >= LEAST_ABLATION:  # z moves the decoder, and not for the better
+        return (
+            f"Nothing learned that holds for other cells: the model explains {len(e.elbo):,} of them "
+            f"{-gained:.0f} nats worse than gene means and library sizes do; there may be too few cells to learn from, "
+            "or to measure on."
+        )
+    if collapsed and _little_to_find(e):
+        return (
+            f"Nothing in z: the decoder loses {nats:.1f} nats per cell without it. These cells hardly show more than "
+            f"gene means and library sizes ({e.expected_dim} dimensions above their noise): there is little to find."
+        )
+    if collapsed:
+        return (
+            f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions {carries} "
+            "information; the latent space shows a blob without separation."
+        )
+    said = f"{alive} of {total} dimensions {carries} information; the decoder loses {nats:.0f} nats per cell "
+    said += f"without {them}."
+    if e.expected_dim is not None and falls_short(alive, e.expected_dim, total):
+        return f"Partly collapsed: {said} The data show {e.expected_dim} above their noise."
+    return said
+
+
+def _little_to_find(e: Evidence) -> bool:
+    """Whether the data show next to nothing beyond gene means and library sizes."""
+    gained = float((e.elbo - e.gene_means).mean())
+    return e.expected_dim is not None and e.expected_dim <= 1 and gained < LEAST_ABLATION
+
+
+def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
+    """Remedies in the order in which to try them; what a run has already is not advised again."""
+    settings, advice = e.settings, list[Advice]()
+    had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())} - {"beta"}
+
+    prior, norm = str(settings.get("prior", "normal")), settings.get("norm")
+    no_batch_norm = norm != "batch" and not settings.get("norm_mu")
+
+    def add(remedy: str, why: str, is_cause: bool = False) -> None:
+        if remedy == "vamp_prior" and (not no_batch_norm or settings.get("n_hidden", (1, 1))[0] == 0):
+            remedy = "mixture_prior"
+        if remedy == "norm_mu" and prior.startswith("vamp"):
+            return  # which batch norms do not allow
+        if remedy.partition(":")[0] not in had | {each.remedy.partition(":")[0] for each in advice}:
+            advice.append(Advice(remedy, why, f"--remedy {remedy}", f"remedies=[{remedy!r}]", is_cause))
+
+    latent_dim, expected = e.mu_z.shape[1], e.expected_dim
+    is_short = expected is not None and falls_short(alive, expected, latent_dim)
+    if settings.get("objective") == "autoencoder" or _little_to_find(e):
+        return advice
+    if collapsed or (expected is not None and alive < min(expected, latent_dim)):
+        if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
+            add("learned_sigma", "sigma is fixed at 1, which drowns what z could say", is_cause=True)
+        if settings.get("beta", 1.0) > 1:
+            add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it", is_cause=True)
+        if max(settings.get("n_hidden", (1, 1))) > 1:
+            why = "deep stacks learn to do without z; one hidden layer explains single cells as well"
+            add("shallow", why, is_cause=True)
+        if settings.get("warmup_fraction", 1.0) == 0 and not had & _SCHEDULES:
+            add("linear", "the KL weighs in full from the first step, before the encoder says anything", is_cause=True)
+        if settings.get("norm") == "none":
+            add("layer_norm", "without a norm, training settles before the encoder says anything", is_cause=True)
+    if collapsed:
+        add("norm_mu", "no dimension can fall silent")
+        add("linear_decoder", "a decoder that can say little without z")
+        add("autoencoder_start", "the decoder learns to listen before the KL weighs")
+    elif is_short:
+        add("norm_mu", f"no dimension can fall silent; the data show {expected} above their noise, z uses {alive}")
+        add("soft_free_bits", "each dimension keeps some information")
+    elif expected is not None and 0 < expected <= alive < latent_dim:
+        why = f"{alive} dimensions are in use, and the data show no more: the same with fewer"
+        advice.append(Advice("", why, f"--latent-dim {alive}", f"latent_dim={alive}"))
+    gap = findings.get("gap to the prior")
+    if gap is not None and gap.verdict != "good" and not collapsed:
+        add("vamp_prior", "before sampling: the prior follows the cells")
+    for name in e.lost_by_condition:
+        if findings[f"ablation of {name}"].verdict == "bad":
+            add("conditional_prior", f"the decoder ignores {name!r}")
+            if settings.get("n_hidden", (1, 1))[1] >= 2:
+                add("context_skip", f"the decoder ignores {name!r}")
+    return advice
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)

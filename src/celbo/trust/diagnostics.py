@@ -1,0 +1,407 @@
+"""Posterior collapse and its relatives: numpy arrays in, findings out. No torch, no AnnData.
+
+Layout of every array: cells first, ``(cells, latent_dim)``; nats. Each function measures one thing and returns a
+`Finding` that says what was seen, what a healthy model shows, and what to try. `celbo.trust.advice` asks them all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celbo.model.information import ACTIVE, ANCHORS, mutual_information
+
+__all__ = [
+    "Finding",
+    "active_units",
+    "aggregated_gap",
+    "condition_ablation",
+    "condition_leakage",
+    "decoder_sensitivity",
+    "energy_distance",
+    "enough_ablation",
+    "expected_dimensions",
+    "falls_short",
+    "gain",
+    "kl_by_dimension",
+    "lasting_collapse",
+    "latent_ablation",
+    "latent_information",
+    "listens",
+    "types_kept",
+]
+
+Floats = NDArray[np.floating[Any]]
+
+DEAD, WEAK = 0.01, 0.1
+"""KL of a dimension, nats, below which it is called dead, or weak."""
+EPSILON = DELTA = 0.01
+"""(epsilon, delta)-collapse: KL below epsilon in a share of at least 1 - delta of the cells (Lucas 2019)."""
+LEAST_ABLATION = 1.0
+"""Nats per cell that a decoder which listens to z loses without it, at least."""
+HEALTHY_SHARE = 0.05
+"""And at least this share of what the model gains over one that knows only gene means and library sizes."""
+LITTLE_INFORMATION = 0.5
+"""Mutual information of cells and z, nats, below which little is known of a cell."""
+WIDE_GAP = 1.0
+"""KL less mutual information, nats, above which samples from the prior are not like cells."""
+LEAKS = 0.3
+"""Share of the way from chance to certainty at which a condition, told from z, is called leaking."""
+DECODER_LISTENS = 0.01
+"""Nats per cell that a condition, or a dimension of z, is worth at least where the decoder makes use of it."""
+IN_USE = 0.6
+"""Share of the dimensions that the data show which a healthy z uses, at least."""
+HARDLY = 0.5
+"""Nats per cell that a condition is worth at most where it is called ignored."""
+
+
+KEPT = 0.8
+"""Of the share of neighbours of its own type in the counts, what a type keeps in z, at least."""
+_NEIGHBOURS, _ENOUGH_OF_TYPE = 10, 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was measured."""
+
+    name: str
+    value: Any
+    """A number, or one for each dimension."""
+    expected: str
+    """What a healthy model shows."""
+    verdict: str
+    """"good", "watch" or "bad"."""
+    meaning: str
+    """In words, with the figures."""
+    try_next: str = ""
+    """What to do about it; empty where nothing need be done."""
+
+
+def active_units(mu_z: Floats) -> Finding:
+    """``Var_x(E_q[z_j | x])`` of each dimension (Burda 2016, arXiv 1509.00519): active above 0.01."""
+    variance = mu_z.var(0, dtype=np.float64)
+    n, total = int((variance > ACTIVE).sum()), len(variance)
+    dead = [int(j) for j in np.flatnonzero(variance <= ACTIVE)]
+    verdict = "bad" if n == 0 else "watch" if dead else "good"
+    meaning = f"{n} of {total} dimensions vary between cells (variance of mu_z above {ACTIVE})"
+    meaning += f"; {_named(dead)} do not: a picture of them is a blob without separation" if dead else ""
+    return Finding("active units", variance.tolist(), f"variance above {ACTIVE} in each", verdict, meaning)
+
+
+def kl_by_dimension(kl: Floats) -> Finding:
+    """KL of each dimension with its 5, 50 and 95 % over cells: dead below .01, weak below .1 nats."""
+    mean = kl.mean(0, dtype=np.float64)
+    low, middle, high = np.quantile(kl, [0.05, 0.5, 0.95], axis=0)
+    dead, weak = np.flatnonzero(mean < DEAD), np.flatnonzero((mean >= DEAD) & (mean < WEAK))
+    verdict = "bad" if len(dead) == len(mean) else "watch" if len(dead) or len(weak) else "good"
+    meaning = f"the KL is {mean.sum():.2f} nats per cell; dead dimensions {len(dead)}, weak {len(weak)} of {len(mean)}"
+    values = [
+        {"mean": float(m), "5%": float(a), "50%": float(b), "95%": float(c)}
+        for m, a, b, c in zip(mean, low, middle, high, strict=True)
+    ]
+    return Finding("KL by dimension", values, f"above {WEAK} nats in each", verdict, meaning)
+
+
+def lasting_collapse(kl: Floats) -> Finding:
+    """Share of cells with ``KL_j < epsilon``: collapsed where it is ``1 - delta`` (Lucas 2019, arXiv 1911.02469)."""
+    share = (kl < EPSILON).mean(0, dtype=np.float64)
+    collapsed = [int(j) for j in np.flatnonzero(share >= 1 - DELTA)]
+    verdict = "bad" if len(collapsed) == len(share) else "watch" if collapsed else "good"
+    meaning = f"{len(collapsed)} of {len(share)} dimensions say nothing of {1 - DELTA:.0%} of the cells or more"
+    return Finding("(0.01, 0.01)-collapse", share.tolist(), f"below {1 - DELTA} in each", verdict, meaning)
+
+
+def latent_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
+    """`mutual_information`, called capped within 3 nats of log of the number of cells it is measured among."""
+    n = min(len(mu_z), ANCHORS)
+    value, cap = mutual_information(mu_z, logvar_z, seed=seed), math.log(n)
+    capped = value > cap - 3
+    meaning = f"z holds {value:.2f} nats about a cell"
+    if capped:
+        meaning += f", or more: among {n:,} cells nothing above {cap:.2f} can be seen, and figures near it are capped"
+    verdict = "bad" if value < LITTLE_INFORMATION else "good"
+    return Finding("mutual information", value, f"above {LITTLE_INFORMATION} nats", verdict, meaning)
+
+
+def aggregated_gap(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
+    """``KL(q(z) || N(0, I)) = E KL - I(x; z)``: how far all cells together are from the prior.
+
+    Where the KL is within 3 nats of the cap of `mutual_information` the difference says nothing; then it is the energy
+    distance of z ~ q(z) to as many draws of N(0, I), and the largest 1-D divergence of a dimension.
+    """
+    kl = 0.5 * (mu_z.astype(np.float64) ** 2 + np.expm1(logvar_z.astype(np.float64)) - logvar_z)
+    total, cap = float(kl.sum(1).mean()), math.log(min(len(mu_z), ANCHORS))
+    advice = "before sampling new cells, a prior that follows the cells: remedy vamp_prior or mixture_prior"
+    if total <= cap - 3:
+        gap = total - mutual_information(mu_z, logvar_z, seed=seed)
+        bad = gap > WIDE_GAP
+        meaning = f"all cells together lie {gap:.2f} nats from the prior"
+        meaning += ": samples from the prior are not like these cells" if bad else ""
+        return Finding(
+            "gap to the prior", gap, f"below {WIDE_GAP} nats", "watch" if bad else "good", meaning, advice * bad
+        )
+    rng = np.random.default_rng([seed, 7])
+    rows = rng.permutation(len(mu_z))[:2000]
+    z = mu_z[rows] + np.exp(0.5 * logvar_z[rows]) * rng.standard_normal((len(rows), mu_z.shape[1]))
+    apart = energy_distance(z, rng.standard_normal(z.shape))
+    # What two samples of the prior itself show, and its spread.
+    none = [energy_distance(*rng.standard_normal((2, *z.shape))) for _ in range(5)]
+    worst = float(_divergence_1d(z).max())
+    bad = apart > 0.1 and apart > max(none) * 2
+    meaning = (
+        f"the KL of {total:.1f} nats is too near the cap for a difference; the energy distance of all cells together "
+        f"to the prior is {apart:.3f} (two samples of the prior: {np.mean(none):.3f}), the worst dimension "
+        f"{worst:.2f} nats from it"
+    )
+    return Finding("gap to the prior", apart, "below 0.1", "watch" if bad else "good", meaning, advice * bad)
+
+
+def energy_distance(a: Floats, b: Floats) -> float:
+    """``sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`` of two samples, each ``(n, dimensions)``; 0 for one distribution.
+
+    Examples
+    --------
+    >>> a = np.zeros((4, 2))
+    >>> energy_distance(a, a), energy_distance(a, a + [3, 4])
+    (0.0, 3.1622776601683795)
+    """
+    from scipy.spatial.distance import cdist
+
+    between, within_a, within_b = cdist(a, b).mean(), cdist(a, a).mean(), cdist(b, b).mean()
+    return float(np.sqrt(max(0.0, 2 * between - within_a - within_b)))
+
+
+def latent_ablation(lost: Floats, elbo: Floats, gene_means: Floats) -> Finding:
+    """Reconstruction lost, nats per cell, when all of z, and each dimension, is that of another cell; paired s.e."""
+    mean, se = lost.mean(1, dtype=np.float64), _se(lost)
+    enough = enough_ablation(float((elbo - gene_means).mean(dtype=np.float64)))
+    verdict = "bad" if mean[0] < enough else "good"
+    meaning = f"the decoder loses {mean[0]:.2f} +- {se[0]:.2f} nats per cell without z"
+    deaf = [int(j) for j in np.flatnonzero(~listens(lost[1:]))]
+    if verdict == "bad":
+        meaning += ": it does not listen to z, which shows a blob dominated by the prior"
+    elif deaf:
+        verdict, meaning = "watch", f"{meaning}; it does not hear {_named(deaf)}"
+    values = [{"nats": float(m), "se": float(s)} for m, s in zip(mean, se, strict=True)]
+    expected = f"above {enough:.2f} nats for all of z"
+    return Finding("latent ablation", values, expected, verdict, meaning)
+
+
+def enough_ablation(gained: float) -> float:
+    """Nats per cell that a decoder which listens to z loses without it, of a model that gained this over gene means."""
+    return max(LEAST_ABLATION, HEALTHY_SHARE * gained)
+
+
+def decoder_sensitivity(sensitivity: Floats) -> Finding:
+    """Fisher information of the genes about z_j times the variance of mu_z_j: near 0 where the decoder is deaf."""
+    silent = [int(j) for j in np.flatnonzero(sensitivity < 0.01 * max(sensitivity.max(initial=0), 1e-12))]
+    none = bool(sensitivity.max(initial=0) < WEAK)
+    verdict = "bad" if none else "watch" if silent else "good"
+    of = f"; next to nothing moves with {_named(silent)}" if silent and not none else ""
+    meaning = (
+        "no dimension moves the decoded cells" if none else f"the liveliest dimension has {sensitivity.max():.1f}{of}"
+    )
+    return Finding("decoder sensitivity", sensitivity.tolist(), "well above 0 in each", verdict, meaning)
+
+
+def gain(name: str, model: Floats, other: Floats, than: str) -> Finding:
+    """Nats per cell that a model is ahead of a simpler one on the same cells, with the paired s.e."""
+    difference = (model - other)[None]
+    mean, se = float(difference.mean(dtype=np.float64)), float(_se(difference)[0])
+    verdict = "good" if mean > 2 * se else "watch"
+    meaning = f"{mean:+.2f} +- {se:.2f} nats per cell beside {than}"
+    if verdict == "watch":
+        meaning += ": there is little to learn in these cells, or it was not learned"
+    return Finding(name, mean, "above 0", verdict, meaning)
+
+
+def falls_short(found: int, expected: int, latent_dim: int) -> bool:
+    """Whether far fewer dimensions are in use than the data show."""
+    reachable = min(expected, latent_dim)
+    return found + 1 < reachable and found < IN_USE * reachable
+
+
+def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
+    """Number of active dimensions beside what the data show above their noise (`expected`), z's width at most."""
+    reachable = min(expected, latent_dim)
+    meaning = f"{expected} dimensions of the data stand out of their noise; {found} of {latent_dim} in z are in use"
+    if falls_short(found, expected, latent_dim):
+        return Finding("expected dimensions", found, f"{reachable}", "watch", meaning, "the remedies below")
+    if expected <= found < latent_dim:
+        return Finding("expected dimensions", found, f"{reachable}", "good", f"{meaning}: fine, fewer would do")
+    return Finding("expected dimensions", found, f"{reachable}", "good", meaning)
+
+
+def condition_ablation(name: str, lost: Floats, *, nuisance: bool = False) -> Finding:
+    """Reconstruction lost when a condition is another: near 0, a counterfactual is void.
+
+    ``lost`` is of the cells whose level did change, ``(cells,)``; of none, nothing can be said. Of a nuisance, near 0
+    means that there is nothing to remove, or that z carries it: `condition_leakage` tells.
+    """
+    if len(lost) < 2:
+        meaning = f"cannot be measured: these cells hardly differ in {name!r}"
+        return Finding(f"ablation of {name}", None, f"above {DECODER_LISTENS} nats", "watch", meaning)
+    mean, se = float(lost.mean(dtype=np.float64)), float(_se(lost[None])[0])
+    meaning = f"the decoder loses {mean:.2f} +- {se:.2f} nats per cell without condition {name!r}"
+    expected = f"above {DECODER_LISTENS} nats"
+    if mean > max(DECODER_LISTENS, 2 * se):
+        return Finding(f"ablation of {name}", mean, expected, "good", meaning)
+    if nuisance:
+        return Finding(f"ablation of {name}", mean, expected, "good", f"{meaning}: it does next to nothing")
+    if mean + 2 * se > HARDLY:
+        return Finding(f"ablation of {name}", mean, expected, "watch", f"{meaning}: too few cells to say more")
+    meaning += ": it ignores it, and asking for another level changes nothing"
+    what = "remedy conditional_prior, or context_skip with two hidden layers"
+    return Finding(f"ablation of {name}", mean, expected, "bad", meaning, what)
+
+
+def condition_leakage(
+    name: str,
+    mu_z: Floats,
+    levels: NDArray[Any],
+    types: NDArray[Any] | None = None,
+    *,
+    nuisance: bool = False,
+    seed: int = 0,
+) -> Finding:
+    """How well a condition is told from mu_z, within types where they are known; 0 at chance, 1 with certainty.
+
+    Balanced accuracy of 15 nearest neighbours over 5 folds, ``(accuracy - 1/L) / (1 - 1/L)``; of a continuous
+    condition the share of its variance that they explain.
+    """
+    rows = np.random.default_rng([seed, 8]).permutation(len(mu_z))[:3000]
+    groups = np.zeros(len(rows), int) if types is None else np.unique(types[rows].astype(str), return_inverse=True)[1]
+    scores, sizes = [], []
+    for group in np.unique(groups):
+        members = rows[groups == group]
+        score = _told(mu_z[members], levels[members], seed)
+        if score is not None:
+            scores.append(score)
+            sizes.append(len(members))
+    where = "" if types is None else " within types"
+    if not scores:
+        meaning = f"cannot be measured: {name!r} does not differ{where}, or in fewer than 10 cells of a level"
+        return Finding(f"leakage of {name}", None, f"below {LEAKS / 2}", "watch", meaning)
+    value = float(np.average(scores, weights=sizes))
+    verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
+    meaning = f"{name!r} is told from z{where} {max(value, 0):.0%} of the way from chance to certainty"
+    if verdict == "bad" and nuisance:
+        meaning += ": it is not removed, and cells lie apart by it"
+    elif verdict == "bad":
+        meaning += ": z carries it, so that decoding under another level will not move the whole cell"
+    what = "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
+    return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, what)
+
+
+def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDArray[Any], *, seed: int = 0) -> Finding:
+    """Whether known types lie as far apart in z as they do in the counts of one batch: removing a batch may merge them.
+
+    For each type the share of a cell's 10 nearest neighbours that are of it: in z among all cells, and in principal
+    components among cells of its own batch. Each type weighs the same there, so that a rare one is not lost among many.
+
+    Parameters
+    ----------
+    mu_z, components
+        ``(cells, latent_dim)`` and ``(cells, n)``: posterior means, and principal components of log-normalised values.
+    types, batch
+        ``(cells,)``.
+    seed
+        Of the choice of cells, 3,000 at most.
+    """
+    rows = np.random.default_rng([seed, 22]).permutation(len(mu_z))[:3000]
+    names, codes, sizes = np.unique(types[rows].astype(str), return_inverse=True, return_counts=True)
+    in_z = _own_neighbours(mu_z[rows], codes, np.zeros(len(rows), int))
+    in_counts = _own_neighbours(components[rows], codes, batch[rows])
+    value, merged = [], []
+    for number in np.flatnonzero(sizes >= _ENOUGH_OF_TYPE):
+        here = codes == number
+        shares = [
+            float(np.nanmean(part[here])) if not np.isnan(part[here]).all() else 0.0 for part in (in_z, in_counts)
+        ]
+        value.append({"type": str(names[number]), "cells": int(sizes[number]), "z": shares[0], "counts": shares[1]})
+        if shares[0] < KEPT * shares[1]:
+            merged.append(
+                f"{names[number]} ({shares[0]:.0%} of its neighbours are of it, {shares[1]:.0%} in the counts)"
+            )
+    expected = f"at least {KEPT:g} of the share in the counts"
+    if not value:
+        few = f"no type has {_ENOUGH_OF_TYPE} cells here: whether types are kept apart cannot be told"
+        return Finding("types kept apart", value, expected, "watch", few)
+    if not merged:
+        meaning = f"{len(value)} types lie as far apart in z as in the counts of a batch"
+        return Finding("types kept apart", value, expected, "good", meaning)
+    meaning = f"z merges {', '.join(merged[:5])}"
+    what = "more latent dimensions, or labels=... for these types; if a batch lacks them, look at them batch by batch"
+    return Finding("types kept apart", value, expected, "bad", meaning, what)
+
+
+def _own_neighbours(where: Floats, codes: NDArray[np.intp], batch: NDArray[Any]) -> NDArray[np.float64]:
+    """Weighted share of the nearest neighbours in the batch that are of a cell's own type; NaN in a batch too small."""
+    from sklearn.neighbors import NearestNeighbors
+
+    found = np.full(len(where), np.nan)
+    for each in np.unique(batch):
+        here = np.flatnonzero(batch == each)
+        if len(here) <= _NEIGHBOURS:
+            continue
+        near = here[NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(where[here]).kneighbors(return_distance=False)]
+        weight = 1 / np.bincount(codes[here])[codes[near]]
+        own = (weight * (codes[near] == codes[here][:, None])).sum(1)
+        found[here] = own / weight.sum(1)
+    return found
+
+
+def listens(lost: Floats) -> NDArray[np.bool_]:
+    """Whether each row of what was lost is above nothing, beyond doubt and to any effect."""
+    mean: NDArray[np.float64] = lost.mean(1, dtype=np.float64)
+    return mean > np.maximum(DECODER_LISTENS, 2 * _se(lost))
+
+
+def _se(values: Floats) -> NDArray[np.float64]:
+    """Standard error of the mean of each row."""
+    n = values.shape[1]
+    found: NDArray[np.float64] = (
+        values.std(1, ddof=1, dtype=np.float64) / math.sqrt(n) if n > 1 else np.zeros(len(values))
+    )
+    return found
+
+
+def _divergence_1d(z: Floats) -> NDArray[np.float64]:
+    """KL of each dimension's histogram over 40 equal parts of N(0, 1) from that; nats."""
+    from scipy.stats import norm
+
+    parts = 40
+    bins = np.clip((norm.cdf(z) * parts).astype(int), 0, parts - 1)
+    share = np.stack([np.bincount(column, minlength=parts) for column in bins.T]) / len(z)
+    return np.sum(np.where(share > 0, share * np.log(np.maximum(share, 1e-12) * parts), 0.0), axis=1)
+
+
+def _told(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
+    """How well neighbours in z tell the level, or the value; None where there is nothing to tell."""
+    from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+
+    if np.issubdtype(levels.dtype, np.floating):
+        if len(levels) < 50 or np.ptp(levels) == 0:
+            return None
+        folds = KFold(5, shuffle=True, random_state=seed)
+        found = cross_val_predict(KNeighborsRegressor(15), mu_z, levels, cv=folds)
+        return float(1 - np.mean((found - levels) ** 2) / levels.var())
+    names, counts = np.unique(levels.astype(str), return_counts=True)
+    keep = np.isin(levels.astype(str), names[counts >= 10])
+    if len(names[counts >= 10]) < 2:
+        return None
+    truth = levels.astype(str)[keep]
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    found = cross_val_predict(KNeighborsClassifier(15), mu_z[keep], truth, cv=folds)
+    each = [(found[truth == name] == name).mean() for name in np.unique(truth)]
+    chance = 1 / len(each)
+    return float((np.mean(each) - chance) / (1 - chance))
+
+
+def _named(dimensions: Sequence[int], most: int = 6) -> str:
+    shown = ", ".join(f"z_{j}" for j in dimensions[:most])
+    return shown + (f" and {len(dimensions) - most} more" if len(dimensions) > most else "")

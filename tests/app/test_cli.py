@@ -1,0 +1,417 @@
+"""The command line as a person or a pipeline meets it: real processes, streams, files and exit codes."""
+
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+import celbo
+from celbo.app import cli, terminal
+from celbo.app.config import READING
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments):
+    return [sys.executable, "-c", "from celbo.app.cli import main; main()", *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, cells):
+    path = tmp_path_factory.mktemp("data") / "cells with ünicode.h5ad"
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted_run(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = run("fit", data, "-o", folder, "--condition", "batch", "--epochs", "4", "--latent-dim", "3")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(fitted_run, data, tmp_path):
+    shutil.copytree(fitted_run[0], tmp_path / "run")
+    dying = (
+        "import os, signal; from celbo.app import cli; from celbo.runs import writing\n"
+        "writing.measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cli.main()"
+    )
+    arguments = ["fit", data, "-o", tmp_path / "run", "--epochs", "2", "--latent-dim", "4"]
+    done = subprocess.run([sys.executable, "-c", dying, *map(str, arguments)], capture_output=True, env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "run.json", ".celbo-lock"}
+    assert celbo.load(tmp_path / "run").latent_dim == 4
+    assert run("fit", data, "-o", tmp_path / "run", "--epochs", "1").returncode == 0
+
+
+def test_a_runs_own_embedding_is_not_replaced(fitted_run, data, celbo_command):
+    folder, _ = fitted_run
+    before = (folder / "embedding.h5ad").read_bytes()
+    done = celbo_command("embed", folder, data, "-o", folder / "embedding.h5ad")
+    assert done.returncode == 2
+    assert "is the embedding of a run" in done.stderr
+    assert (folder / "embedding.h5ad").read_bytes() == before
+
+
+def test_cells_that_hold_an_embedding_are_no_embedding(fitted_run, data, tmp_path, celbo_command):
+    """A person's counts, into which they put what `embed` gave, as the documentation has it."""
+    mine = anndata.read_h5ad(data)
+    mine.obsm["X_celbo"] = anndata.read_h5ad(fitted_run[0] / "embedding.h5ad").obsm["X_celbo"]
+    mine.write_h5ad(tmp_path / "mine.h5ad")
+    before = (tmp_path / "mine.h5ad").read_bytes()
+    done = celbo_command("embed", fitted_run[0], data, "-o", tmp_path / "mine.h5ad")
+    assert done.returncode == 2
+    assert "no embedding that celbo wrote" in done.stderr
+    assert (tmp_path / "mine.h5ad").read_bytes() == before
+    for _ in range(2):  # its own it may replace
+        assert celbo_command("embed", fitted_run[0], data, "-o", tmp_path / "z.h5ad").returncode == 0
+
+
+def test_the_folder_of_another_program_is_left_alone(data, tmp_path, celbo_command):
+    """Many write a run.json and a metrics.json."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for record in ("{}", "[1]", "no json", '{"versions": {"torch": "2"}}'):
+        (folder / "run.json").write_text(record)
+        (folder / "metrics.json").write_text("theirs")
+        done = celbo_command("fit", data, "-o", folder, "--epochs", "1")
+        assert done.returncode == 2
+        assert "that celbo did not write" in " ".join(done.stderr.split())
+        assert (folder / "run.json").read_text() == record
+        assert (folder / "metrics.json").read_text() == "theirs"
+        assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.json"}
+
+
+def test_labels_are_checked_before_they_are_fitted(data, celbo_command):
+    good = celbo_command("check", data, "--labels", "cell_type")
+    assert good.returncode == 0, good.stdout
+    bad = celbo_command("check", data, "--labels", "types")
+    assert bad.returncode == 3
+    assert "error (labels): obs has no column 'types' for labels" in bad.stdout
+
+
+def test_fit_writes_everything_under_one_folder(fitted_run):
+    folder, _ = fitted_run
+    assert {path.name for path in folder.iterdir()} == {
+        "model",
+        "embedding.h5ad",
+        "metrics.json",
+        "history.jsonl",
+        "run.json",
+        "diagnosis.json",
+        "latent.png",
+        "report.html",
+    }
+
+
+def test_fit_talks_to_stderr_alone_and_without_control_characters(fitted_run):
+    _, done = fitted_run
+    assert done.stdout == ""
+    assert "report.html" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_are_complete_and_agree_with_the_model(fitted_run, cells):
+    folder, _ = fitted_run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    promised = (
+        "n_cells n_genes likelihood latent_dim epochs steps seconds cells_per_second peak_memory_mb elbo_train "
+        "elbo_validation reconstruction_validation kl_validation kl_per_dim active_units kl_weight_final"
+    )
+    assert set(promised.split()) <= set(metrics)
+    assert (metrics["n_cells"], metrics["n_genes"], metrics["likelihood"], metrics["epochs"]) == (300, 60, "nb", 4)
+    assert metrics["kl_weight_final"] == 1
+    assert metrics["elbo_validation"] == pytest.approx(
+        metrics["reconstruction_validation"] - metrics["kl_validation"], rel=1e-5
+    )
+    assert sum(metrics["kl_per_dim"]) == pytest.approx(metrics["kl_validation"], rel=1e-4)
+    model = celbo.load(folder)
+    elbo = model.elbo(cells)["elbo"]
+    best = max(epoch.validation_elbo for epoch in model.history_ if epoch.kl_weight == 1)
+    assert metrics["elbo_validation"] == pytest.approx(best, rel=1e-6)
+    assert elbo.mean() == pytest.approx(0.9 * metrics["elbo_train"] + 0.1 * metrics["elbo_validation"], rel=1e-5)
+
+
+def test_history_has_a_line_per_epoch_and_run_says_how_to_repeat_it(fitted_run):
+    folder, _ = fitted_run
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "run.json").read_text())
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4]
+    assert record["options"]["conditions"] == ["batch"]
+    assert record["options"]["train"]["max_epochs"] == 4
+    assert record["versions"]["celbo"] == celbo.__version__
+    assert record["seed"] == 0
+    assert len(record["data"]["sha256_values"]) == 64
+
+
+def test_the_embedding_has_names_obs_and_latent_but_no_counts(fitted_run, cells):
+    folder, _ = fitted_run
+    embedding = anndata.read_h5ad(folder / "embedding.h5ad")
+    assert list(embedding.obs_names) == list(cells.obs_names)
+    assert set(cells.obs) <= set(embedding.obs)
+    assert embedding.X is None
+    assert embedding.obsm["X_celbo"].shape == embedding.obsm["X_celbo_sd"].shape == (300, 3)
+
+
+def test_embed_gives_what_fit_gave_with_genes_in_any_order(fitted_run, cells, tmp_path):
+    folder, _ = fitted_run
+    cells[:, ::-1].write_h5ad(tmp_path / "query.h5ad")
+    done = run("embed", folder, tmp_path / "query.h5ad", "-o", tmp_path / "out" / "z.h5ad")
+    assert (done.returncode, done.stdout) == (0, "")
+    found = anndata.read_h5ad(tmp_path / "out" / "z.h5ad").obsm["X_celbo"]
+    np.testing.assert_array_equal(found, anndata.read_h5ad(folder / "embedding.h5ad").obsm["X_celbo"])
+
+
+def test_the_same_command_gives_the_same_bytes(fitted_run, data, tmp_path):
+    folder, _ = fitted_run
+    done = run("fit", data, "-o", tmp_path / "again", "--condition", "batch", "--epochs", "4", "--latent-dim", "3")
+    assert done.returncode == 0
+    for name in ("weights.safetensors", "reference.safetensors"):
+        assert (tmp_path / "again" / "model" / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_inspect_tells_people_and_programs_what_a_folder_holds(fitted_run):
+    folder, _ = fitted_run
+    for path in (folder, folder / "model"):
+        found = json.loads(run("inspect", path, "--json").stdout)
+        assert (found["likelihood"], found["latent_dim"], found["n_genes"], found["epochs"]) == ("nb", 3, 60, 4)
+        assert found["conditions"] == {"batch": ["batch_0", "batch_1"]}
+    assert "batch_0" in run("inspect", folder).stdout
+
+
+def test_inspect_needs_no_torch(fitted_run):
+    folder, _ = fitted_run
+    code = (
+        "import sys; from celbo.app.cli import main\n"
+        f"sys.argv = ['celbo', 'inspect', {str(folder)!r}]\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
+
+
+def test_the_command_lines_defaults_are_the_estimators():
+    names = {"hidden_dim": "hidden_dims", "condition": "conditions", "epochs": "max_epochs", "remedy": "remedies"}
+    names["interaction"] = "interactions"
+    model = celbo.ExpressionVAE().options()
+    lists = dict.fromkeys(["hidden_dims", "conditions", "remedies", "nuisance", "interactions"])
+    defaults = {**model, **model["train"], **lists}
+    defaults["latent_dim"] = str(model["latent_dim"])  # which may be a word
+    options = inspect.signature(cli.fit).parameters
+    for name in options.keys() - {"ctx", "data", "output", "keep_reference", "auto_remedy", "config", *READING}:
+        assert options[name].default == defaults[names.get(name, name)], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--likelihood", "negbin"], "choose one of gaussian, bernoulli, poisson, nb, zinb"),
+        (["--norm", "group"], "choose one of none, layer, batch"),
+        (["--dispersion", "gene-cell", "--likelihood", "poisson"], "is for the likelihoods nb, zinb"),
+        (["--epochs", "0"], "max_epochs=0"),
+        (["--device", "warp9"], "use 'auto' or 'cpu'"),
+        (["--latent-dim", "ten"], "ten"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_wrong_options_end_in_words_and_exit_2(data, tmp_path, arguments, message):
+    done = run("fit", data, "-o", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("fault", ["not there", "no h5ad", "no column", "log values", "duplicate genes"])
+def test_bad_data_end_in_words_and_exit_3(data, cells, tmp_path, fault):
+    path, arguments = tmp_path / "bad.h5ad", []
+    bad = cells.copy()
+    if fault == "no h5ad":
+        path.write_text("counts, honestly")
+    elif fault == "no column":
+        path, arguments = data, ["--condition", "donor"]
+    elif fault == "log values":
+        bad.X = bad.X.log1p()
+        bad.write_h5ad(path)
+    elif fault == "duplicate genes":
+        bad.var_names = ["same"] * 60
+        bad.write_h5ad(path)
+    done = run("fit", path, "-o", tmp_path / "run", *arguments)
+    message = {
+        "not there": "does not exist",
+        "no h5ad": "cannot be read as an AnnData",
+        "no column": "no column 'donor'; it has 'cell_type'",
+        "log values": "are not whole numbers",
+        "duplicate genes": "more than once: 'same'",
+    }[fault]
+    assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (3, True, False), done.stderr
+
+
+@pytest.mark.parametrize("command_name", ["inspect", "embed"])
+def test_a_tampered_model_ends_in_words_and_exit_4(fitted_run, data, tmp_path, command_name):
+    folder, _ = fitted_run
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in (folder / "model").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "weights.safetensors").write_bytes(pickle.dumps(os.getcwd))
+    more = [data, "-o", tmp_path / "z.h5ad"] if command_name == "embed" else []
+    done = run(command_name, copy, *more)
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "z.h5ad").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_in_words(data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run("fit", data, "-o", tmp_path / "file", "--epochs", "1")
+    assert (done.returncode, (tmp_path / "file").read_text()) == (2, "mine")
+    done = run("fit", data, "-o", "/proc/celbo", "--epochs", "1")
+    assert done.returncode == 6
+    assert "Name another folder" in done.stderr
+
+
+def test_the_data_are_never_overwritten(fitted_run, data, tmp_path):
+    folder, _ = fitted_run
+    before = data.read_bytes()
+    done = run("embed", folder, data, "-o", data)
+    assert (done.returncode, data.read_bytes()) == (2, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_signal_that_comes_while_c_calls_python_leaves_no_traceback():
+    """What is raised there cannot be passed on, and would be printed; the next minibatch ends the work."""
+    program = """
+import ctypes, os, signal, sys
+from celbo.app import terminal
+def told():
+    @ctypes.CFUNCTYPE(None)
+    def called():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+    called()
+    for _ in terminal.ending_when_told(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
+        print("went on")
+terminal.guarded(told)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 60
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number] in stderr
+    assert not (folder / "model").exists()
+
+
+def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):
+    monkeypatch.setattr(terminal, "_signals", [signal.SIGTERM])
+    ending = terminal.ending_when_told(lambda minibatches, plan, history: minibatches)
+    with pytest.raises(SystemExit) as ended:
+        next(iter(ending([np.arange(3)], None, [])))
+    assert ended.value.code == 143
+
+
+def test_a_cell_type_cannot_control_the_terminal(cells, tmp_path):
+    hostile = cells.copy()
+    hostile.obs["batch"] = "\x1b[31mred"
+    hostile.write_h5ad(tmp_path / "cells.h5ad")
+    done = run("fit", tmp_path / "cells.h5ad", "-o", tmp_path / "run", "--condition", "batch", "--epochs", "1")
+    assert done.returncode == 0
+    assert "[31mred" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [None, "fit", "embed", "inspect", "demo"])
+def test_help_teaches(name):
+    done = run(*([name] if name else []), "--help", cwd=Path(celbo.__file__).parent)
+    assert done.returncode == 0
+    assert ("celbo fit counts.h5ad -o run" if name in {None, "fit"} else "Usage") in done.stdout
+
+
+def test_the_version_is_said():
+    assert run("--version").stdout == f"celbo {celbo.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
+)
+def test_running_out_of_memory_has_its_own_exit_code(monkeypatch, capsys, error):
+    def hungry():
+        raise error
+
+    monkeypatch.setattr(cli, "app", hungry)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 137
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_asks_for_a_report(monkeypatch, capsys):
+    def broken():
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "This is a fault in celbo" in capsys.readouterr().err
+
+
+def test_the_demo_recovers_the_truth_and_names_a_picture(tmp_path):
+    done = run("demo", "-o", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    values = {name: float(value) for name, value in re.findall(r"^([a-z ]+): ([0-9.]+)", done.stdout, re.MULTILINE)}
+    assert values["cell types"] > 0.95
+    assert values["batch"] < 0.6
+    assert values["treatment effect"] > 0.75
+    assert str(tmp_path / "demo" / "report.html") in done.stderr
+    assert (tmp_path / "demo" / "latent.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_fitted_model_says_itself_is_refused_beside_it(fitted_run, data):
+    folder, _ = fitted_run
+    done = run("check", data, "--model", folder, "--condition", "batch", "--layer", "counts")
+    assert done.returncode == 2
+    assert "leave out --condition, --layer" in done.stderr
+
+
+def test_a_name_for_no_embedding_is_refused_before_any_work(fitted_run, tmp_path):
+    folder, _ = fitted_run
+    done = run("embed", folder, tmp_path / "not-there.h5ad", "-o", tmp_path / "z.txt")
+    assert done.returncode == 2
+    assert "z.txt is to be an .h5ad file" in done.stderr
