@@ -11,6 +11,8 @@ A message says what was found (where, how many), what was expected, and what to 
     └── StorageError      6   disk full, no permission, somebody else is writing
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral
 
@@ -25,6 +27,7 @@ __all__ = [
     "check_count",
     "check_seed",
     "listed",
+    "warn",
 ]
 
 
@@ -66,6 +69,14 @@ class StorageError(CelboError):
     """A disk that is full, a folder without permission, or one in use by another process."""
 
     exit_code = 6
+
+
+def warn(message: str) -> None:
+    """Warn the person who called celbo: the warning names the innermost line outside this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "celbo":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -1,10 +1,10 @@
-"""ExpressionVAE, for people with an AnnData: it joins data, model, training and files, and does little itself."""
+"""ExpressionVAE, for people with an AnnData: its options, `fit`, `save`, and a method for each question."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +15,57 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo import checkpoint
-from celbo.ask.counterfactual import Counterfactual, carry, changed_genes, decode_under
-from celbo.ask.differential import add_up, contrast, group_cells, of_genes
-from celbo.ask.generate import as_reference, draw_cells, draw_values, interpolate, new_cells
-from celbo.ask.labels import FEWEST_HELD_OUT_LABELLED, Labelled, predictions
-from celbo.ask.mapping import at_nearest_levels, copy_weights, doubt_new_levels
-from celbo.ask.outliers import FEWEST_HELD_OUT, n_readings, readings, surprising_genes, unusual
-from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
-from celbo.data.checks import Check, check_adata
-from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels
-from celbo.data.genes import choose_genes
+from celbo.ask import counterfactual, differential, generate, labels, mapping, outliers, readings, scoring
+from celbo.ask.counterfactual import Counterfactual
+from celbo.data.checks import Check
+from celbo.data.conditions import UNLABELLED
 from celbo.data.read import read_adata
-from celbo.data.schema import MOST_COMBINATIONS, Schema
-from celbo.data.sources import CellSource, empty_cells, make_source, open_source
-from celbo.errors import DataError, ModelFileError, NotFittedError, UsageError, check_count, check_seed, listed
-from celbo.fit.reference import Reference, nested_conditions, reference_arrays, reference_from
-from celbo.fit.remedies import Recipe, combine, refuse_unfit, remedy_table
-from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device, split_cells
-from celbo.kernels.threads import threads
-from celbo.minibatch import Contexts, Rows, gene_moments
-from celbo.model.classifier import calibrate
-from celbo.model.filling import Filled
-from celbo.model.importance import log_prob
-from celbo.model.inference import cell_terms, expected_values, filled_library, posterior
+from celbo.data.schema import Schema
+from celbo.errors import ModelFileError, NotFittedError, UsageError, listed, warn
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted, fit_model
+from celbo.fit.older import modern_options
+from celbo.fit.reference import Reference, reference_arrays, reference_from
+from celbo.fit.remedies import Recipe, combine, contradictions, refuse_unfit
+from celbo.fit.start import Architecture, cells_to_fit, check_to_fit, make_vae
+from celbo.fit.train import Epoch, Split, Track, TrainConfig, settle_device
 from celbo.model.likelihoods import LIKELIHOODS, Likelihood
 from celbo.model.objective import OBJECTIVES, Objective
-from celbo.model.vae import VAE, context_of
-from celbo.trust.advice import Diagnosis, diagnose
-from celbo.trust.evidence import doubts_of_fit, gather
+from celbo.model.vae import VAE
+from celbo.trust import diagnosing
+from celbo.trust.advice import Diagnosis
 
 __all__ = ["ExpressionVAE", "History", "load"]
 
-_REFERENCE_CELLS = 50_000
-"""Training cells whose posterior is kept with a model."""
-_HARDLY_CHANGED = 1e-3
-"""Share of all counts that another condition moves at least, where the decoder listens to it."""
-_CELLS_TO_DIAGNOSE = 10_000
-_CELLS_TO_CALIBRATE = 3000
-"""Held-out cells that others are compared with to tell how unusual they are."""
-_FEW_SAMPLES = 10
-"""Effective importance samples below which an estimate is not to be trusted."""
-
-
-_FEW_CELLS = 30
-"""Cells below which a fit is doubted."""
-_MADE_BY_FIT = ("schema_", "vae_", "history_", "split_", "reference_")
+_MADE_BY_FIT = ("fitted_", "schema_", "vae_", "history_", "split_", "reference_")
 
 
 class History(list[Epoch]):
     """One `celbo.fit.train.Epoch` per pass over the training cells."""
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per epoch; ``kl_per_dim`` is spread over columns ``kl_0``, ``kl_1``, ..."""
+        """Make a table with a row per epoch; ``kl_per_dim`` is spread over columns ``kl_0``, ``kl_1``, ..."""
         frame = pd.DataFrame([asdict(epoch) for epoch in self]).drop(columns="kl_per_dim")
         kl = pd.DataFrame([epoch.kl_per_dim for epoch in self]).add_prefix("kl_")
         return pd.concat([frame, kl], axis=1)
 
+    def __repr__(self) -> str:
+        last = self[-1] if self else None
+        if last is None or last.validation_elbo is None:
+            return f"History({len(self)} epochs)"
+        return f"History({len(self)} epochs, held-out ELBO {last.validation_elbo:,.1f} nats per cell at the end)"
 
-@dataclass(kw_only=True, eq=False)
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class ExpressionVAE:
     """A variational autoencoder of the counts in an AnnData.
 
-    Making one stores options; `fit` learns. What fitting makes ends in an underscore: ``schema_`` (genes and
-    conditions), ``vae_`` (the `celbo.VAE`), ``history_`` (a record per epoch). Cells given later are aligned to the
-    model's genes by name. No counts are kept, and no AnnData is changed.
+    Making a model stores options; `fit` learns. Attributes that `fit` makes end in an underscore: ``schema_`` (genes
+    and conditions), ``vae_`` (the `celbo.VAE`), ``history_`` (a record per epoch). Cells given later are aligned to
+    the model's genes by name. The model keeps no counts, and changes no AnnData.
+
+    Every question takes cells as an AnnData, as the path of an ``.h5ad`` file or ``.zarr`` folder, or as
+    `celbo.fit.cells.Cells`, which were checked and aligned before.
 
     Examples
     --------
@@ -88,30 +75,32 @@ class ExpressionVAE:
     >>> adata.obsm["X_celbo"] = model.embed(adata)
     >>> adata.obsm["X_celbo"].shape
     (200, 4)
+    >>> model
+    ExpressionVAE(latent_dim=4, train=TrainConfig(max_epochs=5); fitted: 200 cells x 50 genes, 5 epochs)
     """
 
     latent_dim: int = 10
-    """Width of z."""
+    """Number of latent dimensions."""
     hidden_dims: Sequence[int] = (128,)
     """Widths of the encoder's hidden layers; the decoder has them in reverse."""
     likelihood: str = "nb"
     """A name in `celbo.LIKELIHOODS`."""
     conditions: Sequence[str] = ()
-    """Columns of obs given to the model: floating-point ones are continuous, others categorical."""
+    """Columns of obs with effects to study (treatment, time). Floating-point columns are continuous, other columns are
+    categorical."""
     nuisance: Sequence[str] = ()
-    """More such columns, which are to be removed (batch, donor): what z tells of them is a fault, and where they turn
-    out to do nothing, all the better. Of ``conditions`` one wants to ask."""
+    """Columns of obs with effects to remove (batch, donor)."""
     n_top_genes: int | None = None
-    """Genes to model: the most variable, chosen within levels of the first categorical nuisance or condition; None for
-    all."""
+    """Number of most variable genes to model, chosen within levels of the first categorical nuisance or condition; None
+    for all genes."""
     labels: str | None = None
-    """Column of obs with labels (cell types) that `predict` is to tell, known of some cells: they pull z apart."""
+    """Column of obs with cell types, known for some cells, that `predict` learns to predict. They pull z apart."""
     unlabelled: str = UNLABELLED
-    """What that column reads where the label is not known; a missing value says the same."""
+    """Value of that column where the label is not known. A missing value means the same."""
     layer: str | None = None
     """Layer that holds the values; None for X."""
     allow_noninteger: bool = False
-    """Let estimated counts through, which need not be whole."""
+    """Accept estimated counts, which need not be whole numbers."""
     size_factor: str | None = None
     """Column of obs used in place of the sum of counts."""
     dispersion: str = "gene"
@@ -120,120 +109,80 @@ class ExpressionVAE:
     """A name in `celbo.model.objective.OBJECTIVES`: "vae", or "autoencoder" (no KL, z = mu_z)."""
     encode_context: bool = True
     """Whether the encoder sees the conditions too."""
-    skip: bool = False
-    """Give z and the conditions to every layer of the decoder."""
     norm: str = "layer"
     """Normalisation of hidden layers: "none", "layer" or "batch"."""
     dropout: float = 0.2
-    """Share of hidden units zeroed in training."""
+    """Share of hidden units that are zeroed in training."""
     decoder_dims: Sequence[int] | None = None
     """Widths of the decoder's hidden layers; None for the encoder's in reverse, empty for a linear decoder."""
-    decoder_dropout: float | None = None
-    """Dropout of the decoder; None for that of the encoder."""
-    context_skip: bool = False
-    """Give the conditions alone to every layer of the decoder."""
-    norm_mu: bool = False
-    """Normalise the posterior means over cells; see `celbo.model.vae.NormMu`."""
     interactions: Sequence[str] = ()
-    """Pairs of conditions whose combinations do more than their parts: "batch:treatment". Two levels that were never
-    seen together do no more."""
+    """Pairs of conditions whose combinations have effects beyond their parts: "batch:treatment". Two levels that fit
+    never saw together have no such effect."""
     embedding_dim: int = 10
-    """Learned numbers in place of the levels of a condition that has more than 50, and of each combination of two."""
+    """Number of learned values for each level of a condition with more than 50 levels, and for each combination."""
     prior: str = "normal"
     """A name in `celbo.model.priors.PRIORS`: "normal", "conditional", "mixture:20", "vamp:100"."""
     remedies: Sequence[str] = ()
-    """Names in `celbo.REMEDIES`, with a number after a colon where they take one: "cyclical", "free_bits:0.1". What
-    they say of the model goes before the options above."""
+    """Remedies for posterior collapse: names in `celbo.REMEDIES`, with a number after a colon where they take one, as
+    "cyclical" or "free_bits:0.1"."""
     train: TrainConfig = TrainConfig()
     """How to train."""
 
-    schema_: Schema = field(init=False, repr=False)
-    vae_: VAE = field(init=False, repr=False)
-    history_: History = field(init=False, repr=False)
-    split_: Split = field(init=False, repr=False)
-    reference_: Reference | None = field(init=False, repr=False)
+    fitted_: Fitted = field(init=False)
+    schema_: Schema = field(init=False)
+    vae_: VAE = field(init=False)
+    history_: History = field(init=False)
+    split_: Split = field(init=False)
+    reference_: Reference | None = field(init=False)
 
-    def fit(self, adata: AnnData | str | Path, *, track: Track | None = None) -> "ExpressionVAE":
-        """Learn from these cells.
+    def fit(self, adata: AnnData | str | Path | Cells, *, track: Track | None = None) -> "ExpressionVAE":
+        """Learn from cells with raw counts.
 
         Parameters
         ----------
         adata
-            Cells with raw counts, or the path of an ``.h5ad`` file or ``.zarr`` folder of them.
+            The cells.
         track
-            Watches the minibatches of each epoch go by; see `celbo.fit.train.epochs`.
+            Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
 
         Returns
         -------
         ExpressionVAE
-            The model itself.
+            The model itself. If training is interrupted, it stays as it was.
 
         Raises
         ------
         DataError
-            If genes, values or conditions cannot be used; nothing is trained then.
+            If genes, values or conditions cannot be used; then nothing is trained.
         DivergedError
-            If training left the numbers and could not come back.
+            If training produced numbers that are not finite, and could not recover.
         """
-        objective, recipe = self._objective(), self.recipe()
-        if not isinstance(self.train, TrainConfig):
-            raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
-        device = settle_device(self.train.device)
-        adata = read_adata(adata, layer=self.layer)
-        check = self.check(adata)
-        schema = check.accept()
-        if self.n_top_genes is not None and check.stored is not None:
-            schema = choose_genes(schema, check.stored, adata.obs, self.n_top_genes)
-        source = make_source(check, adata, schema)
-        if self.labels is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the check has said it
-                labels, source.labels = known_labels(column_of(adata.obs, self.labels), self.unlabelled)
-            schema = replace(schema, labels=labels)
-        split = self._split(schema, adata)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.train.seed)
-            vae = self._make_vae(schema)
-        vae.head.initialise(vae.fc_out, gene_moments(source, split.train))
-        if vae.prior_size:
-            start = source.take(np.random.default_rng([self.train.seed, 11]).permutation(split.train)[: vae.prior_size])
-            vae.start_prior(start.x, context_of(vae, start))
-        vae.to(device)
-        config = self.train
-        if self.objective == "autoencoder":  # no KL, so nothing to warm up, and every epoch counts
-            config = replace(config, warmup_fraction=0.0)
-        with threads(config.threads):
-            self.history_ = History(epochs(vae, source, split, config, objective=objective, recipe=recipe, track=track))
-        self.schema_, self.vae_, self.split_ = schema, vae.eval(), split
-        self.reference_ = self._refer(adata, source)
-        if vae.classifier is not None:
-            held_out = self.reference_.held_out
-            calibrate(vae.classifier, self.reference_.mu_z[held_out], self.reference_.labels[held_out])
-        with threads(config.threads):
-            doubts = doubts_of_fit(
-                vae,
-                source,
-                split.validation if len(split.validation) >= 2 else split.train,
-                split.train,
-                self._likelihood(),
-                objective=objective,
-                conditions=schema.conditions,
-                columns=schema.context_columns,
-                settings=self._settings(),
-                seed=config.seed,
-            )
+        parts = self._parts()
+        settle_device(self.train.device)  # before anything is read
+        cells = adata if isinstance(adata, Cells) else self.prepare(adata)
+        fitted = fit_model(cells, architecture=self._architecture(), track=track, **parts)
+        cells = cells.seen_by(fitted)
+        fitted = readings.with_readings(fitted, cells)
+        doubts = diagnosing.doubts_of_fit(fitted, cells)
+        self.fitted_ = fitted
         for doubt in doubts:
-            warnings.warn(doubt, stacklevel=2)
+            warn(doubt)
         return self
 
-    def check(self, adata: AnnData | str | Path) -> Check:
-        """Look at cells that this model is to be fitted to, as `fit` does first; nothing is trained.
+    def check(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Check:
+        """Check cells that this model is to be fitted to, as `fit` does first; nothing is trained.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        fingerprint
+            Whether to hash all values in the same pass.
 
         Returns
         -------
-        celbo.data.Check
-            What was found: ``problems``, each with a name, a severity and a message.
+        celbo.data.checks.Check
+            The ``problems``, each with a name, a severity and a message.
 
         Examples
         --------
@@ -242,108 +191,77 @@ class ExpressionVAE:
         >>> check.errors[0].name
         'not-whole'
         """
-        likelihood = self._likelihood()
-        if self.labels is not None and self.labels in (*self.conditions, *self.nuisance):
-            raise UsageError(
-                f"{self.labels!r} is a condition and the column of labels; z cannot be told what it is to tell."
-            )
-        if self.n_top_genes is not None and (
-            not isinstance(self.n_top_genes, int | np.integer) or self.n_top_genes < 1
-        ):
-            raise UsageError(f"n_top_genes={self.n_top_genes!r}; give a whole number of at least 1, or None for all.")
+        names = ("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer")
+        options = {name: getattr(self, name) for name in (*names, "size_factor", "allow_noninteger", "remedies")}
         adata = read_adata(adata, layer=self.layer)
-        check = check_adata(
-            adata,
-            values=likelihood.values,
-            conditions=self.conditions,
-            nuisance=self.nuisance,
-            layer=self.layer,
-            size_factor=self.size_factor,
-            allow_noninteger=self.allow_noninteger,
-        )
-        if self.n_top_genes is not None and check.schema is not None and check.schema.values == "real":
-            raise UsageError(f"n_top_genes={self.n_top_genes} needs counts; choose genes of real numbers beforehand.")
-        if check.schema is not None:
-            check.schema.pairs(self.interactions)
-            categorical = [condition for condition in check.schema.conditions if condition.levels is not None]
-            if any(text.startswith("match_levels") for text in self.remedies) and not categorical:
-                raise UsageError("remedy 'match_levels' needs a condition or a nuisance of two levels or more.")
-            if check.n_cells < _FEW_CELLS:
-                check.add(
-                    "few-cells", "warning", f"only {check.n_cells} cells: hardly anything can be learned from so few."
-                )
-            codes = check.schema.codes(adata.obs)
-            asked = [each.name for each in check.schema.conditions if not each.nuisance]
-            for name in nested_conditions(codes, check.schema, asked):
-                rest = listed(each.name for each in check.schema.conditions if each.name != name)
-                check.add(
-                    "nested",
-                    "warning",
-                    f"condition {name!r} is nested in the others ({rest}): what it does cannot be "
-                    "told from what they do.",
-                )
-        if self.labels is not None:
-            self._check_labels(check, adata.obs)
-        return check
+        return check_to_fit(adata, self._likelihood(), fingerprint=fingerprint, **options)
+
+    def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
+        """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.
+
+        Parameters
+        ----------
+        adata, fingerprint
+            As `check` takes them.
+
+        Returns
+        -------
+        celbo.fit.cells.Cells
+
+        Raises
+        ------
+        DataError
+            If genes, values or conditions cannot be used.
+        """
+        adata = read_adata(adata, layer=self.layer)
+        check = self.check(adata, fingerprint=fingerprint)
+        return cells_to_fit(adata, check, n_top_genes=self.n_top_genes, labels=self.labels, unlabelled=self.unlabelled)
 
     def embed(
-        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
     ) -> NDArray[np.float32]:
-        """Posterior means of z, ``(cells, latent_dim)``: the latent space. Options are those of `posterior`."""
+        """Return the posterior means of z, ``(cells, latent_dim)``: the latent space. Options as in `posterior`."""
         return self.posterior(adata, unseen=unseen, genes_present=genes_present)[0]
 
     def posterior(
-        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Where each cell lies in the latent space, and how surely: mean and standard deviation of q(z | x, c).
+        """Return the position of each cell in the latent space, with its uncertainty: mean and sd of q(z | x, c).
 
         Parameters
         ----------
         adata
             The cells.
         unseen
-            What to do with levels of conditions that fit did not see: "refuse" them, read them as the "nearest" known
-            level (under which their cells have the highest ELBO), as all levels of fit in equal parts ("marginal"), or
-            "adapt": learn weights for them from these cells (`map_query`).
+            What to do with levels of conditions that fit did not see: "refuse" them; read them as the "nearest" known
+            level (under which their cells have the highest ELBO); read them as all levels of fit in equal parts
+            ("marginal"); or "adapt": learn weights for them from these cells (`map_query`).
         genes_present
-            Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
+            Share of the model's genes that must be present. The model fills in the others by what it expects of them.
 
         Returns
         -------
         tuple
-            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``; of a plain autoencoder sd_z is 0.
+            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``. For a plain autoencoder sd_z is 0.
         """
-        schema = self.schema_
-        adata = read_adata(adata, layer=schema.layer)
-        model, source = self._open(adata, unseen, genes_present)
-        with threads(self.train.threads):
-            mu_z, logvar_z = posterior(model.vae_, source)
-        return mu_z, np.exp(0.5 * logvar_z) * self._has_width
+        return scoring.posterior(*self._open(adata, unseen, genes_present))
 
-    def elbo(self, adata: AnnData | str | Path, *, seed: int = 0) -> pd.DataFrame:
-        """Evidence lower bound of each cell and its terms, in nats, with one sample of z, by its place among the cells.
+    def elbo(self, adata: AnnData | str | Path | Cells, *, seed: int = 0) -> pd.DataFrame:
+        """Return the evidence lower bound of each cell and its terms, in nats, with one sample of z.
 
-        Another seed, or another order of the cells, draws another z; the bound is the mean over draws.
+        The sample of a cell depends on its place among the cells. Another seed, or another order of the cells, gives
+        another sample; the bound is the mean over samples.
 
         Returns
         -------
         pandas.DataFrame
             By cell: ``elbo = reconstruction - kl``, and ``kl_0``, ``kl_1``, ... which sum to ``kl``.
         """
-        check_seed(seed)
-        adata = read_adata(adata, layer=self.schema_.layer)
-        source = self._source(adata)
-        with threads(self.train.threads):
-            terms = cell_terms(self.vae_, source, seed=seed, objective=self._objective())
-        kl = pd.DataFrame(terms.kl, index=adata.obs_names).add_prefix("kl_")
-        kl.insert(0, "elbo", terms.elbo)
-        kl.insert(1, "reconstruction", terms.reconstruction)
-        kl.insert(2, "kl", terms.kl.sum(1))
-        return kl
+        return scoring.elbo(*self._open(adata), seed=seed)
 
     def log_prob(
         self,
-        adata: AnnData | str | Path,
+        adata: AnnData | str | Path | Cells,
         *,
         n_samples: int = 500,
         refine: bool = False,
@@ -351,11 +269,11 @@ class ExpressionVAE:
         genes_present: float = 0.8,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """How likely each cell is: log p(x | library, conditions), by importance weighting, in nats.
+        """Estimate how likely each cell is: log p(x | library, conditions), by importance weighting, in nats.
 
-        ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` over ``n_samples`` draws (Burda 2016) from r, a mixture of
-        the widened posterior and the prior (`celbo.model.importance.log_prob`). The library size is given, so this is
-        a density given the total. A cell has the same figure whichever other cells are asked about, unless ``unseen``
+        ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` over ``n_samples`` samples (Burda 2016) from r, a mixture of
+        the widened posterior and the prior (`celbo.model.importance.log_prob`). The library size is given: this is a
+        density given the total. A cell has the same estimate whichever other cells are asked about, unless ``unseen``
         is "nearest" or "adapt".
 
         Parameters
@@ -363,21 +281,22 @@ class ExpressionVAE:
         adata
             The cells.
         n_samples
-            Draws of z for each cell.
+            Samples of z for each cell.
         refine
-            Whether to fit each cell's posterior by itself first, which takes longer: models are only compared so.
+            Whether to fit each cell's posterior first. It takes longer, and is needed to compare models.
         unseen, genes_present
-            As `posterior` takes them.
+            As in `posterior`.
         seed
-            Of the draws.
+            Seed of the samples.
 
         Returns
         -------
         pandas.DataFrame
-            By cell: ``log_p``; ``se``, its standard error ``sqrt(1 / ess - 1 / n_samples)``; ``ess``, the effective
-            number of draws; ``trusted``: whether that is 10 at least. With ``refine`` also ``unrefined``, the figure of
-            the encoder's own posterior, and ``gap``, what the encoder costs: the first less this one. NaN of a cell
-            without a count. Without ``refine`` estimates lean low where few draws are effective, by more than ``se``.
+            By cell: ``log_p``; its standard error ``se = sqrt(1 / ess - 1 / n_samples)``; ``ess``, the effective number
+            of samples; ``trusted``: whether that is at least 10. With ``refine`` also ``unrefined``, the estimate from
+            the encoder's own posterior, and ``gap``, the first minus this one: the cost of the encoder. NaN for a cell
+            without a count. Without ``refine`` estimates are too low where few samples are effective, by more than
+            ``se``.
 
         Raises
         ------
@@ -392,31 +311,21 @@ class ExpressionVAE:
         >>> model.log_prob(adata[:3]).columns.tolist()
         ['log_p', 'se', 'ess', 'trusted']
         """
-        check_count("n_samples", n_samples, 2)
-        check_seed(seed)
-        adata = read_adata(adata, layer=self.schema_.layer)
-        self._refuse_autoencoder()
-        model, source = self._open(adata, unseen, genes_present)
-        with threads(self.train.threads):
-            found = plain = log_prob(model.vae_, source, n_samples=n_samples, refine_steps=0, seed=seed)
-            if refine:
-                found = log_prob(model.vae_, source, n_samples=n_samples, seed=seed)
-        table = {**found._asdict(), "trusted": found.ess >= _FEW_SAMPLES}
-        if refine:
-            table |= {"unrefined": plain.log_p, "gap": found.log_p - plain.log_p}
-        frame = pd.DataFrame(table, index=adata.obs_names)
-        empty = empty_cells(adata, model.schema_)
-        frame.loc[empty, frame.columns != "trusted"] = np.nan
-        frame.loc[empty, "trusted"] = False
-        return frame
+        fitted, cells = self._open(adata, unseen, genes_present)
+        return scoring.log_prob(fitted, cells, n_samples=n_samples, refine=refine, seed=seed)
 
     def outliers(
-        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8, seed: int = 0
+        self,
+        adata: AnnData | str | Path | Cells,
+        *,
+        unseen: str = "refuse",
+        genes_present: float = 0.8,
+        seed: int = 0,
     ) -> pd.DataFrame:
-        """How unusual each cell is, beside cells of its depth and batch that were held out of fitting.
+        """Say how unusual each cell is, compared with held-out cells of the same depth and batch.
 
-        Four readings are taken of a cell: ``-log p(x)``, its distance in the latent space to cells learned from, and
-        how much better two known profiles together, or the mean of all, explain its counts than its own does. They are
+        Each cell has four readings: ``-log p(x)``; its distance in the latent space to training cells; and how much
+        better two typical profiles together, or the mean of all, explain its counts than its own profile does. They are
         standardised given log library size and batch, joined (Fisher 1925), and compared with those of held-out cells.
 
         Parameters
@@ -424,123 +333,72 @@ class ExpressionVAE:
         adata
             The cells.
         unseen, genes_present
-            As `posterior` takes them.
+            As in `posterior`.
         seed
-            Of the draws.
+            Seed of all random draws.
 
         Returns
         -------
         pandas.DataFrame
-            By cell: ``log_p``, as `log_prob` estimates it from few draws; ``score``, high where a cell is unusual;
-            ``p_value`` and ``q_value``; ``kind``: "usual" (q above .1), "doublet-like", "ambient-like", "unseen type",
-            "unexplained", after the reading that stands out most, or "low-depth"; the standardised readings
-            ``unlikely, distance, mixture, ambient``; and ``top_genes``, + where more of them than expected was seen.
-            Where cells lack genes of the model, log p(x) is of the others, and ``unlikely`` does not count (NaN). A
-            cell without a count is "empty", and has NaN.
+            By cell: ``log_p``, as `log_prob` estimates it from few samples; ``score``, high for an unusual cell;
+            ``p_value`` and ``q_value``; ``kind``: "usual" (q above .1), or "doublet-like", "ambient-like", "unseen
+            type", "unexplained" after the most extreme reading, or "low-depth"; the standardised readings ``unlikely,
+            distance, mixture, ambient``; and ``top_genes``, the genes that surprise most, with + where there is more of
+            a gene than expected. If the cells lack genes of the model, log p(x) is of the other genes, and ``unlikely``
+            does not count (NaN). A cell without a count is "empty", and has NaN.
 
         Raises
         ------
         UsageError
-            If the model keeps no reference cells, fewer than 30 were held out, or it is a plain autoencoder.
+            If the model keeps no reference cells, fewer than 30 cells were held out, or it is a plain autoencoder.
 
         Examples
         --------
         >>> import celbo
         >>> adata = celbo.simulate_cells(n_cells=500, n_genes=80, seed=0)
         >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=20)).fit(adata)
-        >>> found = model.outliers(adata[:50])
-        >>> found["p_value"].between(0, 1).all()
+        >>> table = model.outliers(adata[:50])
+        >>> table["p_value"].between(0, 1).all()
         np.True_
         """
-        schema = self.schema_
-        check_seed(seed)
-        adata = read_adata(adata, layer=schema.layer)
-        self._refuse_autoencoder()
-        if self.reference_ is None:
-            raise UsageError(
-                "the model keeps no reference cells, with which others could be compared; fit it again, and save it "
-                "with them (keep_reference=True; --keep-reference)."
-            )
-        known = self.reference_.was_read
-        if known.sum() < FEWEST_HELD_OUT:
-            raise UsageError(
-                f"{known.sum()} cells were held out of fitting and read; at least {FEWEST_HELD_OUT} are needed to tell "
-                "what is usual. Fit again with more cells or a larger validation_fraction."
-            )
-        model, source = self._open(adata, unseen, genes_present)
-        rows = np.arange(source.n_cells)
-        is_level = [condition.levels is not None for condition in schema.conditions]
-        codes = np.vstack([self.reference_.conditions[known], source.codes])[:, is_level]
-        batch = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1) if any(is_level) else np.zeros(len(codes))
-        with threads(self.train.threads):
-            found = model._read_cells(source, rows, self.reference_, seed)
-            mu_z, _ = posterior(model.vae_, source)
-            library = filled_library(model.vae_, source)
-            genes = surprising_genes(model.vae_, source, mu_z, np.array(schema.genes), rows)
-        empty = empty_cells(adata, model.schema_)
-        table = unusual(
-            self.reference_.readings[known],
-            found,
-            library=(self.reference_.library[known], library),
-            batch=(batch[: known.sum()].astype(int), batch[known.sum() :].astype(int)),
-            index=adata.obs_names,
-            empty=empty,
-            without=() if (schema.columns(adata.var_names) >= 0).all() else ("unlikely",),
-        )
-        return table.assign(top_genes=np.where(empty, "", genes))
+        return outliers.outliers(*self._open(adata, unseen, genes_present), seed=seed)
 
     def expected_expression(
         self,
-        adata: AnnData | str | Path,
+        adata: AnnData | str | Path | Cells,
         *,
         given: Mapping[str, Any] | None = None,
         over: Sequence[str] = (),
         library: float | None = None,
     ) -> NDArray[np.float32]:
-        """Denoised expression: the mean of p(x | mu_z, c), for each cell and gene of the model.
+        """Return denoised expression: the mean of p(x | mu_z, c), for each cell and gene of the model.
 
         Parameters
         ----------
         adata
             The cells.
         given
-            Conditions to decode under, the same for all cells: ``{"batch": "A"}`` corrects for batch. The latent of a
-            cell always comes from its own conditions.
+            Conditions to decode under, the same for all cells: ``{"batch": "A"}`` corrects for batch. The position of
+            a cell always comes from its own conditions.
         over
-            Conditions over whose levels to take the mean, each weighing the same: ``["batch"]`` removes its effect
-            without making one of the batches the measure. Levels that `map_query` took in are not among them, so that
-            what is said of a cell stays the same.
+            Conditions over whose levels to take the mean with equal weights: ``["batch"]`` removes the effect of the
+            batch without choosing one batch. Levels that `map_query` added do not count, so that the result for a cell
+            stays the same.
         library
-            Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares
-            (of zinb less than that, by the zeros its gate adds).
-            For count likelihoods only.
+            Library size to decode at, the same for all cells; each cell's own if None. 1 gives expression shares (for
+            zinb less than that, because of the zeros that its gate adds). For count likelihoods only.
 
         Returns
         -------
         numpy.ndarray
             ``(cells, genes)``, columns in the order of ``schema_.genes``: counts, detection probabilities or
-            log-normalised values, as the likelihood has it.
+            log-normalised values, depending on the likelihood.
         """
-        schema = self.schema_
-        adata = read_adata(adata, layer=schema.layer)
-        settings = schema.combinations({} if given is None else given, over)
-        libraries = None
-        self._check_library(library)
-        if library is not None:
-            libraries = torch.full((adata.n_obs, 1), float(library))
-        source = self._source(adata)
-        with threads(self.train.threads):
-            total, n = np.zeros((), np.float32), np.float32(len(settings))
-            for each in settings:
-                contexts = self._contexts(adata, each) if each else None
-                of_setting = expected_values(self.vae_, source, contexts=contexts, library=libraries)
-                total = np.add(total, of_setting / n)
-        self._doubt_given(settings[0])
-        return total
+        return scoring.expected_expression(*self._open(adata), given=given, over=over, library=library)
 
     def differential_expression(
         self,
-        adata: AnnData | str | Path,
+        adata: AnnData | str | Path | Cells,
         *,
         groupby: str,
         group: str | None = None,
@@ -551,125 +409,90 @@ class ExpressionVAE:
         n_samples: int = 10,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Which genes differ between groups of cells, by how much, and how sure that is.
+        """Find genes that differ between groups of cells, with the size of the change and its uncertainty.
 
-        The fold change is that of the groups' mean shares of expression: as the model decodes them, corrected by what
-        was counted, and shrunk by what the fold changes of all genes are like. It is about these cells: whether other
-        donors would show it, cells cannot tell (`celbo.pseudobulk`).
+        The fold change compares the groups' mean shares of expression: as the model decodes them, corrected by the
+        counts, and shrunk towards the distribution of the fold changes of all genes. It describes these cells. Cells
+        cannot say whether other donors would show the change (`celbo.pseudobulk`).
 
         Parameters
         ----------
         adata
             The cells.
         groupby
-            Column of obs that groups them.
+            Column of obs that groups the cells.
         group
-            The group to compare; each of them in turn if None.
+            Group to compare; each group in turn if None.
         reference
-            The group to compare it with; all others if None.
+            Group to compare it with; all other cells if None.
         least_change
-            Log2 fold change that matters.
+            Smallest log2 fold change that matters.
         pair_by
-            Column of obs, as donor: groups are compared within each of its levels that has both, and the mean of these
-            contrasts is told.
+            Column of obs, such as donor. Groups are compared within each of its levels that has both, and the mean of
+            these contrasts is returned.
         over
-            Conditions over whose levels (of fit) to take the mean; the categorical nuisance if None. Of others each
-            cell has its own.
+            Conditions over whose levels (of fit) to take the mean; the categorical nuisances if None. Each cell keeps
+            its own level of the other conditions.
         n_samples
             Draws of z for each cell.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
         pandas.DataFrame
             By gene, surest first: ``group``, ``reference``, mean shares of both, ``log2_fold_change`` and its 90 %
-            interval, ``probability`` that it is beyond ``least_change``, ``fdr``: the share of false ones among this
-            gene and those that are surer; and the fold change before it was shrunk. Genes that the cells lack, and
-            groups of one cell or without a partner in any level of ``pair_by``, are left out.
+            interval, ``probability`` that it is beyond ``least_change``, ``fdr``: the expected share of false positives
+            among this gene and surer ones; and the fold change before shrinkage. Genes that the cells lack, and groups
+            of one cell or without a partner in any level of ``pair_by``, are left out.
 
         Raises
         ------
         UsageError
-            If the column or a group is not there, a group has fewer than 2 cells, or the model is not of counts.
+            If the column or a group does not exist, a group has fewer than 2 cells, or the model is not of counts.
 
         Examples
         --------
         >>> import celbo
         >>> adata = celbo.simulate_cells(n_cells=400, n_genes=60, seed=0)
         >>> model = celbo.ExpressionVAE(latent_dim=3, train=celbo.TrainConfig(max_epochs=20)).fit(adata)
-        >>> found = model.differential_expression(adata, groupby="cell_type", group="type_0", reference="type_1")
-        >>> found.columns[4:].tolist()  # doctest: +NORMALIZE_WHITESPACE
+        >>> table = model.differential_expression(adata, groupby="cell_type", group="type_0", reference="type_1")
+        >>> table.columns[4:].tolist()  # doctest: +NORMALIZE_WHITESPACE
         ['log2_fold_change', 'lower', 'upper', 'probability', 'fdr', 'raw_log2_fold_change']
         """
-        schema = self.schema_
-        if self._likelihood().values != "counts":
-            raise UsageError(f"fold changes are of counts; this model is of other values ({self.likelihood}).")
-        if not 0 < least_change < math.inf:
-            raise UsageError(
-                f"least_change={least_change!r}; give a number above 0, of log2: every gene changes by something."
-            )
-        check_count("n_samples", n_samples, 1)
-        check_seed(seed)
-        adata = read_adata(adata, layer=schema.layer)
-        group, reference = (None if each is None else str(each) for each in (group, reference))
-        sets, names, comparisons = group_cells(adata.obs, groupby, group, reference, pair_by)
-        if over is None:
-            over = [each.name for each in schema.conditions if each.name in self.nuisance and each.levels is not None]
-            over = [name for name in over if name != groupby]
-            if (
-                math.prod(len(each.levels_of_fit) for each in schema.conditions if each.name in over)
-                > MOST_COMBINATIONS
-            ):
-                warnings.warn(
-                    f"{listed(over)} has more than {MOST_COMBINATIONS} levels, too many to average: each cell is "
-                    "decoded under its own. Name others with over=[...].",
-                    stacklevel=2,
-                )
-                over = []
-        settings = schema.combinations({}, over)
-        contexts = [self._contexts(adata, each) if each else None for each in settings]
-        source = self._source(adata)
-        with threads(self.train.threads):
-            sums = add_up(self.vae_, source, sets, contexts, n_samples=n_samples, seed=seed, has_width=self._has_width)
-        measured = schema.columns(adata.var_names) >= 0
-        sums = of_genes(sums, measured)
-        genes = np.array(schema.genes)[measured].tolist()
-        against = "rest" if reference is None else reference
-        tables = [
-            contrast(sums, pairs, genes, names=(name, against), least=least_change, seed=seed)
-            for name, pairs in zip(names, comparisons, strict=True)
-        ]
-        return pd.concat(tables)
+        fitted, cells = self._open(adata)
+        groups: dict[str, Any] = {"groupby": groupby, "group": group, "reference": reference, "pair_by": pair_by}
+        draws: dict[str, Any] = {"over": over, "n_samples": n_samples, "seed": seed}
+        return differential.differential_expression(fitted, cells, least_change=least_change, **groups, **draws)
 
     def counterfactual(
         self,
-        adata: AnnData | str | Path,
+        adata: AnnData | str | Path | Cells,
         given: Mapping[str, Any],
         *,
         others: "Sequence[ExpressionVAE]" = (),
         n_samples: int = 50,
         seed: int = 0,
     ) -> Counterfactual:
-        """What these cells would look like if conditions were different.
+        """Predict what these cells would look like if conditions were different.
 
-        Each cell is encoded under its own conditions and decoded under those of ``given`` (the others stay its own), at
-        its own library size, with the same draws of z: differences are the condition's. Whether such cells were seen
-        near each of them is said per cell, in ``support``.
+        Each cell is encoded under its own conditions and decoded under those of ``given`` (its other conditions stay),
+        at its own library size, with the same draws of z, so that differences come from the conditions. ``support``
+        says for each cell whether fit saw such cells near it.
 
         Parameters
         ----------
         adata
             The cells.
         given
-            Conditions and what they are to be: ``{"stim": "stim"}``, or ``{"dose": 2.5}``.
+            Conditions and their new values: ``{"stim": "stim"}``, or ``{"dose": 2.5}``.
         others
-            Models of the same genes and conditions, as from other seeds, whose answers count alike: intervals then hold
-            what models do not agree on.
+            Models of the same genes and conditions, such as from other seeds, whose answers have the same weight.
+            Intervals then include the disagreement between models.
         n_samples
             Draws of z for each cell and model.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
@@ -678,9 +501,10 @@ class ExpressionVAE:
         Raises
         ------
         UsageError
-            If a condition is none of the model, had a single level in fit, or the model keeps no reference cells.
+            If the model does not have a condition, a condition had a single level in fit, or the model keeps no
+            reference cells.
         DataError
-            If a level was not seen in fit.
+            If fit did not see a level.
 
         Examples
         --------
@@ -692,102 +516,37 @@ class ExpressionVAE:
         >>> treated.mean.shape, treated.sample(seed=1).X.shape
         ((50, 60), (50, 60))
         """
-        schema = self.schema_
-        if not isinstance(others, Iterable):
-            raise UsageError(f"others is a {type(others).__name__}; give a list of models: others=[model].")
-        others = list(others)
-        self._check_asked(given, others, n_samples)
-        check_seed(seed)
-        models = [self, *others]
-        references = [model.reference_ for model in models if model.reference_ is not None]
-        if len(references) < len(models):
-            raise UsageError(
-                "the model, or one of others, keeps no reference cells, without which support cannot be told; fit it "
-                "again, and save it with them (keep_reference=True; --keep-reference)."
-            )
-        adata = read_adata(adata, layer=schema.layer)
-        contexts = self._contexts(adata, given)
-        self._doubt_given(given)
-        for name in nested_conditions(references[0].conditions, schema, given):
-            rest = listed(each.name for each in schema.conditions if each.name != name)
-            warnings.warn(
-                f"condition {name!r} is nested in the others ({rest}): its effect cannot be told from theirs, and "
-                "what is decoded under another level may be either's.",
-                stacklevel=2,
-            )
-        source = self._source(adata)
-        with threads(self.train.threads):
-            mu_z, _ = posterior(self.vae_, source)
-            learned_from = [
-                known_cells(reference, model.schema_, model.vae_.classifier, given)
-                for model, reference in zip(models, references, strict=True)
-            ]
-            codes, labels = schema.codes(adata.obs), self._labels_of(adata.obs)
-            levels = other_levels(schema, self.vae_.classifier, given, codes, mu_z, labels)
-            standing = support(mu_z, levels, learned_from[0], adata.obs_names)
-            standing.loc[empty_cells(adata, schema)] = (np.nan, np.nan, "empty")
-            unsupported = (standing["verdict"] != "supported").to_numpy()
-            vaes = [model.vae_ for model in models]
-            carried = [
-                carry(vae, source, contexts, unsupported, supported_positions(each, seed=seed))
-                for vae, each in zip(vaes, learned_from, strict=True)
-            ]
-            found = decode_under(
-                vaes, source, contexts, carried, n_samples=n_samples, seed=seed, has_width=self._has_width
-            )
-        if np.abs(found.after - found.before).sum() < _HARDLY_CHANGED * np.abs(found.before).sum():
-            warnings.warn(
-                f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
-                "or the decoder ignores them; model.diagnose(adata) says which.",
-                stacklevel=2,
-            )
-        obs = adata.obs.copy()
-        for name, value in given.items():
-            obs[name] = value
-        return Counterfactual(
-            mean=found.mean,
-            lower=found.lower,
-            upper=found.upper,
-            support=standing,
-            genes=changed_genes(
-                found.before,
-                found.after,
-                found.noise,
-                n_like(mu_z, learned_from[0]),
-                pd.Index(schema.genes),
-                schema.columns(adata.var_names) >= 0,
-                is_ratio=self._likelihood().values != "real",
-                seed=seed,
-            ),
-            draws=found.draws,
-            obs=obs,
-            layer=schema.layer,
-        )
+        others = list(others) if isinstance(others, Iterable) else [others]
+        if not all(isinstance(other, ExpressionVAE) for other in others):
+            raise UsageError("others is a list of fitted models, as celbo.load reads them: others=[model].")
+        self._refuse_single_levels(given)
+        models = [other.fitted_ for other in others]
+        return counterfactual.counterfactual(*self._open(adata), given, others=models, n_samples=n_samples, seed=seed)
 
     def predict(
-        self, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
     ) -> pd.DataFrame:
-        """Tell the labels of cells, how sure that is, and which cells are none of these.
+        """Predict cell labels, and which cells match none of the known labels.
 
         Parameters
         ----------
         adata
             The cells.
         unseen, genes_present
-            As `posterior` takes them.
+            As in `posterior`.
 
         Returns
         -------
         pandas.DataFrame
-            By cell: ``label`` ("none of these" where ``p_known`` is below .01), ``probability`` of the likeliest label
-            (calibrated on held-out labelled cells), ``p_known``: probability that a cell of a known label lies as far
-            from the labelled ones (`celbo.ask.labels.predictions`); then a column of probabilities for each label. NaN
-            throughout of a cell without a count.
+            By cell: ``label`` ("none of these" where ``p_known`` is below .01); ``probability`` of the most probable
+            label (calibrated on held-out labelled cells); ``p_known``, the probability that a cell of a known label
+            lies as far from the labelled cells (`celbo.ask.labels.predictions`); then a column of probabilities for
+            each label. A cell without a count has NaN in all columns.
 
         Raises
         ------
         UsageError
-            If the model was fitted without labels.
+            If the model was fitted without labels, or keeps no reference cells.
 
         Examples
         --------
@@ -798,58 +557,36 @@ class ExpressionVAE:
         >>> model.predict(adata).columns[:4].tolist()
         ['label', 'probability', 'p_known', 'type_0']
         """
-        labels, classifier = self.schema_.labels, self.vae_.classifier
-        if labels is None or labels.levels is None or classifier is None:
-            raise UsageError("this model was fitted without labels; give labels='...' (celbo fit --labels COLUMN).")
-        if self.reference_ is None:
-            raise UsageError(
-                "the model keeps no reference cells, without which no cell can be called none of these; fit it again, "
-                "and save it with them (keep_reference=True; --keep-reference)."
-            )
-        adata = read_adata(adata, layer=self.schema_.layer)
-        mu_z, _ = self.posterior(adata, unseen=unseen, genes_present=genes_present)
-        with torch.inference_mode():
-            found = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).exp().cpu().numpy()
-        is_known = self.reference_.labels >= 0
-        reference = self.reference_
-        known = Labelled(reference.mu_z[is_known], reference.labels[is_known], reference.held_out[is_known])
-        if known.held_out.sum() < FEWEST_HELD_OUT_LABELLED:
-            warnings.warn(
-                f"{known.held_out.sum()} cells with a label were held out of fitting; of fewer than "
-                f"{FEWEST_HELD_OUT_LABELLED} it cannot be told what is usual, so that no cell is called none of these. "
-                "Label more cells, or fit with a larger validation_fraction.",
-                stacklevel=2,
-            )
-        return predictions(found, mu_z, known, labels.levels, adata.obs_names, empty_cells(adata, self.schema_))
+        return labels.predict(*self._open(adata, unseen, genes_present))
 
     def map_query(
         self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
     ) -> "ExpressionVAE":
-        """Take cells of new batches into this model, without moving what it knows by a bit (surgery, as scArches).
+        """Add new batches to this model, without changing a bit of what it knows (surgery, as in scArches).
 
-        New levels of categorical conditions get weights of their own, which start as the mean of the known levels' and
-        are trained on these cells; all other weights stay. Cells of known levels need no training. The reference cells
-        stay those of fit: cells of a new level are not among what `sample` draws from, nor what support is told by.
-        Warns of a new level that has few cells, or reads nearly as a known one.
+        New levels of categorical conditions get their own weights. These start as the mean of the known levels' weights
+        and are trained on the given cells; all other weights stay. Cells of known levels need no training. The
+        reference cells stay those of fit: `sample` does not draw from cells of a new level, and support does not count
+        them. A new level that has few cells, or is spelt nearly like a known one, gets a warning.
 
         Parameters
         ----------
         adata
             The cells.
         genes_present
-            Share of the model's genes that must be there; the model fills in the rest by what it expects of them.
+            Share of the model's genes that must be present. The model fills in the others by what it expects of them.
         track
-            Watches the minibatches go by; see `celbo.fit.train.epochs`.
+            Watches the minibatches; see `celbo.fit.train.epochs`.
 
         Returns
         -------
         ExpressionVAE
-            A model that knows the new levels, too; this one, if there are none.
+            A model that knows the new levels too; this model, if there are none.
 
         Raises
         ------
         UsageError
-            If the model normalises over minibatches, which would move what it knows.
+            If the model normalises over minibatches, so that new cells would change what it knows.
         DataError
             If genes, values or conditions do not fit the model.
 
@@ -864,31 +601,8 @@ class ExpressionVAE:
         (400, 3)
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        schema = self.schema_.with_levels_of(adata.obs)
-        for doubt in doubt_new_levels(self.schema_, schema, adata):
-            warnings.warn(doubt, stacklevel=2)
-        if schema == self.schema_:
-            open_source(adata, self.schema_, genes_present=genes_present)  # which says what does not fit
-            return self
-        options = self._options_of_vae()
-        if options["norm"] == "batch" or options["norm_mu"]:
-            raise UsageError(
-                "this model normalises over minibatches, so that new cells would move the known ones; fit it again "
-                "with norm='layer' and without norm_mu."
-            )
-        mapped = copy(self)
-        mapped.__dict__.pop("split_", None)
-        vae = self._make_vae(schema)
-        learned = copy_weights(self.vae_, vae, self.schema_, schema)
-        source = Filled(vae, open_source(adata, schema, genes_present=genes_present))
-        split = self._split(schema, adata)
-        config = replace(self.train, warmup_fraction=0.0)
-        vae.to(next(self.vae_.parameters()).device)
-        with threads(config.threads):
-            steps = epochs(vae, source, split, config, objective=self._objective(), learned=learned, track=track)
-            mapped.history_ = History(steps)
-        mapped.schema_, mapped.vae_ = schema, vae.eval()
-        return mapped
+        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, track=track)
+        return self if fitted is self.fitted_ else self._with(fitted)
 
     def sample(
         self,
@@ -896,7 +610,7 @@ class ExpressionVAE:
         *,
         conditions: Mapping[str, Any] | None = None,
         source: str = "aggregated",
-        around: AnnData | str | Path | None = None,
+        around: AnnData | str | Path | Cells | None = None,
         library: float | None = None,
         seed: int = 0,
     ) -> AnnData:
@@ -905,33 +619,34 @@ class ExpressionVAE:
         Parameters
         ----------
         n
-            How many.
+            How many cells.
         conditions
-            What conditions are to be: ``{"stim": "ctrl"}``. Others come as they do in the cells of fit that have these.
+            Conditions and their values: ``{"stim": "ctrl"}``. Other conditions occur as they do among cells of fit that
+            have these.
         source
-            Where z comes from: "aggregated", the posterior of a cell of fit that has the conditions; "mixture", a
-            Gaussian mixture fitted to these; or "prior", which cells of fit seldom fill evenly.
+            Source of z: "aggregated", the posterior of a cell of fit that has the conditions; "mixture", a Gaussian
+            mixture fitted to such posteriors; or "prior", which cells of fit seldom fill evenly.
         around
-            Cells to draw around, from their posteriors and at their library sizes, each as often as the others: a
-            posterior predictive check. They take the place of the cells of fit.
+            Cells to draw around, from their posteriors and at their library sizes, each equally often: a posterior
+            predictive check. They replace the cells of fit.
         library
-            Library size of all cells. Else that of the cell whose posterior z is from, or of one near z.
+            Library size of all cells. If None, it is that of the cell whose posterior z is from, or of one near z.
         seed
-            Of all draws.
+            Seed of all random draws.
 
         Returns
         -------
         anndata.AnnData
-            Sparse counts over the model's genes (a Gaussian's are dense reals); obs has the conditions and ``library``,
-            obsm["z"] the latent.
+            Sparse counts over the model's genes (dense real numbers from a Gaussian). obs has the conditions and
+            ``library``, obsm["z"] the latent.
 
         Raises
         ------
         UsageError
-            If n is below 1, a condition is none of the model, no cell of fit has the conditions, or the model keeps no
-            reference cells.
+            If n is below 1, the model does not have a condition, no cell of fit has the conditions, or the model keeps
+            no reference cells.
         DataError
-            If a level was not seen in fit.
+            If fit did not see a level.
 
         Examples
         --------
@@ -943,58 +658,36 @@ class ExpressionVAE:
         >>> treated.shape, treated.obs["treatment"].unique().tolist()
         ((100, 60), ['treated'])
         """
-        schema, reference, names = self.schema_, self.reference_, None
-        check_count("n", n, 1)
-        check_seed(seed)
-        self._check_library(library)
-        if around is not None:
-            if source != "aggregated":
-                raise UsageError(f"source={source!r} and around exclude each other: cells around others have their z.")
-            adata = read_adata(around, layer=schema.layer)
-            names, codes = adata.obs_names, schema.codes(adata.obs)
-            with threads(self.train.threads):
-                reference = as_reference(self.vae_, self._source(adata), codes)
-        with threads(self.train.threads):
-            drawn = draw_cells(
-                self.vae_,
-                schema,
-                reference,
-                int(n),
-                given=conditions or {},
-                source=source,
-                library=library,
-                sample=self.objective != "autoencoder",
-                seed=seed,
-            )
-            values = draw_values(self.vae_, schema, drawn, seed=seed)
-        return new_cells(schema, drawn, values, names, {"source": source, "seed": seed})
+        cells = None if around is None else self._open(around)[1]
+        chosen: dict[str, Any] = {"conditions": conditions, "source": source, "library": library, "seed": seed}
+        return generate.sample(self.fitted_, n, around=cells, **chosen)
 
     def interpolate(
         self,
-        start: AnnData | str | Path,
-        end: AnnData | str | Path,
+        start: AnnData | str | Path | Cells,
+        end: AnnData | str | Path | Cells,
         *,
         n_points: int = 11,
         given: Mapping[str, Any] | None = None,
         library: float | None = None,
     ) -> AnnData:
-        """Decoded means along the line from one cell, or the mean of a group, to another in the latent space.
+        """Decode means along the line from one cell, or the mean of a group, to another in the latent space.
 
         Parameters
         ----------
         start, end
-            Cells; of several, the mean of their mu_z.
+            Cells; of several cells the mean of mu_z is taken.
         n_points
             Points on the line, both ends included.
         given
-            Conditions to decode under; others go over from those of the start to those of the end, in parts.
+            Conditions to decode under. Other conditions go gradually from those of the start to those of the end.
         library
             Library size to decode at; expression shares if None. For count likelihoods only.
 
         Returns
         -------
         anndata.AnnData
-            The means; obs["position"] runs from 0 to 1, obsm["z"] is the line.
+            The means. obs["position"] goes from 0 to 1, and obsm["z"] is the line.
 
         Examples
         --------
@@ -1004,38 +697,28 @@ class ExpressionVAE:
         >>> model.interpolate(adata[:1], adata[1:2], n_points=5).obs["position"].tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
         """
-        schema = self.schema_
-        if not isinstance(n_points, int | np.integer) or n_points < 2:
-            raise UsageError(f"n_points={n_points!r}; a line has at least its 2 ends.")
-        self._check_library(library)
-        groups = [read_adata(cells, layer=schema.layer) for cells in (start, end)]
-        z = np.stack([self.embed(cells).mean(0) for cells in groups])
-        context = torch.stack([schema.encode(cells.obs, given).mean(0) for cells in groups])
-        self._doubt_given(given or {})
-        with threads(self.train.threads):
-            t, along, means = interpolate(self.vae_, z, context, n_points=int(n_points), library=library)
-        obs = pd.DataFrame({"position": t.astype(float)}, index=[f"point_{number}" for number in range(len(t))])
-        return AnnData(X=means, obs=obs, var=pd.DataFrame(index=list(schema.genes)), obsm={"z": along})
+        ends = [self._open(cells)[1] for cells in (start, end)]
+        return generate.interpolate(self.fitted_, ends, n_points=n_points, given=given, library=library)
 
-    def diagnose(self, adata: AnnData | str | Path, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
-        """Look for posterior collapse and its relatives: a latent that says nothing, a condition that is ignored.
+    def diagnose(self, adata: AnnData | str | Path | Cells, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
+        """Look for posterior collapse and related faults: a latent without information, a condition that is ignored.
 
-        Everything is measured on the cells held out in fit, where these are the cells of fit; else on all of them (at
-        most 10,000), beside simpler models learned from the others.
+        If these are the cells of fit, everything is measured on the cells that were held out; else on all cells (at
+        most 10,000). Simpler models, learned from the other cells, are the comparison.
 
         Parameters
         ----------
         adata
             The cells of fit, or others.
         groupby
-            Column of obs with known types, within which a condition is looked for in z.
+            Column of obs with known types. Leakage of conditions into z is then measured within types.
         seed
-            Of all draws.
+            Seed of all random draws.
 
         Returns
         -------
-        celbo.trust.diagnostics.Diagnosis
-            Prints its verdict in one line, then the findings, worst first, then remedies in the order to try them.
+        celbo.trust.advice.Diagnosis
+            It prints a verdict in one line, then the findings, worst first, then remedies in the order to try them.
 
         Examples
         --------
@@ -1045,40 +728,10 @@ class ExpressionVAE:
         >>> model.diagnose(adata).collapsed
         False
         """
-        check_seed(seed)
-        schema = self.schema_
-        adata = read_adata(adata, layer=schema.layer)
-        if groupby is not None and groupby not in adata.obs.columns:
-            raise UsageError(f"groupby={groupby!r} is no column of obs; it has {listed(adata.obs.columns)}.")
-        types = None if groupby is None else column_of(adata.obs, groupby).astype(str).to_numpy()
-        source, rows, training = self.cells_to_measure(adata)
-        if len(rows) < 2:
-            raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
-        codes = schema.codes(adata.obs)
-        conditions = {
-            condition.name: (
-                columns,
-                codes[rows, number] if condition.levels is None else codes[rows, number].astype(int),
-            )
-            for number, (condition, columns) in enumerate(zip(schema.conditions, schema.context_columns, strict=True))
-        }
-        with threads(self.train.threads):
-            evidence = gather(
-                self.vae_,
-                source,
-                rows,
-                training,
-                self._likelihood(),
-                objective=self._objective(),
-                conditions=conditions,
-                settings=self._settings(),
-                types=None if types is None else types[rows],
-                seed=seed,
-            )
-        return diagnose(evidence)
+        return diagnosing.diagnose(*self._open(adata), groupby=groupby, seed=seed)
 
     def recipe(self) -> Recipe:
-        """What the remedies come to; a `UsageError` with the table of them if they cannot be used."""
+        """Combine `remedies` into one training recipe; raise a `UsageError` with their table if they cannot be used."""
         recipe = combine(self.remedies)
         refuse_unfit(
             self.remedies,
@@ -1087,33 +740,9 @@ class ExpressionVAE:
             prior=recipe.options.get("prior", self.prior),
             has_conditions=bool((*self.conditions, *self.nuisance)),
         )
+        if clashes := contradictions(self.remedies, self.options(), _defaults()):
+            raise UsageError(" ".join(clashes))
         return recipe
-
-    def cells_to_measure(self, adata: AnnData | str | Path) -> tuple[CellSource, Rows, Rows]:
-        """A source of these cells; which of them to measure a model on, and which simpler ones may learn from.
-
-        Those held out in fit and those learned from, if these are the cells of fit; else all, and all.
-        """
-        source, split = self.split_again(adata)
-        every: Rows = np.arange(source.n_cells)
-        held_out = every if split is None or len(split.validation) < 2 else split.validation
-        rows = np.random.default_rng([self.train.seed, 12]).permutation(held_out)[:_CELLS_TO_DIAGNOSE]
-        return source, np.sort(rows), every if split is None else split.train
-
-    def split_again(self, adata: AnnData | str | Path) -> tuple[CellSource, Split | None]:
-        """A source of these cells, and how fit split them; None if they are not those of fit, as far as one can tell.
-
-        The split is drawn again from the seed, and the library sizes compared with those of the reference cells.
-        """
-        adata = read_adata(adata, layer=self.schema_.layer)
-        source = self._source(adata)
-        if self.reference_ is None:
-            return source, None
-        split = self._split(self.schema_, adata)
-        rows = self._reference_rows(split)
-        same = len(rows) == len(self.reference_.library) and (rows < source.n_cells).all()
-        is_same = same and np.array_equal(source.library[rows], self.reference_.library)
-        return source, split if is_same else None
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
@@ -1121,102 +750,120 @@ class ExpressionVAE:
         Parameters
         ----------
         path
-            The folder; one that already holds a model is replaced.
+            The folder. A model that is already there is replaced.
         keep_reference
             Whether to keep the latent positions of the cells of fit (no counts, no names).
 
         Raises
         ------
         StorageError
-            If it cannot be written; an older model there stays whole.
+            If the folder cannot be written. An older model there stays whole.
         """
+        fitted = self.fitted_
         document = {
             "options": self.options(),
-            "schema": self.schema_.to_json(),
-            "history": [_without_nan(asdict(epoch)) for epoch in self.history_],
+            "schema": fitted.schema.to_json(),
+            "history": [_without_nan(asdict(epoch)) for epoch in fitted.history],
         }
-        weights = {name: value.cpu().numpy() for name, value in self.vae_.state_dict().items()}
-        reference = self.reference_ if keep_reference else None
+        weights = {name: value.cpu().numpy() for name, value in fitted.vae.state_dict().items()}
+        reference = fitted.reference if keep_reference else None
         checkpoint.write_folder(path, document, weights, None if reference is None else reference_arrays(reference))
 
     def options(self) -> dict[str, Any]:
-        """What was given to make this model, as plain values."""
-        chosen = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
-        return {
-            **chosen,
-            "hidden_dims": [int(width) for width in self.hidden_dims],
-            "unlabelled": str(self.unlabelled),
-            "n_top_genes": self.n_top_genes and int(self.n_top_genes),
-            "conditions": list(self.conditions),
-            "nuisance": list(self.nuisance),
-            "interactions": list(self.interactions),
-            "decoder_dims": None if self.decoder_dims is None else [int(width) for width in self.decoder_dims],
-            "remedies": list(self.remedies),
-            "train": asdict(self.train),
+        """Return the options of this model as plain values."""
+        chosen = self.get_params(deep=False)
+        lists = {name: list(chosen[name]) for name in ("conditions", "nuisance", "interactions", "remedies")}
+        widths = {
+            name: None if chosen[name] is None else [int(width) for width in chosen[name]]
+            for name in ("hidden_dims", "decoder_dims")
         }
+        plain = {"unlabelled": str(self.unlabelled), "n_top_genes": self.n_top_genes and int(self.n_top_genes)}
+        return {**chosen, **lists, **widths, **plain, "train": asdict(self.train)}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the options by name, as scikit-learn's estimators do; ``deep`` changes nothing."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+
+    def set_params(self, **params: Any) -> "ExpressionVAE":
+        """Set options by name, as scikit-learn's estimators do; return the model itself."""
+        if unknown := sorted(params.keys() - self.get_params().keys()):
+            raise UsageError(
+                f"{listed(unknown)} is no option of ExpressionVAE; it has {listed(self.get_params(), 40)}."
+            )
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        """Show the options that differ from the defaults, and what the model was fitted to."""
+        chosen = [f"{name}={_shown(value)}" for name, value in self._chosen().items()]
+        return f"ExpressionVAE({', '.join(chosen)}{'; ' if chosen else ''}{self._state()})"
+
+    def _repr_html_(self) -> str:
+        """Show the same as a small table in a notebook."""
+        rows = [(name, _shown(value)) for name, value in self._chosen().items()]
+        cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table><caption>ExpressionVAE ({escape(self._state())})</caption>{cells}</table>"
 
     def __getattr__(self, name: str) -> Any:
-        """Say what to do where something is asked for that only `fit` makes."""
-        if name == "split_" and "vae_" in self.__dict__:
-            raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
-        if name in _MADE_BY_FIT:
+        """Give access to what `fit` made; say what to do if the model is not fitted."""
+        if name not in _MADE_BY_FIT:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if "fitted_" not in self.__dict__:
             raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        value = getattr(self.fitted_, name[:-1])
+        if name == "split_" and value is None:
+            raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
+        return History(value) if name == "history_" else value
 
-    def _check_asked(self, given: Mapping[str, Any], others: "Sequence[ExpressionVAE]", n_samples: int) -> None:
-        """Refuse a counterfactual that cannot be answered."""
-        if not given:
-            raise UsageError("given names no condition; give what is to be different, as {'treatment': 'treated'}.")
-        schema = self.schema_
-        known = [condition.name for condition in schema.conditions]
-        if single := [name for name in given if name in (*self.conditions, *self.nuisance) and name not in known]:
-            raise UsageError(
-                f"{listed(single)} had a single level in fit and was left out: nothing can be asked of it."
-            )
-        if not all(isinstance(other, ExpressionVAE) for other in others):
-            raise UsageError("others are fitted models, as celbo.load reads them.")
-        for part in ("genes", "conditions", "values", "layer", "size_factor"):
-            if any(getattr(other.schema_, part) != getattr(schema, part) for other in others):
-                raise UsageError(f"others have other {part} than this model; fit them to the same cells, the same way.")
-        if any(other._has_width != self._has_width for other in others):
-            raise UsageError("others have another objective than this model; fit them the same way.")
-        if len({id(model) for model in (self, *others)}) <= len(others):
-            raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
-        check_count("n_samples", n_samples, 2)
+    def _chosen(self) -> dict[str, Any]:
+        """Options that differ from the defaults."""
+        defaults = _defaults()
+        return {name: value for name, value in self.get_params().items() if value != defaults[name]}
 
-    def _doubt_given(self, given: Mapping[str, Any]) -> None:
-        """Warn of what is asked for beyond the values of fit."""
-        for condition in self.schema_.conditions:
-            if condition.name in given and (doubt := condition.doubt(pd.Series([given[condition.name]]))):
-                warnings.warn(doubt, stacklevel=3)
+    def _state(self) -> str:
+        """Say whether the model is fitted, and to what."""
+        if "fitted_" not in self.__dict__:
+            return "not fitted"
+        fitted = self.fitted_
+        n_cells = None if fitted.split is None else sum(map(len, fitted.split))
+        cells = "" if n_cells is None else f"{n_cells:,} cells x "
+        return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
 
-    def _check_labels(self, check: Check, obs: pd.DataFrame) -> None:
-        """Add what is wrong with the column of labels to what was found."""
-        if not isinstance(self.labels, str):
-            raise UsageError(f"labels={self.labels!r}; give the name of one column of obs.")
-        if self.labels not in obs.columns:
-            check.add("labels", "error", f"obs has no column {self.labels!r} for labels; it has {listed(obs.columns)}.")
-            return
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                known_labels(column_of(obs, self.labels), self.unlabelled)
-            except DataError as error:
-                check.add("labels", "error", str(error))
-            except UsageError:
-                if not check.errors:  # which are to be told first
-                    raise
-        for warning in said:
-            check.add("labels", "warning", str(warning.message))
+    def _with(self, fitted: Fitted) -> "ExpressionVAE":
+        """Return a model with the same options, fitted so."""
+        model = copy(self)
+        model.fitted_ = fitted
+        return model
 
-    def _labels_of(self, obs: pd.DataFrame) -> NDArray[np.int32]:
-        """Numbers of the labels that these cells come with, -1 where the model does not know them."""
-        labels = self.schema_.labels
-        if labels is None or labels.levels is None or labels.name not in obs.columns:
-            return np.full(len(obs), -1, np.int32)
-        column = column_of(obs, labels.name)
-        codes = pd.Index(labels.levels).get_indexer(as_text(column))
-        return np.where(column.notna(), codes, -1).astype(np.int32)
+    def _open(
+        self, adata: AnnData | str | Path | Cells, unseen: str = "refuse", genes_present: float = 0.8
+    ) -> tuple[Fitted, Cells]:
+        """Open cells for this model; options as in `posterior`."""
+        fitted = self.fitted_
+        if not isinstance(adata, Cells):
+            return mapping.open_any(fitted, adata, unseen=unseen, genes_present=genes_present)
+        if adata.schema != fitted.schema:
+            raise UsageError("these Cells were opened for a model of other genes or conditions; give the AnnData.")
+        return fitted, adata if adata.vae is fitted.vae else adata.seen_by(fitted)
+
+    def _parts(self) -> dict[str, Any]:
+        """Turn options into the objects that a fit takes, and refuse options that cannot be used."""
+        if not isinstance(self.train, TrainConfig):
+            raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
+        return {
+            "likelihood": self._likelihood(),
+            "objective": self._objective(),
+            "config": self.train,
+            "recipe": self.recipe(),
+            "remedies": self.remedies,
+        }
+
+    def _architecture(self) -> Architecture:
+        """Options of the network, with those that remedies set."""
+        names = ("latent_dim", "hidden_dims", "dispersion", "encode_context", "norm", "dropout", "decoder_dims")
+        options = {name: getattr(self, name) for name in (*names, "prior", "embedding_dim", "interactions")}
+        return Architecture(**{**options, **self.recipe().options})
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood not in LIKELIHOODS:
@@ -1228,149 +875,22 @@ class ExpressionVAE:
             raise UsageError(f"objective is {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         return OBJECTIVES[self.objective]
 
-    def _options_of_vae(self) -> dict[str, Any]:
-        """The options above, and what the remedies make of them."""
-        names = ["hidden_dims", "dispersion", "encode_context", "skip", "norm", "dropout"]
-        names += ["decoder_dims", "decoder_dropout", "context_skip", "norm_mu", "prior", "embedding_dim"]
-        return {name: getattr(self, name) for name in names} | dict(self.recipe().options)
-
-    def _make_vae(self, schema: Schema) -> VAE:
-        interactions = schema.pairs(self.interactions)
-        check_count("embedding_dim", self.embedding_dim, 1)
-        try:
-            return VAE(
-                input_dim=len(schema.genes),
-                latent_dim=self.latent_dim,
-                likelihood=self._likelihood(),
-                context_dim=schema.context_dim,
-                embedded=[
-                    columns
-                    for condition, columns in zip(schema.conditions, schema.context_columns, strict=True)
-                    if condition.embedded
-                ],
-                interactions=interactions,
-                n_labels=0 if schema.labels is None else schema.labels.dim,
-                **self._options_of_vae(),
-            )
-        except UsageError as error:
-            if not self.recipe().options:
-                raise
+    def _refuse_single_levels(self, given: Mapping[str, Any]) -> None:
+        """Refuse conditions that had a single level in fit, and so are not in the schema."""
+        known = {condition.name for condition in self.schema_.conditions}
+        if single := [name for name in given if name in {*self.conditions, *self.nuisance} - known]:
             raise UsageError(
-                f"remedies {listed(self.remedies)} do not fit this model: {error}\n{remedy_table()}"
-            ) from error
-
-    def _settings(self) -> dict[str, Any]:
-        """What advice depends on."""
-        options = self._options_of_vae()
-        hidden, decoder = options["hidden_dims"], options["decoder_dims"]
-        return {
-            "likelihood": self.likelihood,
-            "objective": self.objective,
-            "warmup_fraction": self.train.warmup_fraction,
-            "remedies": list(self.remedies),
-            "nuisance": [condition.name for condition in self.schema_.conditions if condition.nuisance],
-            "beta": self.recipe().beta,
-            "kl_weight": self.history_[-1].kl_weight,
-            "n_hidden": (len(hidden), len(hidden if decoder is None else decoder)),
-            **{name: options[name] for name in ("dispersion", "norm", "norm_mu", "prior")},
-        }
-
-    @property
-    def _has_width(self) -> bool:
-        """Whether posteriors have one; a plain autoencoder places each cell at a point."""
-        return self.objective != "autoencoder"
-
-    def _check_library(self, library: float | None) -> None:
-        if library is not None:
-            if self._likelihood().values != "counts":
-                raise UsageError(f"library={library!r} has no meaning for {self.likelihood!r}; leave it out.")
-            is_number = isinstance(library, int | float | np.number) and not isinstance(library, bool)
-            if not (is_number and 0 < float(library) < math.inf):
-                raise UsageError(f"library={library!r}; a library size is a finite number above 0.")
-
-    def _contexts(self, adata: AnnData, given: Mapping[str, Any]) -> Contexts:
-        """Contexts of these cells by their positions, under these conditions."""
-        schema = self.schema_
-        codes = schema.codes(adata.obs, given)
-        return lambda rows: schema.expand(codes[rows])
-
-    def _split(self, schema: Schema, adata: AnnData) -> Split:
-        """Which of these cells are held out, and which learned from: of every level one at least."""
-        levels = schema.codes(adata.obs)[:, [condition.levels is not None for condition in schema.conditions]]
-        return split_cells(adata.n_obs, self.train.validation_fraction, self.train.seed, levels)
-
-    def _source(self, adata: AnnData | str | Path) -> CellSource:
-        schema = self.schema_  # first, so that an unfitted model says so before anything is read
-        return open_source(read_adata(adata, layer=schema.layer), schema)
-
-    def _open(self, adata: AnnData, unseen: str, genes_present: float) -> "tuple[ExpressionVAE, CellSource]":
-        """A source of these cells, and the model that knows their levels; options are those of `posterior`."""
-        if unseen == "adapt":
-            mapped = self.map_query(adata, genes_present=genes_present)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # mapping has said it
-                return mapped, open_source(adata, mapped.schema_, genes_present=genes_present)
-        if unseen == "nearest":
-            with threads(self.train.threads):
-                adata = at_nearest_levels(
-                    self.vae_, self.schema_, adata, self._objective(), genes_present=genes_present
-                )
-            unseen = "refuse"
-        return self, open_source(adata, self.schema_, unseen=unseen, genes_present=genes_present)
-
-    def _reference_rows(self, split: Split) -> Rows:
-        """Which cells of fit are kept as a reference, in their order."""
-        chosen = np.random.default_rng([self.train.seed, 3]).permutation(split.train)[:_REFERENCE_CELLS]
-        return np.sort(np.concatenate([chosen, split.validation]))
-
-    def _refer(self, adata: AnnData, source: CellSource) -> Reference:
-        """Positions of all held-out cells and of as many training cells as are kept."""
-        rows = self._reference_rows(self.split_)
-        with threads(self.train.threads):
-            mu_z, logvar_z = posterior(self.vae_, source, rows)
-        found = Reference(
-            mu_z=mu_z,
-            logvar_z=logvar_z,
-            library=source.library[rows],
-            conditions=self.schema_.codes(adata.obs.iloc[rows]),
-            held_out=np.isin(rows, self.split_.validation),
-            labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
-            was_read=np.zeros(len(rows), bool),
-            readings=np.zeros((len(rows), n_readings(self._likelihood().values == "counts"))),
-        )
-        if self.objective != "autoencoder" and 0 < found.held_out.sum() < len(rows):
-            held_out = np.flatnonzero(found.held_out)
-            some = np.sort(np.random.default_rng([self.train.seed, 18]).permutation(held_out)[:_CELLS_TO_CALIBRATE])
-            with threads(self.train.threads):
-                found.readings[some] = self._read_cells(source, rows[some], found, self.train.seed)
-            found.was_read[some] = True
-        return found
-
-    def _read_cells(self, source: CellSource, rows: Rows, reference: Reference, seed: int) -> NDArray[np.float64]:
-        """What `celbo.ask.outliers` compares cells by."""
-        return readings(
-            self.vae_,
-            source,
-            rows,
-            reference.mu_z[~reference.held_out],
-            codes=source.codes[rows],
-            expand=self.schema_.expand,
-            is_counts=self._likelihood().values == "counts",
-            seed=seed,
-        )
-
-    def _refuse_autoencoder(self) -> None:
-        if self.objective == "autoencoder":
-            raise UsageError("a plain autoencoder has no p(x); fit again with objective='vae'.")
+                f"{listed(single)} had a single level in fit and was left out: nothing can be asked about it."
+            )
 
 
 def load(path: str | Path) -> ExpressionVAE:
-    """Read a fitted model from its folder, or from a run's folder; nothing in it is executed.
+    """Read a fitted model from its folder, or from the folder of a run; nothing in it is executed.
 
     Parameters
     ----------
     path
-        What `ExpressionVAE.save` or ``celbo fit`` wrote.
+        A folder that `ExpressionVAE.save` or ``celbo fit`` wrote.
 
     Returns
     -------
@@ -1384,39 +904,58 @@ def load(path: str | Path) -> ExpressionVAE:
     """
     folder = checkpoint.read_folder(path)
     try:
-        options = dict(folder.document["options"])
-        schema = Schema.from_json(folder.document["schema"])
+        options = modern_options(folder.document["options"], _defaults())
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
-        if len(model.hidden_dims) > len(folder.weights):
-            raise ValueError(f"{len(model.hidden_dims)} hidden layers, but {len(folder.weights)} tensors")
-        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
-            vae = model._make_vae(schema)
-        history = History(
-            Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]
-        )
-        reference = None
-        if folder.reference is not None:
-            n_read = n_readings(model._likelihood().values == "counts")
-            reference = reference_from(folder.reference, model.latent_dim, len(schema.conditions), n_read)
+        model.fitted_ = _fitted_from(model, folder)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."
         ) from error
-    expected = {name: (tuple(value.shape), value.dtype) for name, value in vae.state_dict().items()}
-    found = {name: torch.from_numpy(value) for name, value in folder.weights.items()}
-    if expected != {name: (tuple(value.shape), value.dtype) for name, value in found.items()}:
-        names = sorted(set(expected) ^ set(found)) or [n for n in expected if tuple(found[n].shape) != expected[n][0]]
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in model.vae_.state_dict().items()}
+    weights = {name: torch.from_numpy(value) for name, value in folder.weights.items()}
+    saved = {name: (tuple(value.shape), value.dtype) for name, value in weights.items()}
+    if expected != saved:
+        names = sorted(set(expected) ^ set(saved)) or [name for name in expected if expected[name] != saved[name]]
         raise ModelFileError(
             f"{path}: the weights do not fit the model that model.json describes ({', '.join(names[:5])}); "
             "save the model again."
         )
-    vae.load_state_dict(found, assign=True)
-    model.schema_, model.vae_, model.history_, model.reference_ = schema, vae.eval(), history, reference
+    model.vae_.load_state_dict(weights, assign=True)
     return model
 
 
+def _fitted_from(model: ExpressionVAE, folder: checkpoint.ModelFolder) -> Fitted:
+    """Make what fit made from a model folder; the weights are not allocated yet."""
+    schema, parts, architecture = Schema.from_json(folder.document["schema"]), model._parts(), model._architecture()
+    if len(model.hidden_dims) > len(folder.weights):
+        raise ValueError(f"{len(model.hidden_dims)} hidden layers, but {len(folder.weights)} tensors")
+    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
+        vae = make_vae(architecture, schema, parts["likelihood"])
+    history = [Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]]
+    fitted = Fitted(vae=vae.eval(), schema=schema, architecture=architecture, history=history, **parts)
+    if folder.reference is None:
+        return fitted
+    n_readings = readings.n_readings(fitted.is_counts)
+    reference = reference_from(folder.reference, model.latent_dim, len(schema.conditions), n_readings)
+    return replace(fitted, reference=reference)
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults of the options of `ExpressionVAE`."""
+    return {option.name: option.default for option in fields(ExpressionVAE) if option.init}
+
+
+def _shown(value: Any) -> str:
+    """Show a value of an option; of a training configuration only what differs from its defaults."""
+    if not isinstance(value, TrainConfig):
+        return repr(value)
+    changed = [f"{part.name}={getattr(value, part.name)!r}" for part in fields(value)
+               if getattr(value, part.name) != part.default]  # fmt: skip
+    return f"TrainConfig({', '.join(changed)})"
+
+
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN; an epoch without a single good step has."""
+    """Replace numbers that JSON lacks by None; an epoch without a single good step has them."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }

@@ -17,8 +17,8 @@ from celbo import checkpoint
 from celbo.app.commands import (
     Reading,
     cells_for,
+    cells_of_fit,
     chosen_options,
-    compare_with_record,
     conditions_of,
     describe,
     fit_and_write,
@@ -242,7 +242,6 @@ def fit(
     model = make_model(chosen)
     model.recipe()  # a remedy that is none is told before the data are read
     adata = read_cells(data, reading, model.layer, [*model.conditions, *model.nuisance])
-    compare_with_record(adata, model.layer, chosen, config)
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
         say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
@@ -256,6 +255,7 @@ def fit(
         keep_reference=keep_reference,
         auto_remedy=auto_remedy,
         auto=auto,
+        repeats=(chosen.get("data", {}).get("sha256_values"), config),
     )
     say(f"open {output / 'report.html'}")
 
@@ -279,6 +279,7 @@ def embed(
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
     standard deviations); no counts.
     """
+    from celbo.ask.mapping import open_any
     from celbo.runs.outputs import refuse_no_embedding, write_embedding
     from celbo.runs.writing import embedding
 
@@ -289,7 +290,8 @@ def embed(
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
-        cells = embedding(model, adata, unseen=unseen, genes_present=genes_present)
+        fitted, opened = open_any(model.fitted_, adata, unseen=unseen, genes_present=genes_present)
+        cells = embedding(fitted, opened, adata.obs)
     write_embedding(cells, output)
     say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
 
@@ -352,7 +354,7 @@ def cure(
             write_run(
                 output,
                 cured,
-                adata,
+                cells_of_fit(cured, adata),
                 seconds=time.perf_counter() - started,
                 source=path.name,
                 notes=notes,
@@ -629,6 +631,7 @@ def map_query(
     the new cells).
     """
     from celbo.app.progress import shown_progress
+    from celbo.fit.cells import open_cells
     from celbo.runs.claims import claimed_folder
     from celbo.runs.outputs import write_embedding
     from celbo.runs.writing import embedding
@@ -641,7 +644,7 @@ def map_query(
     with claimed_folder(output, data):
         with shown_warnings(), shown_progress(Console(stderr=True, highlight=False)) as track:
             mapped = model.map_query(adata, genes_present=genes_present, track=ending_when_told(track))
-            cells = embedding(mapped, adata, genes_present=genes_present)
+            cells = embedding(mapped.fitted_, open_cells(mapped.fitted_, adata, genes_present=genes_present))
         mapped.save(output / "model")
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from celbo.app.demo import Recovery
     from celbo.checkpoint import FolderDescription
     from celbo.estimator import ExpressionVAE
+    from celbo.fit.cells import Cells
     from celbo.trials.comparing import Comparison
     from celbo.trials.curing import Step
 
 __all__ = [
     "Reading",
     "cells_for",
+    "cells_of_fit",
     "chosen_options",
     "compare_with_record",
     "conditions_of",
@@ -103,15 +105,23 @@ def refuse_options_of_fit(ctx: typer.Context) -> None:
         raise UsageError(f"with --model the model says what it reads; leave out {options}.")
 
 
-def compare_with_record(
-    adata: "AnnData", layer: str | None, chosen: dict[str, dict[str, Any]], config: Path | None
-) -> None:
+def compare_with_record(cells: "Cells", expected: str | None, config: Path | None) -> None:
     """Say so if a run is repeated on other data than it was about."""
-    from celbo.runs.writing import fingerprint
-
-    expected = chosen.get("data", {}).get("sha256_values")
-    if expected and fingerprint(adata, layer)["sha256_values"] != expected:
+    if expected and cells.fingerprint is not None and cells.fingerprint["sha256_values"] != expected:
         say(f"warning: the values are not those of the run that {config} records; the result will differ.")
+
+
+def cells_of_fit(model: "ExpressionVAE", adata: "AnnData") -> "Cells":
+    """Open the cells of fit for a fitted model, with their fingerprint."""
+    from celbo.data.fingerprint import fingerprint
+    from celbo.data.stored import stored_values
+    from celbo.fit.cells import open_cells
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fit has given these warnings
+        cells = open_cells(model.fitted_, adata)
+    cells.fingerprint = fingerprint(stored_values(adata, model.layer), adata, model.layer)
+    return cells
 
 
 def make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
@@ -219,6 +229,7 @@ def fit_and_write(
     keep_reference: bool = True,
     auto_remedy: bool = False,
     auto: Collection[str] = (),
+    repeats: tuple[str | None, Path | None] = (None, None),
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
     """Train with progress, then write the run; warnings are shown, and repeated in the report."""
@@ -235,7 +246,11 @@ def fit_and_write(
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
             choices: list[Comparison] = []
             trail = None
-            if auto:
+            if not auto:
+                cells = model.prepare(adata, fingerprint=True)
+                compare_with_record(cells, *repeats)
+                model.fit(cells, track=ending_when_told(track))
+            else:
                 model, choices = celbo.choose(
                     model,
                     adata,
@@ -243,11 +258,11 @@ def fit_and_write(
                     latent_dim="latent_dim" in auto,
                     track=ending_when_told(track),
                 )
-            else:
-                model.fit(adata, track=ending_when_told(track))
+                cells = cells_of_fit(model, adata)
             if auto_remedy:
                 fitted, of_it = model, len(notes)
                 model, trail = celbo.cure(fitted, adata, track=ending_when_told(track))
+                cells = cells_of_fit(model, adata)
                 if model is not fitted:  # what was said of the model that was given up is no longer true
                     del notes[:of_it]
         seconds = time.perf_counter() - started
@@ -256,7 +271,7 @@ def fit_and_write(
             summary = write_run(
                 output,
                 model,
-                adata,
+                cells,
                 seconds=seconds,
                 source=source,
                 notes=notes,

@@ -1,50 +1,36 @@
-"""What a cell would look like under another condition: encode it under its own, decode it under the other.
+"""Counterfactuals: what cells would look like if conditions were different."""
 
-Of negative binomial counts its own deviations are carried over. Such a count is Poisson with a rate ``mu u``, ``u ~
-Gamma(theta, theta)``; what the cell shows tells of u, ``u | x ~ Gamma(theta + x, theta + mu)``, and under the other
-condition the rate is ``mu' u``, scaled to the library (abduction, action, prediction; Pearl 2009, section 7.1).
-
-Of cells that are not supported there are two answers, neither of which is known to be right: what the decoder says
-there, mu', and its mean under the cell's own condition times the effect that it has learned at the nearest cells that
-are supported, mu e. The draws take the one and the other in turns; counts are drawn from ``(mu' mu e)**(1/2)``.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.spatial import cKDTree
 from scipy.stats import t as student_t
-from torch import Tensor
-from torch.distributions import Distribution
 
-from celbo.ask.support import nearest
-from celbo.errors import UsageError, check_count, check_seed
-from celbo.minibatch import Contexts, Rows, Source, in_chunks
-from celbo.model.distributions import NegativeBinomial
-from celbo.model.filling import fill_in
-from celbo.model.inference import false_share, posterior
-from celbo.model.likelihoods import NegativeBinomialHead
-from celbo.model.vae import VAE, context_of
+from celbo.ask.decoding import Draws, carried_effects, decode_under, draw_counts
+from celbo.ask.labels import label_codes
+from celbo.ask.scoring import doubts_of_values
+from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
+from celbo.errors import UsageError, check_count, check_seed, listed, warn
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted
+from celbo.fit.reference import nested_conditions
+from celbo.kernels.threads import threads
+from celbo.model.inference import false_share
 
-__all__ = ["LEAST_CHANGE", "Carried", "Counterfactual", "Decoded", "Draws", "carry", "changed_genes", "decode_under"]
+__all__ = ["LEAST_CHANGE", "Counterfactual", "changed_genes", "counterfactual"]
 
 LEAST_CHANGE = 0.25
-"""Of the log2 of a mean, from which on a gene counts as changed; of a gaussian, of its standard deviation."""
+"""Change of log2 of a mean from which a gene counts as changed; for a gaussian, in standard deviations."""
 _SURE = 0.05
-"""Share of false ones among the genes that are said to change."""
+"""Largest fdr of the genes that are counted as changed."""
 _ROUNDING = 1e-5
-"""Of a mean, below which a change is one of 32-bit arithmetic."""
-_CHUNK = 64
-"""Cells whose posterior samples are held at a time."""
-_CARRIERS = 100
-"""Known cells nearest to one that is not supported, over which the effect that is carried to it is a mean."""
+"""Relative change of a mean that 32-bit arithmetic can make."""
+_HARDLY_CHANGED = 1e-3
+"""Smallest share of all counts that another condition moves if the decoder uses it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,7 +83,7 @@ class Counterfactual:
             Counts over the model's genes, which it can read itself; obs as of the cells, conditions as asked for.
         """
         check_seed(seed)
-        counts = _draw(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
+        counts = draw_counts(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
         layers = {} if self.layer is None else {self.layer: counts.copy()}
         adata = AnnData(X=counts, obs=self.obs.copy(), layers=layers)
         adata.var_names = self.genes.index
@@ -140,14 +126,102 @@ class Counterfactual:
         n, rng, means = len(self.obs), np.random.default_rng([seed, 17]), []
         for number in range(n_draws // (2 * n_models) * 2 * n_models):
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
-            of_model, weight = self.draws[number // 2 % n_models], float(number % 2)
-            counts = _draw(of_model, again, seed * n_draws + number, weight).astype(np.float64)
+            draws, weight = self.draws[number // 2 % n_models], float(number % 2)
+            counts = draw_counts(draws, again, seed * n_draws + number, weight).astype(np.float64)
             library = np.maximum(np.asarray(counts.sum(1)), 1)
             rows = rng.integers(n, size=n if n_cells is None else n_cells)
             means.append(np.asarray(counts.multiply(1e4 / library).tocsr().log1p()[rows].mean(0)).ravel())
         mean, half = one_more_draw(np.array(means).reshape(-1, n_models, 2, len(self.genes)))
         columns = {"mean": mean, "lower": np.maximum(mean - half, 0), "upper": mean + half}
         return pd.DataFrame(columns, index=self.genes.index)
+
+
+def counterfactual(
+    fitted: Fitted,
+    cells: Cells,
+    given: Mapping[str, Any],
+    *,
+    others: Sequence[Fitted] = (),
+    n_samples: int = 50,
+    seed: int = 0,
+) -> Counterfactual:
+    """Decode cells under other conditions; see `celbo.ExpressionVAE.counterfactual`."""
+    _check_question(fitted, given, others, n_samples)
+    check_seed(seed)
+    schema, models = fitted.schema, [fitted, *others]
+    contexts = cells.contexts(given)
+    _warn_before(fitted, given)
+    with threads(fitted.threads):
+        known = [known_cells(model.needed_reference(), schema, model.vae.classifier, given) for model in models]
+        mu_z = cells.encoded.mu_z
+        levels = other_levels(schema, fitted.vae.classifier, given, cells.codes, mu_z, label_codes(schema, cells.obs))
+        standing = support(mu_z, levels, known[0], cells.obs.index)
+        standing.loc[cells.empty] = (np.nan, np.nan, "empty")
+        unsupported = (standing["verdict"] != "supported").to_numpy()
+        carried = [
+            carried_effects(cells.seen_by(model) if model is not fitted else cells, contexts, unsupported, positions)
+            for model, positions in zip(models, (supported_positions(part, seed=seed) for part in known), strict=True)
+        ]
+        decoded = decode_under(
+            [model.vae for model in models],
+            cells.source,
+            contexts,
+            carried,
+            n_samples=n_samples,
+            seed=seed,
+            has_width=fitted.objective.samples_z,
+        )
+    if np.abs(decoded.after - decoded.before).sum() < _HARDLY_CHANGED * np.abs(decoded.before).sum():
+        warn(
+            f"decoding under {dict(given)} hardly changes these cells: either they have these conditions already, "
+            "or the decoder ignores them; model.diagnose(adata) says which."
+        )
+    genes = changed_genes(
+        decoded.before,
+        decoded.after,
+        decoded.noise,
+        n_like(mu_z, known[0]),
+        pd.Index(schema.genes),
+        cells.measured,
+        is_ratio=fitted.likelihood.values != "real",
+        seed=seed,
+    )
+    return Counterfactual(
+        mean=decoded.mean,
+        lower=decoded.lower,
+        upper=decoded.upper,
+        support=standing,
+        genes=genes,
+        draws=decoded.draws,
+        obs=cells.obs.assign(**given),
+        layer=schema.layer,
+    )
+
+
+def _check_question(fitted: Fitted, given: Mapping[str, Any], others: Sequence[Fitted], n_samples: int) -> None:
+    """Raise a `UsageError` for a counterfactual that cannot be answered."""
+    if not given:
+        raise UsageError("given names no condition; give the conditions to change, as {'treatment': 'treated'}.")
+    for part in ("genes", "conditions", "values", "layer", "size_factor"):
+        if any(getattr(other.schema, part) != getattr(fitted.schema, part) for other in others):
+            raise UsageError(f"others have other {part} than this model; fit them to the same cells, the same way.")
+    if any(other.objective.samples_z != fitted.objective.samples_z for other in others):
+        raise UsageError("others have another objective than this model; fit them the same way.")
+    if len({id(model) for model in (fitted, *others)}) <= len(others):
+        raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
+    check_count("n_samples", n_samples, 2)
+
+
+def _warn_before(fitted: Fitted, given: Mapping[str, Any]) -> None:
+    """Warn about values beyond those of fit, and about conditions whose effect cannot be separated."""
+    for doubt in doubts_of_values(fitted.schema, given):
+        warn(doubt)
+    for name in nested_conditions(fitted.needed_reference().conditions, fitted.schema, given):
+        rest = listed(condition.name for condition in fitted.schema.conditions if condition.name != name)
+        warn(
+            f"condition {name!r} is nested in the others ({rest}): its effect cannot be separated from theirs, and "
+            "what is decoded under another level may come from either."
+        )
 
 
 def one_more_draw(draws: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -182,220 +256,6 @@ def one_more_draw(draws: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     total = within + between
     t = student_t.ppf(0.95, np.square(total) / np.maximum(error, 1e-300))
     return draws.mean((0, 1, 2)), np.where(total + answers > 0, t * np.sqrt(total + answers), 0)
-
-
-class Carried(NamedTuple):
-    """What the conditions asked for do where it was seen, for cells that are not supported."""
-
-    log_effect: NDArray[np.float32]
-    """Log of the ratio of mean shares, ``(cells that are not supported, genes)``."""
-    row_of: NDArray[np.intp]
-    """The row of each cell therein, or -1, ``(cells,)``."""
-
-
-def carry(
-    vae: VAE, source: Source, contexts: Contexts, unsupported: NDArray[np.bool_], supported: NDArray[np.float32]
-) -> Carried:
-    """What the decoder has learned of the conditions at the supported cells nearest to each that is not supported.
-
-    ``log mean_k mu(z_k, c') - log mean_k mu(z_k, c)`` over the 100 nearest, c and c' the cell's own.
-
-    Parameters
-    ----------
-    vae
-        The model.
-    source
-        The cells.
-    contexts
-        To decode under, c'.
-    unsupported
-        Which cells are not supported, ``(cells,)``.
-    supported
-        Where known cells lie that are, ``(cells, latent_dim)``; if there are none, or the likelihood is not nb,
-        nothing is carried.
-
-    Returns
-    -------
-    Carried
-    """
-    is_nb = isinstance(vae.head, NegativeBinomialHead)
-    rows = np.flatnonzero(unsupported) if len(supported) and is_nb else np.zeros(0, np.intp)
-    row_of = np.full(source.n_cells, -1, np.intp)
-    row_of[rows] = np.arange(len(rows))
-    if not len(rows):
-        return Carried(np.zeros((0, source.n_genes), np.float32), row_of)
-    near = nearest(cKDTree(supported), posterior(vae, source, rows)[0], _CARRIERS)
-    log_effect = np.empty((len(rows), source.n_genes), np.float32)
-    device = next(vae.parameters()).device
-    with torch.inference_mode():
-        for some in in_chunks(np.arange(len(rows)), _CHUNK):
-            z = torch.from_numpy(supported[near[some]]).to(device)
-            library = z.new_ones(len(some), 1)
-            own, other = (
-                _decode(vae, z, context.to(device), library).mean.view(*z.shape[:2], -1).mean(1)
-                for context in (source.take(rows[some]).context, contexts(rows[some]))
-            )
-            smallest = torch.finfo(own.dtype).tiny
-            log_effect[some] = (other.clamp(min=smallest).log() - own.clamp(min=smallest).log()).cpu().numpy()
-    return Carried(log_effect, row_of)
-
-
-class Draws(NamedTuple):
-    """Draws of z from one model, and what else it takes to decode them."""
-
-    vae: VAE
-    z: NDArray[np.float32]
-    """``(cells, n_samples, latent_dim)``."""
-    contexts: Contexts
-    library: NDArray[np.float32]
-    """``(cells, 1)``; grown by what was filled in for genes that the cells lack."""
-    source: Source
-    """The cells as they are."""
-    carried: Carried
-
-
-class Decoded(NamedTuple):
-    """Cells decoded under another context, in numpy."""
-
-    mean: NDArray[np.float32]
-    """Over draws of z from every model, ``(cells, genes)``, as ``lower`` and ``upper``, the 5 and 95 % quantiles."""
-    lower: NDArray[np.float32]
-    upper: NDArray[np.float32]
-    before: NDArray[np.float32]
-    """Mean over cells under their own context, by draw, ``(models * n_samples, genes)``; ``after``: under the other."""
-    after: NDArray[np.float32]
-    noise: NDArray[np.float64]
-    """Variance of a count around its mean, before and after, mean over cells: ``(2, genes)``."""
-    draws: list[Draws]
-    """By model."""
-
-
-def decode_under(
-    vaes: Sequence[VAE],
-    source: Source,
-    contexts: Contexts,
-    carried: Sequence[Carried],
-    *,
-    n_samples: int,
-    seed: int,
-    has_width: bool = True,
-) -> Decoded:
-    """Decode the cells of a source under another context, with the same draws of z as under their own.
-
-    Parameters
-    ----------
-    vaes
-        One or more models of the same genes and conditions, whose draws count alike.
-    source
-        The cells.
-    contexts
-        To decode under.
-    carried
-        By model, for cells that are not supported.
-    n_samples
-        Draws of z for each cell and model.
-    seed
-        Of the draws.
-    has_width
-        Whether posteriors have one; of a plain autoencoder z is mu_z.
-
-    Returns
-    -------
-    Decoded
-    """
-    n, n_genes, device = source.n_cells, source.n_genes, next(vaes[0].parameters()).device
-    mean, lower, upper = (np.empty((n, n_genes), np.float32) for _ in range(3))
-    before, after = (torch.zeros(len(vaes), n_samples, n_genes, dtype=torch.float64, device=device) for _ in range(2))
-    draws = [
-        Draws(
-            vae,
-            np.empty((n, n_samples, vae.latent_dim), np.float32),
-            contexts,
-            np.empty((n, 1), np.float32),
-            source,
-            of_model,
-        )
-        for vae, of_model in zip(vaes, carried, strict=True)
-    ]
-    noise = torch.zeros(2, n_genes, dtype=torch.float64, device=device)
-    weights = torch.arange(n_samples).float() % 2  # either answer in turns
-    generator, quantiles = torch.Generator().manual_seed(seed), torch.tensor([0.05, 0.95], device=device)
-    with torch.inference_mode():
-        for rows in in_chunks(np.arange(n), _CHUNK):
-            taken, found = source.take(rows), []
-            for number, vae in enumerate(vaes):
-                here = next(vae.parameters()).device  # each may be on one of its own
-                cells = fill_in(vae, taken.to(here), source)
-                mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-                eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(here)
-                z = mu_z[:, None] + has_width * (0.5 * logvar_z[:, None]).exp() * eps
-                own = _decode(vae, z, cells.context, cells.library)
-                other = _decode(vae, z, contexts(rows).to(here), cells.library)
-                x = cells.x.to_dense().repeat_interleave(n_samples, 0)
-                means = own.mean, _between(other, own, carried[number], rows, weights.repeat(len(rows)))
-                pair = [_rates(mean, own, x).view(len(rows), n_samples, n_genes).to(device) for mean in means]
-                found.append(pair[1])
-                before[number] += pair[0].sum(0)
-                after[number] += pair[1].sum(0)
-                noise += torch.stack([p.variance.sum(0) for p in (own, other)]).to(device)
-                draws[number].z[rows], draws[number].library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
-            decoded = torch.cat(found, dim=1)
-            mean[rows] = decoded.mean(1).cpu().numpy()
-            lower[rows], upper[rows] = torch.quantile(decoded, quantiles, dim=1).cpu().numpy()
-    own_mean, other_mean = ((total / n).flatten(0, 1).float().cpu().numpy() for total in (before, after))
-    of_one = (noise / (n * n_samples * len(vaes))).cpu().numpy()
-    return Decoded(mean, lower, upper, own_mean, other_mean, of_one, draws)
-
-
-def _draw(draws: Draws, rows: Rows, seed: int, weight: float = 0.5) -> sparse.csr_matrix:
-    """Counts of these cells, each by itself where one is named again, ``(rows, genes)``; weight of what is carried."""
-    vae, z, contexts, library, source, carried = draws
-    device, rng, blocks = next(vae.parameters()).device, np.random.default_rng(seed), []
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(seed)  # not every distribution of torch takes a generator
-        for some in in_chunks(rows, _CHUNK):
-            chosen = torch.from_numpy(z[some, rng.integers(z.shape[1], size=len(some))]).to(device)
-            size = torch.from_numpy(library[some]).to(device)
-            p = vae.likelihood(chosen, context=contexts(some).to(device) if vae.context_dim else None, library=size)
-            if isinstance(p, NegativeBinomial):
-                cells = fill_in(vae, source.take(some).to(device), source)
-                own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
-                mean = _between(p, own, carried, some, torch.full((len(some),), weight))
-                counts = torch.poisson(_rates(mean, own, cells.x.to_dense(), draw=True))
-            else:
-                counts = p.sample()
-            blocks.append(sparse.csr_matrix(counts.cpu().numpy()))
-    return sparse.vstack(blocks, format="csr")
-
-
-def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:
-    """p(x | z, c) for every draw of z, ``(cells * n_samples, genes)``."""
-    n_samples = z.shape[1]
-    again = context.repeat_interleave(n_samples, 0) if vae.context_dim else None
-    return vae.likelihood(z.flatten(0, 1), context=again, library=library.repeat_interleave(n_samples, 0))
-
-
-def _between(p: Distribution, own: Distribution, carried: Carried, rows: Rows, weights: Tensor) -> Tensor:
-    """Mean of p; of negative binomials of carried cells ``mu'**(1 - w) (mu e)**w``. Draws of a cell lie together."""
-    mean: Tensor = p.mean
-    row_of = np.repeat(carried.row_of[rows], len(mean) // len(rows))
-    here = torch.from_numpy(np.flatnonzero(row_of >= 0)).to(mean.device)
-    if not (len(here) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
-        return mean
-    effect = torch.from_numpy(carried.log_effect[row_of[row_of >= 0]]).to(mean.device)
-    decoded, weight = p.log_mu[here], weights.to(mean.device)[here, None]
-    between = (decoded + weight * (own.log_mu[here] + effect - decoded)).exp()
-    return mean.index_copy(0, here, between * (mean[here].sum(-1, keepdim=True) / between.sum(-1, keepdim=True)))
-
-
-def _rates(mean: Tensor, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:
-    """Means, ``(cells, genes)``; of negative binomials times what x says of u under its own, or a draw of that."""
-    if not isinstance(own, NegativeBinomial):
-        return mean
-    theta = own.log_theta.exp()
-    known = theta + x
-    rates = mean * (torch._standard_gamma(known) if draw else known) / (theta + own.mean)
-    return rates * (mean.sum(-1, keepdim=True) / rates.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
 def changed_genes(

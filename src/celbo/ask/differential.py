@@ -1,12 +1,12 @@
-"""Which genes differ between groups of cells: the model's means, corrected by the counts, and shrunk as they deserve.
+"""Genes that differ between groups of cells: decoded means, corrected by the counts, and shrunk.
 
-What a model decodes is smooth, and has seen the counts that it would be tested on: its own spread over z says nothing
-of how many cells it learned from. So its group means are corrected by the ratio of what was counted to what it expects
-(one step of a ratio estimator), the error of that ratio is the likelihood's, and the log fold changes are shrunk by
-what those of all genes are like (adaptive shrinkage; Stephens 2017, Biostatistics 18:275).
+Decoded means are smooth, and the model has seen the counts on which it would be tested: its own spread over z does not
+depend on how many cells it learned from. So group means are corrected by the ratio of observed to expected counts (one
+step of a ratio estimator), the likelihood gives the error of this ratio, and log fold changes are shrunk towards the
+distribution of the fold changes of all genes (adaptive shrinkage; Stephens 2017, Biostatistics 18:275).
 """
 
-import warnings
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,43 +20,109 @@ from scipy.special import polygamma
 from scipy.stats import norm
 
 from celbo.data.conditions import as_text, column_of
-from celbo.errors import DataError, UsageError, listed
+from celbo.data.schema import MOST_COMBINATIONS
+from celbo.errors import DataError, UsageError, check_count, check_seed, listed, warn
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted
+from celbo.kernels.threads import threads
 from celbo.minibatch import Contexts, Source, in_chunks
 from celbo.model.filling import fill_in
 from celbo.model.inference import false_share
 from celbo.model.vae import VAE, context_of
 
-__all__ = ["Sums", "add_up", "contrast", "fold_changes", "group_cells", "of_genes", "pseudobulk", "shrink"]
+__all__ = ["Sums", "differential_expression", "fold_changes", "group_cells", "group_sums", "pseudobulk", "shrink"]
 
 _CHUNK = 256
 _JEFFREYS = 0.5
-"""Shape of the prior of a rate: n counts leave ``Gamma(n + 1/2)``, whose logarithm varies by trigamma(n + 1/2)."""
+"""Shape of the prior of a rate: n counts give ``Gamma(n + 1/2)``; its logarithm has the variance trigamma(n + 1/2)."""
 _SCALES, _ROUNDS = 16, 200
-"""Normal distributions that log fold changes are thought to be mixed of, and rounds of fitting their weights."""
+"""Number of normal distributions in the mixture of log fold changes, and rounds of fitting their weights."""
 _NARROWEST = 0.05
-"""Standard deviation of the narrowest of them, log2: no gene is quite the same in two groups."""
+"""Standard deviation of the narrowest normal distribution, log2: no gene is exactly the same in two groups."""
 _DRAWS = 2000
 _FEWEST = 2
-"""Cells of a group."""
+"""Smallest number of cells of a group."""
 _SMALLEST = 1e-12
 
 
+def differential_expression(
+    fitted: Fitted,
+    cells: Cells,
+    *,
+    groupby: str,
+    group: str | None = None,
+    reference: str | None = None,
+    least_change: float = 0.25,
+    pair_by: str | None = None,
+    over: Sequence[str] | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare groups of cells gene by gene; see `celbo.ExpressionVAE.differential_expression`."""
+    schema = fitted.schema
+    if not fitted.is_counts:
+        raise UsageError(f"fold changes are of counts; this model is of other values ({fitted.likelihood.name}).")
+    if not 0 < least_change < math.inf:
+        raise UsageError(f"least_change={least_change!r}; give a log2 change above 0: every gene changes a little.")
+    check_count("n_samples", n_samples, 1)
+    check_seed(seed)
+    group, reference = (None if name is None else str(name) for name in (group, reference))
+    sets, names, comparisons = group_cells(cells.obs, groupby, group, reference, pair_by)
+    settings = schema.combinations({}, _averaged_conditions(fitted, groupby) if over is None else over)
+    contexts = [cells.contexts(setting) if setting else None for setting in settings]
+    with threads(fitted.threads):
+        sums = group_sums(
+            fitted.vae,
+            cells.source,
+            sets,
+            contexts,
+            n_samples=n_samples,
+            seed=seed,
+            has_width=fitted.objective.samples_z,
+        )
+    sums = _sums_of_genes(sums, cells.measured)
+    genes = np.array(schema.genes)[cells.measured].tolist()
+    against = "rest" if reference is None else reference
+    tables = [
+        _contrast(sums, pairs, genes, names=(name, against), least=least_change, seed=seed)
+        for name, pairs in zip(names, comparisons, strict=True)
+    ]
+    return pd.concat(tables)
+
+
+def _averaged_conditions(fitted: Fitted, groupby: str) -> list[str]:
+    """Categorical nuisances, over whose levels means are taken; none if they have too many levels."""
+    averaged = [
+        condition
+        for condition in fitted.schema.conditions
+        if condition.nuisance and condition.levels is not None and condition.name != groupby
+    ]
+    names = [condition.name for condition in averaged]
+    if math.prod(len(condition.levels_of_fit) for condition in averaged) > MOST_COMBINATIONS:
+        warn(
+            f"{listed(names)} has more than {MOST_COMBINATIONS} levels, too many to average: each cell is decoded "
+            "under its own. Name other conditions with over=[...]."
+        )
+        return []
+    return names
+
+
 class Sums(NamedTuple):
-    """Over the cells of each set, ``(sets, genes)``; draws of z first where there are several."""
+    """Sums and means over the cells of each set, ``(sets, genes)``."""
 
     share: NDArray[np.float64]
-    """Decoded shares of expression under the conditions in question, mean over cells, ``(n_samples, sets, genes)``."""
+    """Decoded shares of expression under the conditions asked for, mean over cells, ``(n_samples, sets, genes)``."""
     counted: NDArray[np.float64]
-    """Counts."""
+    """Sums of counts."""
     expected: NDArray[np.float64]
-    """Means of the counts under each cell's own conditions."""
+    """Sums of the expected counts under each cell's own conditions."""
     variance: NDArray[np.float64]
-    """Their variances."""
+    """Sums of the variances of the counts."""
     n_cells: NDArray[np.intp]
     """``(sets,)``."""
 
 
-def add_up(
+def group_sums(
     vae: VAE,
     source: Source,
     sets: NDArray[np.intp],
@@ -66,7 +132,7 @@ def add_up(
     seed: int,
     has_width: bool = True,
 ) -> Sums:
-    """Add up over sets of cells what `fold_changes` compares.
+    """Add up counts, expected counts and decoded shares over sets of cells, for `fold_changes`.
 
     Parameters
     ----------
@@ -75,15 +141,15 @@ def add_up(
     source
         The cells.
     sets
-        Number of each cell's set; -1 for cells of none.
+        Number of each cell's set; -1 for cells of no set.
     contexts
-        To decode under, the mean of all of them; None for each cell's own.
+        Contexts to decode under; the mean over them is taken. None for each cell's own.
     n_samples
         Draws of z for each cell.
     seed
-        Of the draws.
+        Seed of the draws.
     has_width
-        Whether posteriors have one; of a plain autoencoder z is mu_z.
+        Whether z is drawn from the posterior; else z is mu_z, as in a plain autoencoder.
     """
     n_sets, n_genes, device = int(sets.max()) + 1, source.n_genes, next(vae.parameters()).device
     share = torch.zeros(n_samples, n_sets, n_genes, dtype=torch.float64, device=device)
@@ -109,25 +175,24 @@ def add_up(
     return Sums(share.cpu().numpy(), counted.cpu().numpy(), expected.cpu().numpy(), variance.cpu().numpy(), n_cells)
 
 
-def of_genes(sums: Sums, chosen: NDArray[np.bool_]) -> Sums:
-    """The same of some genes."""
-    share, counted, expected, variance = (part[..., chosen] for part in (sums[0], sums[1], sums[2], sums[3]))
+def _sums_of_genes(sums: Sums, genes: NDArray[np.bool_]) -> Sums:
+    share, counted, expected, variance = (array[..., genes] for array in sums[:4])
     return Sums(share, counted, expected, variance, sums.n_cells)
 
 
 def fold_changes(sums: Sums, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[NDArray[np.float64], ...]:
-    """Log2 ratios of the corrected mean shares of sets, and their variances.
+    """Compute log2 ratios of the corrected mean shares of sets, and their variances.
 
-    ``log2 (share counted / expected)`` of one side less that of the other. Counts are taken as so many fewer of a
-    Poisson distribution as their variance exceeds the mean; the error is what they leave unknown of a rate's logarithm,
-    of both sides, and the spread over draws of z.
+    ``log2 (share counted / expected)`` of one side minus that of the other. Counts with a variance above the mean are
+    treated as correspondingly fewer Poisson counts. The error is the uncertainty of the log rate that these leave, on
+    both sides, and the spread over draws of z.
 
     Parameters
     ----------
     sums
-        Of all sets.
+        Sums over all sets.
     pairs
-        Sets on the one side and on the other, for each pair; the mean over pairs is returned.
+        Sets on one side and on the other, for each pair. The mean over pairs is returned.
 
     Returns
     -------
@@ -146,7 +211,7 @@ def fold_changes(sums: Sums, pairs: Sequence[tuple[Sequence[int], Sequence[int]]
 
 
 def _side(sums: Sums, some: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Corrected mean share of some sets together; variance of its logarithm by counting, and over draws of z."""
+    """Corrected mean share of some sets together; variance of its logarithm from counting, and over draws of z."""
     weight = sums.n_cells[some] / sums.n_cells[some].sum()
     share = np.maximum(np.einsum("s,dsg->dg", weight, sums.share[:, some]), _SMALLEST)
     counted, expected, variance = (part[some].sum(0) for part in (sums.counted, sums.expected, sums.variance))
@@ -157,24 +222,24 @@ def _side(sums: Sums, some: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDAr
 
 
 def shrink(change: NDArray[np.float64], variance: NDArray[np.float64], least: float, *, seed: int = 0) -> pd.DataFrame:
-    """Posterior of log fold changes, given what those of all genes are like: a mixture of normals around their median.
+    """Shrink log fold changes: their posterior under a mixture of normals around the median, fitted to all genes.
 
-    The median is not quite 0: shares sum to 1, so that what some genes gain all others lose.
+    The median is not exactly 0: shares sum to 1, so a gain of some genes is a loss of all others.
 
     Parameters
     ----------
     change, variance
         Estimates and their sampling variances, ``(genes,)``.
     least
-        Change that matters.
+        Smallest change that matters.
     seed
-        Of the draws that intervals are taken from.
+        Seed of the draws from which intervals are computed.
 
     Returns
     -------
     pandas.DataFrame
-        By gene: ``log2_fold_change`` (posterior mean), its 90 % interval ``lower, upper``, ``probability`` that it is
-        beyond ``least``, and ``fdr``: the share of others among this gene and those that are surer.
+        By gene: ``log2_fold_change`` (posterior mean), its 90 % interval ``lower, upper``, ``probability`` that the
+        change is beyond ``least``, and ``fdr``: the expected share of false positives among this gene and surer ones.
 
     Examples
     --------
@@ -235,7 +300,7 @@ def group_cells(
     if pd.api.types.is_float_dtype(obs[groupby]):
         raise UsageError(f"{groupby!r} holds floating-point numbers, which are no groups; cut it into some.")
     if n_missing := int(labels.isna().sum()):
-        warnings.warn(f"{n_missing:,} cells have no {groupby!r}, and are left out.", stacklevel=3)
+        warn(f"{n_missing:,} cells have no {groupby!r}, and are left out.")
     if not len(sizes):
         raise DataError(f"no cell has a {groupby!r}: there is nothing to compare.")
     if len(sizes) < 2:
@@ -245,7 +310,7 @@ def group_cells(
     asked = [group] if group is not None else sorted(each for each in sizes.index if each != reference)
     groups = [each for each in asked if sizes[each] >= _FEWEST]
     if few := sorted(set(asked) - set(groups)):
-        warnings.warn(f"groups of one cell are left out: {listed(few)}.", stacklevel=3)
+        warn(f"groups of one cell are left out: {listed(few)}.")
     if not groups:
         raise UsageError(
             f"none of the {len(sizes):,} groups of {groupby!r} has {_FEWEST} cells; group by a coarser column."
@@ -273,12 +338,12 @@ def group_cells(
     if not comparisons:
         raise UsageError(f"{few_left}.")
     if unpaired:
-        warnings.warn(f"{few_left}, and is left out.", stacklevel=3)
+        warn(f"{few_left}, and is left out.")
     return sets, [name for name in groups if name not in unpaired], comparisons
 
 
 def _as_text(column: pd.Series) -> pd.Series:
-    """Each value as text, None where it is missing."""
+    """Values as text, None where a value is missing."""
     return as_text(column).astype(object).where(column.notna(), None)
 
 
@@ -288,7 +353,7 @@ def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) 
     return float(values[order][np.searchsorted(below, below[-1] / 2)])
 
 
-def contrast(
+def _contrast(
     sums: Sums,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     genes: Sequence[str],
@@ -297,7 +362,7 @@ def contrast(
     least: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Table of one comparison, surest genes first; see `celbo.ExpressionVAE.differential_expression`."""
+    """Table of one comparison, surest genes first."""
     change, variance, one, other = fold_changes(sums, pairs)
     table = shrink(change, variance, least, seed=seed)
     table.index = pd.Index(genes, name="gene")
@@ -310,7 +375,7 @@ def contrast(
 
 
 def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -> AnnData:
-    """Add up the counts of cells that are alike in these columns of obs, for tools that count donors, not cells.
+    """Add up the counts of cells with the same values in these columns of obs, for tools that count donors, not cells.
 
     Parameters
     ----------
@@ -319,7 +384,7 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     by
         Columns of obs: ``["donor", "condition"]``.
     layer
-        That holds the counts; None for X.
+        Layer that holds the counts; None for X.
 
     Returns
     -------
@@ -350,5 +415,4 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     counts = adata.X if layer is None else adata.layers[layer]
     obs = n_cells.index.to_frame(index=False).assign(n_cells=n_cells.to_numpy())
     obs.index = pd.Index(obs[list(by)].astype(str).agg(" | ".join, axis=1))
-    found = AnnData(sparse.csr_matrix(which @ counts), obs=obs, var=adata.var.copy())
-    return found
+    return AnnData(sparse.csr_matrix(which @ counts), obs=obs, var=adata.var.copy())

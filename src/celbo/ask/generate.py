@@ -1,11 +1,13 @@
-"""New cells: z, conditions and library sizes are drawn, decoded, and counts drawn with the likelihood's own noise.
+"""Draw new cells: conditions, z and library sizes first, then counts with the likelihood's own noise.
 
-``c ~ reference``, ``z ~ p(z | c)``, ``l ~ p(l | z, c)``, ``x ~ p(x | z, c, l)``. What differs is p(z | c): the prior;
-"aggregated", the mean of the posteriors of the cells of fit, ``1/N sum_i q(z | x_i, c_i)``, under which the KL of the
-bound is least (Hoffman & Johnson 2016); or a Gaussian mixture fitted to draws from that.
+``c ~ reference``, ``z ~ p(z | c)``, ``l ~ p(l | z, c)``, ``x ~ p(x | z, c, l)``. There are three sources of z: the
+"prior"; "aggregated", the mean of the posteriors of the cells of fit, ``1/N sum_i q(z | x_i, c_i)``, the prior under
+which the KL of the bound is smallest (Hoffman & Johnson 2016); and "mixture", a Gaussian mixture fitted to draws from
+"aggregated".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,32 +18,35 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from celbo.ask.scoring import check_library, doubts_of_values
 from celbo.data.schema import Schema
-from celbo.errors import UsageError, listed
+from celbo.errors import UsageError, check_count, check_seed, listed, warn
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted
 from celbo.fit.reference import Reference, has_conditions
-from celbo.minibatch import Source, in_chunks
-from celbo.model.filling import Filled
-from celbo.model.vae import VAE, context_of
+from celbo.kernels.threads import threads
+from celbo.minibatch import in_chunks
+from celbo.model.vae import VAE
 
-__all__ = ["SOURCES", "Drawn", "as_reference", "draw_cells", "draw_values", "interpolate", "new_cells"]
+__all__ = ["SOURCES", "Drawn", "draw_cells", "draw_values", "interpolate", "new_cells", "sample"]
 
 SOURCES = ("aggregated", "mixture", "prior")
-"""Where z comes from."""
+"""Sources of z."""
 
 Floats = NDArray[np.float32]
 
 _DENSE = ("real", "log_normalised")
-"""Values of which hardly any is 0."""
+"""Kinds of values that are hardly ever 0."""
 _CHUNK = 256
-"""Cells whose genes are drawn at a time."""
+"""Cells whose genes are drawn together."""
 _NEAR = 15
-"""Reference cells near z, one of which lends its library size."""
+"""Reference cells near z; the library size is that of one of them."""
 _COMPONENTS = 50
-"""Of the mixture, at most."""
+"""Largest number of components of the mixture."""
 _CELLS_OF_COMPONENT = 40
-"""Reference cells for each component, at least."""
+"""Smallest number of reference cells for each component."""
 _CELLS_OF_MIXTURE = 10_000
-"""Reference cells that the mixture is fitted to, at most."""
+"""Largest number of reference cells that the mixture is fitted to."""
 
 
 class Drawn(NamedTuple):
@@ -54,43 +59,64 @@ class Drawn(NamedTuple):
     library: Floats
     """``(cells,)``."""
     rows: NDArray[np.intp] | None
-    """Of the reference cell that each is drawn around; None where it is around none."""
+    """Row of the reference cell that each new cell is drawn around; None where z is from elsewhere."""
+
+
+def sample(
+    fitted: Fitted,
+    n: int,
+    *,
+    conditions: Mapping[str, Any] | None = None,
+    source: str = "aggregated",
+    around: Cells | None = None,
+    library: float | None = None,
+    seed: int = 0,
+) -> AnnData:
+    """Draw new cells; see `celbo.ExpressionVAE.sample`."""
+    check_count("n", n, 1)
+    check_seed(seed)
+    check_library(fitted, library)
+    names = None
+    if around is not None:
+        if source != "aggregated":
+            raise UsageError(f"source={source!r} and around exclude each other: around gives the cells that z is from.")
+        names = around.obs.index
+        fitted = replace(fitted, reference=_as_reference(around))
+    with threads(fitted.threads):
+        drawn = draw_cells(fitted, int(n), given=conditions or {}, source=source, library=library, seed=seed)
+        values = draw_values(fitted.vae, fitted.schema, drawn, seed=seed)
+    return new_cells(fitted.schema, drawn, values, names, {"source": source, "seed": seed})
 
 
 def draw_cells(
-    vae: VAE,
-    schema: Schema,
-    reference: Reference | None,
+    fitted: Fitted,
     n: int,
     *,
     given: Mapping[str, Any],
     source: str,
     library: float | None,
-    sample: bool,
     seed: int,
 ) -> Drawn:
     """Draw z, conditions and library sizes of new cells.
 
-    Conditions that are not given are those of a reference cell that has the others, so that they come together as they
-    do there. The library size is that of the same cell where z is from its posterior, else of one of the 15 reference
-    cells of those levels that are nearest to z.
+    Conditions that are not given come from a reference cell that has the given ones, so that conditions occur together
+    as they do in the reference. The library size comes from the same cell if z is from its posterior; else it comes
+    from one of the 15 reference cells of these levels that are nearest to z.
 
     Parameters
     ----------
-    vae, schema, reference
-        Of the model. Without a reference only what needs none can be drawn.
+    fitted
+        The model. Without reference cells, only z from the prior can be drawn, with everything else given.
     n
         How many cells.
     given
-        Conditions and what they are to be.
+        Conditions and their values.
     source
         One of `SOURCES`.
     library
         Library size of all cells, in place of drawn ones.
-    sample
-        Whether posteriors have a width; of a plain autoencoder z is mu_z.
     seed
-        Of all draws.
+        Seed of all random draws.
 
     Returns
     -------
@@ -103,15 +129,16 @@ def draw_cells(
     """
     if source not in SOURCES:
         raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
+    vae, schema, reference = fitted.vae, fitted.schema, fitted.reference
     rng = np.random.default_rng([seed, 18])
     wanted = _codes_of(schema, given)
     is_given = np.array([condition.name in given for condition in schema.conditions], bool)
     if reference is None:
         if source != "prior" or library is None or not is_given.all():
             raise UsageError(
-                "the model keeps no reference cells to draw from; fit it again, and save it with them "
-                "(keep_reference=True; --keep-reference), or draw z from the "
-                "prior and give every condition and the library size."
+                "the model keeps no reference cells to draw from. Fit the model again, and save it with them "
+                "(keep_reference=True; --keep-reference); or draw z from the prior, and give every condition and the "
+                "library size."
             )
         codes = np.tile(wanted, (n, 1))
         return Drawn(_from_prior(vae, schema, codes, rng), codes, np.full(n, library, np.float32), None)
@@ -120,16 +147,17 @@ def draw_cells(
         asked = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(
             f"no reference cell has {asked}{' together' if len(given) > 1 else ''}: there is nothing to draw from. Ask "
-            "for conditions that were seen in fit (cells that were mapped are no reference), or decode other cells "
-            "under them (counterfactual)."
+            "for conditions that fit saw (mapped cells are not among the reference cells), or decode other cells under "
+            "them (counterfactual)."
         )
-    rows = np.resize(rng.permutation(has_it), n)  # each as often as the others
+    rows = np.resize(rng.permutation(has_it), n)  # each equally often
     codes = reference.conditions[rows]
     codes[:, is_given] = wanted[is_given]
     if source == "prior":
         z = _from_prior(vae, schema, codes, rng)
     else:
-        sd = np.exp(0.5 * reference.logvar_z) if sample else np.zeros_like(reference.mu_z)
+        has_width = fitted.objective.samples_z
+        sd = np.exp(0.5 * reference.logvar_z) if has_width else np.zeros_like(reference.mu_z)
         z = reference.mu_z[rows] + sd[rows] * rng.standard_normal((n, vae.latent_dim), np.float32)
         if source == "mixture":
             z = _from_mixture(z, reference.mu_z, sd, rng)
@@ -154,7 +182,7 @@ def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.
     drawn
         The cells.
     seed
-        Of the noise.
+        Seed of the noise.
     """
     blocks, device = [], next(vae.parameters()).device
     with torch.inference_mode(), torch.random.fork_rng():
@@ -171,10 +199,10 @@ def draw_values(vae: VAE, schema: Schema, drawn: Drawn, *, seed: int) -> sparse.
 def new_cells(
     schema: Schema, drawn: Drawn, values: sparse.csr_matrix | Floats, around: pd.Index | None, how: Mapping[str, Any]
 ) -> AnnData:
-    """Drawn values as an AnnData that the model itself can read, with ``obsm["z"]``.
+    """Make an AnnData of drawn values that the model itself can read, with ``obsm["z"]``.
 
-    obs has ``library``, the conditions, and the names of the cells they are drawn ``around``, if these are given;
-    ``uns["celbo_sample"]`` says how they were drawn.
+    obs has ``library``, the conditions, and the names of the cells that the new cells are drawn ``around``, if given.
+    ``uns["celbo_sample"]`` says how the cells were drawn.
     """
     index = pd.Index([f"sample_{number}" for number in range(len(drawn.z))])
     obs = pd.DataFrame({"library": drawn.library} if schema.values not in _DENSE else {}, index=index)
@@ -198,20 +226,14 @@ def new_cells(
     )
 
 
-def as_reference(vae: VAE, source: Source, codes: Floats) -> Reference:
-    """Where these cells lie, to draw around them; ``codes`` are their conditions, as in `Reference`."""
-    parts, filled = [], Filled(vae, source)
-    with torch.inference_mode():
-        for rows in in_chunks(np.arange(source.n_cells), _CHUNK):
-            cells = filled.take(rows)
-            mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-            parts.append([part.cpu().numpy() for part in (mu_z, logvar_z, cells.library[:, 0])])
-    n, (means, logvars, library) = source.n_cells, (np.concatenate(part) for part in zip(*parts, strict=True))
+def _as_reference(cells: Cells) -> Reference:
+    """Use these cells as the reference, to draw around them."""
+    n, encoded = len(cells), cells.encoded
     return Reference(
-        mu_z=means,
-        logvar_z=logvars,
-        library=library,
-        conditions=codes,
+        mu_z=encoded.mu_z,
+        logvar_z=encoded.logvar_z,
+        library=encoded.library,
+        conditions=cells.codes,
         held_out=np.zeros(n, bool),
         labels=np.full(n, -1, np.int32),
         was_read=np.zeros(n, bool),
@@ -220,42 +242,41 @@ def as_reference(vae: VAE, source: Source, codes: Floats) -> Reference:
 
 
 def interpolate(
-    vae: VAE, z: Floats, context: torch.Tensor, *, n_points: int, library: float | None
-) -> tuple[Floats, Floats, Floats]:
-    """Decode means along a line, ``z_t = (1 - t) z_0 + t z_1``, the context likewise in parts.
+    fitted: Fitted,
+    ends: Sequence[Cells],
+    *,
+    n_points: int = 11,
+    given: Mapping[str, Any] | None = None,
+    library: float | None = None,
+) -> AnnData:
+    """Decode means along the line ``z_t = (1 - t) z_0 + t z_1``; see `celbo.ExpressionVAE.interpolate`.
 
-    Parameters
-    ----------
-    vae
-        The model.
-    z
-        Its ends, ``(2, latent_dim)``.
-    context
-        Encoded conditions there, ``(2, context_dim)``.
-    n_points
-        Points on it, both ends included.
-    library
-        Library size of all; None for shares.
-
-    Returns
-    -------
-    tuple
-        ``t (points,)``, ``z (points, latent_dim)`` and the means ``(points, genes)``.
+    The context goes from that of the first end to that of the second in the same proportions.
     """
+    if not isinstance(n_points, int | np.integer) or n_points < 2:
+        raise UsageError(f"n_points={n_points!r}; a line has at least its 2 ends.")
+    check_library(fitted, library)
+    vae = fitted.vae
+    z = np.stack([cells.encoded.mu_z.mean(0) for cells in ends])
+    context = torch.stack([cells.schema.encode(cells.obs, given).mean(0) for cells in ends])
+    for doubt in doubts_of_values(fitted.schema, given or {}):
+        warn(doubt)
     t, device = np.linspace(0, 1, n_points, dtype=np.float32), next(vae.parameters()).device
     share = torch.from_numpy(np.stack([1 - t, t], axis=1))
     along = share @ torch.from_numpy(z)
-    with torch.inference_mode():
+    with threads(fitted.threads), torch.inference_mode():
         means = vae.decode(
             along.to(device),
             (share @ context).to(device) if vae.context_dim else None,
-            None if library is None else torch.full((n_points, 1), library, device=device),
+            None if library is None else torch.full((int(n_points), 1), library, device=device),
         )
-    return t, along.numpy(), means.cpu().numpy()
+    obs = pd.DataFrame({"position": t.astype(float)}, index=[f"point_{number}" for number in range(len(t))])
+    genes = pd.DataFrame(index=list(fitted.schema.genes))
+    return AnnData(X=means.cpu().numpy(), obs=obs, var=genes, obsm={"z": along.numpy()})
 
 
 def _codes_of(schema: Schema, given: Mapping[str, Any]) -> Floats:
-    """Codes of the conditions given, ``(conditions,)``; of the others anything."""
+    """Codes of the given conditions, ``(conditions,)``; the codes of the other conditions have no meaning."""
     any_cell = {c.name: [c.mean if c.levels is None else c.levels[0]] for c in schema.conditions}
     return schema.codes(pd.DataFrame(any_cell, index=["0"]), given)[0]
 
@@ -273,15 +294,17 @@ def _from_prior(vae: VAE, schema: Schema, codes: Floats, rng: np.random.Generato
 
 
 def _from_mixture(z: Floats, mu_z: Floats, sd: Floats, rng: np.random.Generator) -> Floats:
-    """Draws from the components that these z, from posteriors of cells of the conditions asked for, belong to.
+    """Draw from the mixture components to which these z belong; z is from posteriors of cells with the conditions.
 
-    The mixture is fitted to draws from the posteriors of all reference cells; the conditions change the components'
-    weights.
+    The mixture is fitted to draws from the posteriors of all reference cells. The conditions change only the weights of
+    its components.
     """
     from sklearn.mixture import GaussianMixture
 
     if len(mu_z) < 2:
-        raise UsageError("a mixture needs two reference cells at least, and the model has one; draw z elsewhere.")
+        raise UsageError(
+            "a mixture needs at least two reference cells, and the model has one; use another source of z."
+        )
     rows = rng.permutation(len(mu_z))[:_CELLS_OF_MIXTURE]
     learned = mu_z[rows] + sd[rows] * rng.standard_normal((len(rows), mu_z.shape[1]))
     size = int(np.clip(len(rows) // _CELLS_OF_COMPONENT, 1, _COMPONENTS))
@@ -296,7 +319,7 @@ def _from_mixture(z: Floats, mu_z: Floats, sd: Floats, rng: np.random.Generator)
 def _near_cells(
     z: Floats, levels: Floats, has_it: NDArray[np.intp], mu_z: Floats, known: Floats, rng: np.random.Generator
 ) -> NDArray[np.intp]:
-    """A reference cell of the same levels near each z."""
+    """Choose a reference cell of the same levels near each z."""
     near = np.empty(len(z), np.intp)
     of_cells, group = np.unique(levels, axis=0, return_inverse=True)
     for number, each in enumerate(of_cells):

@@ -1,39 +1,76 @@
-"""What is told of the labels of cells, and of which cells nothing is."""
+"""Predict cell labels, and which cells match none of the known labels."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
-__all__ = ["FEWEST_HELD_OUT_LABELLED", "NONE_OF_THESE", "Labelled", "predictions"]
+from celbo.data.conditions import as_text, column_of
+from celbo.data.schema import Schema
+from celbo.errors import UsageError, warn
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted
+
+__all__ = ["NONE_OF_THESE", "Labelled", "label_codes", "predict", "predictions"]
 
 NONE_OF_THESE = "none of these"
-"""What is predicted of a cell that lies where no labelled cell does."""
+"""Prediction for a cell that lies far from all labelled cells."""
 _NEAREST = 10
 _UNLIKELY = 0.01
-"""Probability that a cell of a known label lies as far from the labelled ones, below which it is none of these."""
-FEWEST_HELD_OUT_LABELLED = 10
-"""Labelled cells kept out of training below which nothing is called none of these: what is usual could not be told."""
+"""A cell matches no label if a cell of a known label lies as far with a probability below this."""
+_FEWEST_HELD_OUT = 10
+"""Held-out labelled cells that are needed to say which distances are usual."""
 _ENOUGH_FOR_SHARES = round(2 / _UNLIKELY)
-"""Of these, so that the least share is well below the threshold."""
+"""Held-out labelled cells from which shares are counted: the smallest share then is well below the threshold."""
 _PRIOR_MEAN, _PRIOR_SD, _PRIOR_CELLS = 0.35, 0.3, 5
-"""Log distances that are usual of held-out cells, from simulated and real ones; and how many cells that counts for."""
+"""Usual log distances of held-out cells, from simulated and real cells; and how many cells this prior counts for."""
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 class Labelled(NamedTuple):
-    """Cells of fit whose label is known."""
+    """Reference cells with a known label."""
 
     mu_z: NDArray[np.float32]
-    """Their positions, ``(cells, latent_dim)``."""
+    """Positions, ``(cells, latent_dim)``."""
     labels: NDArray[np.int32]
-    """Numbers of their labels, ``(cells,)``."""
+    """Numbers of the labels, ``(cells,)``."""
     held_out: NDArray[np.bool_]
-    """Which were kept out of training, ``(cells,)``."""
+    """Which cells were held out of training, ``(cells,)``."""
+
+
+def label_codes(schema: Schema, obs: pd.DataFrame) -> NDArray[np.int32]:
+    """Numbers of the labels in obs, ``(cells,)``; -1 where the model does not know the label."""
+    labels = schema.labels
+    if labels is None or labels.levels is None or labels.name not in obs.columns:
+        return np.full(len(obs), -1, np.int32)
+    column = column_of(obs, labels.name)
+    codes = pd.Index(labels.levels).get_indexer(as_text(column))
+    return np.where(column.notna(), codes, -1).astype(np.int32)
+
+
+def predict(fitted: Fitted, cells: Cells) -> pd.DataFrame:
+    """Predict the label of each cell; see `celbo.ExpressionVAE.predict`."""
+    labels, classifier = fitted.schema.labels, fitted.vae.classifier
+    if labels is None or labels.levels is None or classifier is None:
+        raise UsageError("this model was fitted without labels; give labels='...' (celbo fit --labels COLUMN).")
+    reference, mu_z = fitted.needed_reference(), cells.encoded.mu_z
+    with torch.inference_mode():
+        log_p = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device))
+        probabilities = log_p.exp().cpu().numpy()
+    is_known = reference.labels >= 0
+    known = Labelled(reference.mu_z[is_known], reference.labels[is_known], reference.held_out[is_known])
+    if known.held_out.sum() < _FEWEST_HELD_OUT:
+        warn(
+            f"{known.held_out.sum()} cells with a label were held out of fitting. At least {_FEWEST_HELD_OUT} are "
+            f"needed to say which distances are usual, so no cell is called {NONE_OF_THESE!r}. Label more cells, or "
+            "fit with a larger validation_fraction."
+        )
+    return predictions(probabilities, mu_z, known, labels.levels, cells.obs.index, cells.empty)
 
 
 def predictions(
@@ -44,41 +81,42 @@ def predictions(
     index: pd.Index,
     empty: NDArray[np.bool_] | None = None,
 ) -> pd.DataFrame:
-    """Labels of cells, how sure, and whether they lie among labelled cells at all.
+    """Make the table of labels, their probabilities, and whether a cell lies among labelled cells at all.
 
     Parameters
     ----------
     probabilities
-        Of each label, ``(cells, labels)``.
+        Probability of each label, ``(cells, labels)``.
     mu_z
-        Their positions, ``(cells, latent_dim)``.
+        Positions of the cells, ``(cells, latent_dim)``.
     known
-        Cells of fit whose label is known.
+        Reference cells with a known label.
     levels
         Names of the labels.
     index
         Names of the cells.
     empty
-        Which of them have no count, so that nothing can be told.
+        Which cells have no count; they get NaN.
 
     Returns
     -------
     pandas.DataFrame
-        By cell: ``label`` ("none of these" where ``p_known`` is below .01), ``probability`` of the likeliest one,
-        ``p_known``: probability that a cell of a known label lies at least as far from the labelled cells that were
-        trained on; then a column of probabilities for each label. A cell without a count has NaN in all of them.
+        By cell: ``label`` ("none of these" where ``p_known`` is below .01); ``probability`` of the most probable label;
+        ``p_known``, the probability that a cell of a known label lies at least as far from the labelled training
+        cells; then a column of probabilities for each label. A cell without a count has NaN in all columns.
 
     Notes
     -----
-    Far is the distance to the 10th nearest (of a label with n < 11 cells, to the n - 1st), over the median of
-    that among the label's own cells, since types are dense and loose. What is usual is told by the labelled cells that
-    were held out, for training draws the others together: ``p_known`` is the share of these that lie as far; of fewer
-    than 200, the tail of what another cell's is expected to be, a Student t: log distances are normal, and five cells
-    of mean .35 and standard deviation .3, as is usual, count beside them (the conjugate prior; Gelman 2013, section
-    3.3). It is NaN where fewer than 10 were held out.
+    The distance of a cell is the distance to the 10th nearest labelled training cell (for a label with n < 11 cells, to
+    the n - 1st), divided by the median of this distance among the label's own cells, because some types are dense and
+    others are not. Held-out labelled cells show which distances are usual; training cells do not, because training
+    pulls them together. ``p_known`` is the share of held-out labelled cells that lie as far. With fewer than 200 of
+    them it is the tail of the predictive distribution of one more cell, a Student t: log distances are normal, and the
+    prior counts as five cells of mean .35 and standard deviation .3 (conjugate prior; Gelman 2013, section 3.3).
+    ``p_known`` is NaN where fewer than 10 labelled cells were held out.
     """
     best, p_known = probabilities.argmax(1), np.full(len(mu_z), np.nan)
-    if known.held_out.sum() >= FEWEST_HELD_OUT_LABELLED and not known.held_out.all():
+    if known.held_out.sum() >= _FEWEST_HELD_OUT and not known.held_out.all():
         usual = _distances(known, len(levels), known.mu_z[known.held_out], known.labels[known.held_out])
         p_known = _at_least_as_far(usual, _distances(known, len(levels), mu_z, best))
     label = np.where(p_known < _UNLIKELY, NONE_OF_THESE, np.asarray(levels, object)[best])
@@ -90,7 +128,7 @@ def predictions(
 
 
 def _at_least_as_far(usual: NDArray[np.float64], distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probability that another of the usual distances is as large as each of these, ``(cells,)``."""
+    """Probability that one more usual distance is as large as each of these, ``(cells,)``."""
     n = len(usual)
     if n >= _ENOUGH_FOR_SHARES:
         return (1 + n - np.searchsorted(np.sort(usual), distance)) / (1 + n)
@@ -105,12 +143,12 @@ def _at_least_as_far(usual: NDArray[np.float64], distance: NDArray[np.float64]) 
 def _distances(
     known: Labelled, n_labels: int, z: NDArray[np.float32], labels: NDArray[np.integer]
 ) -> NDArray[np.float64]:
-    """How far z is from the cells trained on, ``(cells,)``, in units of what is usual among those of its label."""
+    """Distance of z to the labelled training cells, ``(cells,)``, relative to the median of its label."""
     trained, own = known.mu_z[~known.held_out], known.labels[~known.held_out]
     tree, n_cells = cKDTree(trained), np.bincount(own, minlength=n_labels)
-    place = np.clip(n_cells - 1, 1, _NEAREST) - 1  # of few cells the 10th nearest would be of another label
+    place = np.clip(n_cells - 1, 1, _NEAREST) - 1  # in a small label the 10th nearest would belong to another one
     apart = tree.query(trained, np.arange(2, _NEAREST + 2))[0]  # the nearest is the cell itself
-    median = np.full(n_labels, np.median(apart[:, 0]))  # of a label that a single cell has
+    median = np.full(n_labels, np.median(apart[:, 0]))  # for labels with a single cell
     for number in np.flatnonzero(n_cells > 1):
         median[number] = np.median(apart[own == number, place[number]])
     distance = tree.query(z, np.arange(1, _NEAREST + 1))[0][np.arange(len(z)), place[labels]]

@@ -1,7 +1,9 @@
-"""Levels that fit did not see: read as the nearest known one, or taken into the model (surgery, Lotfollahi 2021)."""
+"""Levels that fit did not see: read them as the nearest known level, or map them into the model (Lotfollahi 2021)."""
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,51 +11,118 @@ from anndata import AnnData
 from torch import Tensor
 
 from celbo.data.conditions import as_text, column_of, spelling
+from celbo.data.read import read_adata
 from celbo.data.schema import Schema
 from celbo.data.sources import open_source
-from celbo.errors import listed
+from celbo.errors import UsageError, listed, warn
+from celbo.fit.cells import Cells, open_cells
+from celbo.fit.fitted import Fitted
+from celbo.fit.start import make_vae, split_of_fit
+from celbo.fit.train import Track, epochs
+from celbo.kernels.threads import threads
+from celbo.model.filling import Filled
 from celbo.model.inference import cell_terms
-from celbo.model.objective import Objective
 from celbo.model.vae import VAE
 
-__all__ = ["at_nearest_levels", "copy_weights", "doubt_new_levels"]
+__all__ = ["map_query", "open_any"]
 
 _CELLS_TO_COMPARE = 200
-"""Cells of a level that decide which known level is nearest to it."""
+"""Cells of a new level that decide which known level is nearest to it."""
 _FEW_CELLS = 20
-"""Cells of a new level below which what is learned of it is little."""
+"""Cells of a new level below which little can be learned about it."""
 _LEVELS_TO_COMPARE = 50
-"""New levels of a condition whose cells are compared with those of another's."""
+"""New levels of a condition that are compared with the new levels of other conditions."""
+
+
+def open_any(
+    fitted: Fitted, adata: AnnData | str | Path, *, unseen: str = "refuse", genes_present: float = 0.8
+) -> tuple[Fitted, Cells]:
+    """Open cells that may have levels that fit did not see.
+
+    Parameters
+    ----------
+    fitted
+        The model.
+    adata
+        The cells, or their path.
+    unseen, genes_present
+        As `celbo.ExpressionVAE.posterior` takes them.
+
+    Returns
+    -------
+    tuple
+        The model to ask (a mapped one where ``unseen`` is "adapt"), and the cells opened for it.
+    """
+    adata = read_adata(adata, layer=fitted.schema.layer)
+    if unseen == "adapt":
+        fitted = map_query(fitted, adata, genes_present=genes_present)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mapping has given these warnings
+            return fitted, open_cells(fitted, adata, genes_present=genes_present)
+    if unseen == "nearest":
+        adata, unseen = _at_nearest_levels(fitted, adata, genes_present=genes_present), "refuse"
+    return fitted, open_cells(fitted, adata, unseen=unseen, genes_present=genes_present)
+
+
+def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, track: Track | None = None) -> Fitted:
+    """Learn weights for new levels of conditions; see `celbo.ExpressionVAE.map_query`.
+
+    Returns
+    -------
+    Fitted
+        A model that knows the new levels; the same one if there are none.
+    """
+    schema = fitted.schema.with_levels_of(adata.obs)
+    for doubt in _doubt_new_levels(fitted.schema, schema, adata):
+        warn(doubt)
+    if schema == fitted.schema:
+        open_source(adata, schema, genes_present=genes_present)  # raises an error if something does not fit
+        return fitted
+    if fitted.architecture.normalises_over_minibatches:
+        raise UsageError(
+            "this model normalises over minibatches, so new cells would move the known ones. Fit it again with "
+            "norm='layer' and without norm_mu."
+        )
+    vae = make_vae(fitted.architecture, schema, fitted.likelihood)
+    learned = _copy_weights(fitted.vae, vae, fitted.schema, schema)
+    query = open_source(adata, schema, genes_present=genes_present)
+    split = split_of_fit(query, schema, fitted.config)
+    config = replace(fitted.config, warmup_fraction=0.0)
+    vae.to(next(fitted.vae.parameters()).device)
+    with threads(config.threads):
+        steps = epochs(vae, Filled(vae, query), split, config, objective=fitted.objective, learned=learned, track=track)
+        history = list(steps)
+    return replace(fitted, schema=schema, vae=vae.eval(), history=history, split=None)
 
 
 @torch.no_grad()
-def copy_weights(old: VAE, new: VAE, old_schema: Schema, new_schema: Schema) -> dict[str, Tensor]:
-    """Give a model the weights of one that knows fewer levels; a new level starts as the mean of the known ones.
+def _copy_weights(old: VAE, new: VAE, old_schema: Schema, new_schema: Schema) -> dict[str, Tensor]:
+    """Copy weights into a model that knows more levels; a new level starts as the mean of the known levels.
 
     Parameters
     ----------
     old
         The fitted model.
     new
-        One made for the schema with more levels; changed in place.
+        A model made for the schema with more levels; changed in place.
     old_schema, new_schema
-        Theirs, as `Schema.with_levels_of` makes them.
+        Schemas of the two models; the second is made by `Schema.with_levels_of`.
 
     Returns
     -------
     dict
-        Which numbers of each parameter are those of new levels: bool, of its shape.
+        By name of the parameter, which of its numbers belong to new levels: bool, of its shape.
     """
     pairs = list(zip(old_schema.conditions, new_schema.conditions, strict=True))
     dim = 0 if new.embed_context is None else new.embed_context.dim
-    # As `celbo.model.vae.ContextEmbedding` lays the context out: one-hot levels and numbers, then what is learned.
+    # The layout of `celbo.model.vae.ContextEmbedding`: one-hot levels and numbers first, then learned numbers.
     sizes = [(before.dim, after.dim) for before, after in pairs if not after.embedded]
     if new.embed_context is not None:
         sizes += [(dim, dim)] * (len(new.embed_context.levels) + len(new.embed_context.combinations))
     state, is_new = old.state_dict(), dict[str, Tensor]()
     for name, parameter in new.named_parameters():
         weight, columns = state[name], torch.zeros(parameter.shape[-1], dtype=torch.bool)
-        if name.startswith("embed_context.combinations."):  # a new one is no more than its parts, at first
+        if name.startswith("embed_context.combinations."):  # a new combination starts as the sum of its parts
             rows, others, _ = weight.shape
             is_new[name] = torch.ones_like(parameter, dtype=torch.bool)
             is_new[name][:rows, :others] = False
@@ -72,7 +141,7 @@ def copy_weights(old: VAE, new: VAE, old_schema: Schema, new_schema: Schema) -> 
 
 
 def _grow(weight: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Widen the last columns, parts of these sizes before and after, by means of each part; and which are new."""
+    """Widen the last columns: each part, of these sizes before and after, by its own mean; say which are new."""
     start = weight.shape[1] - sum(before for before, _ in sizes)
     parts, is_new = [weight[:, :start]], [False] * start
     for before, after in sizes:
@@ -83,54 +152,37 @@ def _grow(weight: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Ten
     return torch.cat(parts, dim=1), torch.tensor(is_new)
 
 
-def at_nearest_levels(
-    vae: VAE, schema: Schema, adata: AnnData, objective: Objective, *, genes_present: float
-) -> AnnData:
-    """The cells, where levels that fit did not see are replaced by the known ones that suit their cells best.
-
-    Parameters
-    ----------
-    vae, schema, objective
-        Of the model.
-    adata
-        The cells; left as they are.
-    genes_present
-        Share of the model's genes that must be there.
-
-    Returns
-    -------
-    anndata.AnnData
-        With the levels under which the cells of each new level have the highest mean ELBO; each is warned of.
-    """
-    obs = adata.obs.copy()
+def _at_nearest_levels(fitted: Fitted, adata: AnnData, *, genes_present: float) -> AnnData:
+    """Replace each new level by the known level under which its cells have the highest mean ELBO, with a warning."""
+    schema, obs = fitted.schema, adata.obs.copy()
     for condition in schema.conditions:
         if condition.name not in obs.columns:
             continue
         column = column_of(obs, condition.name).astype(object)
         for level in column[~condition.is_known(column)].unique():
-            there = np.flatnonzero(column == level)
-            some = adata[there[np.linspace(0, len(there) - 1, min(len(there), _CELLS_TO_COMPARE)).astype(int)]]
+            rows = np.flatnonzero(column == level)
+            some = adata[rows[np.linspace(0, len(rows) - 1, min(len(rows), _CELLS_TO_COMPARE)).astype(int)]]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # all cells are checked, and warned of, afterwards
+                warnings.simplefilter("ignore")  # all cells are checked afterwards, with warnings
                 source = open_source(some, schema, unseen="marginal", genes_present=genes_present)
             elbo = {}
             for known in condition.levels or ():
                 source.codes = schema.codes(some.obs, {condition.name: known}, unseen="marginal")
-                elbo[known] = cell_terms(vae, source, objective=objective).elbo.mean()
-            nearest = max(elbo, key=lambda each: elbo[each])
-            warnings.warn(
-                f"condition {condition.name!r}: level {str(level)!r} ({len(there):,} cells), not seen in fit, is "
-                f"read as {nearest!r}, the known level that suits its cells best.",
-                stacklevel=5,
+                with threads(fitted.threads):
+                    elbo[known] = cell_terms(fitted.vae, source, objective=fitted.objective).elbo.mean()
+            nearest = max(elbo, key=lambda known: elbo[known])
+            warn(
+                f"condition {condition.name!r}: level {str(level)!r} ({len(rows):,} cells) was not seen in fit. It is "
+                f"read as {nearest!r}, the known level that suits its cells best."
             )
-            column.iloc[there] = nearest
+            column.iloc[rows] = nearest
         obs[condition.name] = column
     return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
 
 
-def doubt_new_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:
-    """What is to be said of new levels: those spelt nearly as a known one, of few cells, or with another's cells."""
-    found, cells_of = [], dict[bytes, str]()
+def _doubt_new_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:
+    """Say which new levels are spelt nearly like a known one, have few cells, or have the cells of another level."""
+    doubts, level_of_cells = [], dict[bytes, str]()
     for before, after in zip(known.conditions, schema.conditions, strict=True):
         new = (after.levels or ())[len(before.levels or ()) :]
         if not new:
@@ -141,25 +193,25 @@ def doubt_new_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]
         n_cells, few = text.value_counts(), []
         for level in new:
             if like := plain.get(spelling(level)):
-                found.append(
+                doubts.append(
                     f"condition {before.name!r}: {level!r} is taken for a new level; if {like!r} is meant, mend its "
                     "spelling and map again."
                 )
             elif n_cells[level] < _FEW_CELLS:
                 few.append(level)
         if few:
-            found.append(
+            doubts.append(
                 f"condition {before.name!r}: {len(few):,} new levels have fewer than {_FEW_CELLS} cells "
                 f"({listed(few)}), from which little is learned. Is it the right column?"
             )
-        here = dict[bytes, str]()
+        of_condition = dict[bytes, str]()
         for level in new[:_LEVELS_TO_COMPARE]:
             cells = (text == level).to_numpy().tobytes()
-            here[cells] = f"{before.name}={level}"
-            if cells in cells_of:
-                found.append(
-                    f"the new levels {cells_of[cells]} and {here[cells]} are those of the same cells: what one does "
-                    "cannot be told from what the other does."
+            of_condition[cells] = f"{before.name}={level}"
+            if cells in level_of_cells:
+                doubts.append(
+                    f"the new levels {level_of_cells[cells]} and {of_condition[cells]} have the same cells: their "
+                    "effects cannot be separated."
                 )
-        cells_of |= here
-    return found
+        level_of_cells |= of_condition
+    return doubts

@@ -1,4 +1,4 @@
-"""Whether cells like these were seen under the conditions that are asked for."""
+"""Support: whether fit saw cells like these under the conditions asked for."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,22 +16,22 @@ from celbo.model.classifier import Classifier
 __all__ = ["Known", "known_cells", "n_like", "nearest", "other_levels", "support", "supported_positions"]
 
 _NEIGHBOURS = 50
-"""Known cells beside a cell that are asked how many of them are of the condition asked for."""
+"""Neighbours of a known cell among which the share with the conditions asked for is counted."""
 _LIKE = 30
-"""Known cells without that condition, nearest to a cell, over which that share is averaged: cells like it."""
+"""Known cells without the conditions, nearest to a cell, over which that share is averaged: cells like it."""
 _NEAREST = 15
-"""Of the known cells of that condition, the one whose distance is measured."""
+"""The distance of a cell is that to the 15th nearest known cell with the conditions."""
 _ENOUGH, _SELDOM = 0.4, 0.1
-"""Share of neighbours of that condition, in units of what it would be by chance, from which on a cell can be supported,
-and below which it is off the map."""
+"""Shares of neighbours with the conditions, relative to chance: a supported cell has at least the first; a cell with
+less than the second can be called extrapolation."""
 _FAR = 0.95
-"""Quantile of the distances among cells of that condition beyond which a cell is far from them."""
+"""A cell is far if its distance is beyond this quantile of the distances among cells with the conditions."""
 _MOST_ASKED = 5000
-"""Known cells that are themselves asked whether they are supported."""
+"""Largest number of known cells that are themselves tested for support."""
 
 
 class Known(NamedTuple):
-    """Cells learned from, and what is asked of them."""
+    """Training cells, and whether they have the conditions asked for."""
 
     mu_z: NDArray[np.float32]
     """``(cells, latent_dim)``."""
@@ -42,7 +42,7 @@ class Known(NamedTuple):
 
 
 def known_cells(reference: Reference, schema: Schema, classifier: Classifier | None, given: Mapping[str, Any]) -> Known:
-    """The cells that a model learned from, and which of them have these conditions."""
+    """Return the training cells of a model, and which of them have these conditions."""
     trained = ~reference.held_out
     mu_z, codes = reference.mu_z[trained], reference.conditions[trained]
     levels = other_levels(schema, classifier, given, codes, mu_z, reference.labels[trained])
@@ -57,7 +57,7 @@ def other_levels(
     mu_z: NDArray[np.float32],
     labels: NDArray[np.int32],
 ) -> NDArray[np.float32]:
-    """Levels of the categorical conditions that are not asked for, and the label (told if -1), ``(cells, n)``."""
+    """Levels of categorical conditions that are not asked for, and the label (predicted if -1), ``(cells, n)``."""
     columns = [
         codes[:, number]
         for number, condition in enumerate(schema.conditions)
@@ -65,33 +65,34 @@ def other_levels(
     ]
     if classifier is not None:
         with torch.inference_mode():
-            told = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).argmax(-1).cpu().numpy()
-        columns.append(np.where(labels >= 0, labels, told))
+            predicted = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device)).argmax(-1).cpu().numpy()
+        columns.append(np.where(labels >= 0, labels, predicted))
     return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(codes), 1), np.float32)
 
 
 def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known, index: pd.Index) -> pd.DataFrame:
-    """Whether cells of the conditions asked for were seen near each cell in the latent space.
+    """Test whether known cells with the conditions asked for lie near each cell in the latent space.
 
     Parameters
     ----------
     mu_z
-        Of the cells, ``(cells, latent_dim)``.
+        Positions of the cells, ``(cells, latent_dim)``.
     levels
-        Of their other conditions and labels, ``(cells, n)``, as in `Known`.
+        Levels of their other conditions, and labels, ``(cells, n)``, as in `Known`.
     known
-        The cells that the model learned from.
+        The training cells.
     index
         Names of the cells.
 
     Returns
     -------
     pandas.DataFrame
-        See `celbo.ask.counterfactual.Counterfactual.support`: "supported" where the combination of levels was seen, the
-        share is at least .4 of what chance would give, the distance usual, and at least 16 cells have the conditions;
-        "extrapolation" where the distance is not, and the combination was not seen or the share is less than .1 of
-        that; else "edge". The share is a mean over the 30 known cells without the conditions that are nearest, for
-        those are like the cell: a type never seen so has none around it, even if one cell of it has by chance.
+        See `celbo.ask.counterfactual.Counterfactual.support`. A cell is "supported" if the combination of levels was
+        seen, the share is at least .4 of the share expected by chance, the distance is usual, and at least 16 cells
+        have the conditions. It is "extrapolation" if the distance is not usual, and the combination was not seen or
+        the share is less than .1 of chance. Else it is "edge". The share is a mean over the 30 nearest known cells
+        without the conditions, because these are like the cell: a type that was never seen with the conditions has a
+        share near 0, even if one cell of it has the conditions by chance.
     """
     with_it = known.mu_z[known.has_it]
     if len(with_it) < 2:
@@ -115,9 +116,9 @@ def support(mu_z: NDArray[np.float32], levels: NDArray[np.float32], known: Known
 
 
 def supported_positions(known: Known, *, seed: int = 0) -> NDArray[np.float32]:
-    """Where known cells without the conditions lie that are themselves supported, ``(cells, latent_dim)``.
+    """Return positions of supported known cells without the conditions, ``(cells, latent_dim)``.
 
-    Of 5,000 cells without the conditions, drawn with this seed, if there are more.
+    If there are more than 5,000 known cells without the conditions, 5,000 are drawn with this seed and tested.
     """
     rows = np.random.default_rng([seed, 19]).permutation(np.flatnonzero(~known.has_it))[:_MOST_ASKED]
     verdict = support(known.mu_z[rows], known.levels[rows], known, pd.RangeIndex(len(rows)))["verdict"]
@@ -125,15 +126,15 @@ def supported_positions(known: Known, *, seed: int = 0) -> NDArray[np.float32]:
 
 
 def nearest(tree: cKDTree, cells: NDArray[np.float32], n: int) -> NDArray[np.intp]:
-    """Positions of the n nearest in the tree, or of all if it has fewer, ``(cells, n)``."""
+    """Row numbers of the n nearest points in the tree, or of all if it has fewer, ``(cells, n)``."""
     n = min(n, tree.n)
     return np.asarray(tree.query(cells, n)[1]).reshape(len(cells), n)
 
 
 def n_like(mu_z: NDArray[np.float32], known: Known) -> tuple[int, int]:
-    """How many different known cells are among the 15 nearest of a cell: of those without the conditions, and with."""
+    """Count the different known cells among the 15 nearest of any cell: without the conditions, and with them."""
     counts = []
-    for some in (known.mu_z[~known.has_it], known.mu_z[known.has_it]):
-        place = min(_NEAREST, len(some))
-        counts.append(len(np.unique(cKDTree(some).query(mu_z, place)[1])) if place else 0)
+    for positions in (known.mu_z[~known.has_it], known.mu_z[known.has_it]):
+        place = min(_NEAREST, len(positions))
+        counts.append(len(np.unique(cKDTree(positions).query(mu_z, place)[1])) if place else 0)
     return counts[0], counts[1]

@@ -11,6 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, make_condition, size_factors
+from celbo.data.fingerprint import Fingerprint
 from celbo.data.names import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
@@ -70,6 +71,8 @@ class Check:
     """How a model would read these cells; None if it cannot."""
     stored: Stored | None = field(default=None, repr=False)
     """The values, once they were found."""
+    fingerprint: dict[str, Any] | None = field(default=None, repr=False)
+    """Shape and hashes of values and names, if they were asked for; see `celbo.data.fingerprint`."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -122,6 +125,7 @@ def check_adata(
     layer: str | None = None,
     size_factor: str | None = None,
     allow_noninteger: bool = False,
+    fingerprint: bool = False,
 ) -> Check:
     """Look at cells that a model is to be fitted to: names, every stored value, conditions, size factors.
 
@@ -143,6 +147,8 @@ def check_adata(
         Column of obs used in place of the sum of counts; scaled so that both have the same mean.
     allow_noninteger
         Whether counts may be fractions, as estimated ones are.
+    fingerprint
+        Whether to hash all values in the same pass.
 
     Returns
     -------
@@ -176,7 +182,9 @@ def check_adata(
                 "allow_noninteger (--allow-noninteger) lets estimated counts through to the likelihoods of counts (nb, "
                 "zinb, poisson); leave it out, and name a layer where the gaussian is to take real numbers."
             )
-        scan = _check_values(check, adata, layer, stored, values)
+        hashes = Fingerprint() if fingerprint else None
+        scan = _check_values(check, adata, layer, stored, values, hashes)
+        check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
     library_scale = 1.0
     if size_factor is not None:
@@ -276,8 +284,15 @@ def _check_names(check: Check, adata: AnnData) -> None:
         )
 
 
-def _check_values(check: Check, adata: AnnData, layer: str | None, stored: Stored, values: str) -> Scan:
-    scan = scan_values(stored)
+def _check_values(
+    check: Check,
+    adata: AnnData,
+    layer: str | None,
+    stored: Stored,
+    values: str,
+    hashes: Fingerprint | None = None,
+) -> Scan:
+    scan = scan_values(stored, hashes=hashes)
     check.n_values = scan.n_values
     kinds = {"real": _NOT_COUNTS[:1], "pseudo_counts": tuple(kind for kind in _NOT_COUNTS if kind != "not-whole")}
     faults = value_faults(scan, adata, layer, kinds.get(values, _NOT_COUNTS))

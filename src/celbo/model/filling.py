@@ -7,26 +7,24 @@ from celbo.model.vae import VAE, context_of
 
 __all__ = ["Filled", "fill_in"]
 
-_FILLING_ROUNDS = 5
-"""Rounds of filling in genes that a query lacks: of a fifth missing, each takes the error down about fivefold."""
-
-
+_ROUNDS = 5
+"""Rounds of filling in. With a fifth of the genes missing, each round divides the error by about five."""
 _MOST_FILLED_IN = 0.9
-"""Share of a cell's counts that may be thought to lie in genes that were not measured."""
+"""Largest share of a cell's counts that may be attributed to genes that were not measured."""
 
 
 def fill_in(vae: VAE, cells: Minibatch, source: Source) -> Minibatch:
-    """Give genes that were not measured the values the model expects of them, so that they pull a cell nowhere.
+    """Give genes that were not measured the values that the model expects, so that they do not move a cell.
 
-    Zeros would be read as measurements. Encode, decode, fill in, and again: each round starts from a better guess. A
-    library that is a sum over the model's genes grows by what was filled in; where counts were scaled to the same
-    library and logged, those that were measured shrink instead.
+    The encoder would read zeros as measurements. Each round encodes, decodes and fills in, and starts from a better
+    guess. A library size that is a sum over the model's genes grows by the filled-in counts. Counts that were scaled to
+    one library size and logged shrink instead.
     """
     if (observed := cells.observed) is None:
         return cells
     measured, library, context = cells.x.to_dense(), cells.library, context_of(vae, cells)
     x = measured
-    for _ in range(_FILLING_ROUNDS):
+    for _ in range(_ROUNDS):
         mu_z, _logvar_z = vae.encode(x, context)
         x = torch.where(observed, measured, vae.decode(mu_z, context, library))
         filled_in = x[:, ~observed]
@@ -39,7 +37,7 @@ def fill_in(vae: VAE, cells: Minibatch, source: Source) -> Minibatch:
 
 
 class Filled:
-    """A source whose minibatches come with what `fill_in` gives genes that were not measured; as `Source`."""
+    """A source whose minibatches have missing genes filled in by `fill_in`; a `Source`."""
 
     def __init__(self, vae: VAE, source: Source):
         self.vae, self.source = vae, source

@@ -1,4 +1,4 @@
-"""log p(x | library, conditions) by importance weighting, after each cell's posterior was refined."""
+"""Estimate log p(x | library, conditions) by importance weighting, with each cell's posterior refined first."""
 
 import math
 import zlib
@@ -13,36 +13,36 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from celbo.minibatch import Minibatch, Rows, Source, csr_tensor, in_chunks
-from celbo.model.filling import fill_in
+from celbo.minibatch import Minibatch, Rows, Source, csr_tensor
+from celbo.model.inference import Block, encoded_blocks, evaluating
 from celbo.model.objective import kl_to_prior, log_prob_of_cells
 from celbo.model.priors import Components
 from celbo.model.vae import VAE, context_of
 
-__all__ = ["LogProb", "log_prob"]
+__all__ = ["BLOCK", "LogProb", "log_prob", "log_prob_of_block"]
 
-_CHUNK = 256
+BLOCK = 256
 """Cells that are refined together."""
 _ROWS_AT_ONCE = 2048
 """Pairs of cell and sample that are decoded together."""
 _CONTEXT_AT_ONCE = 1_000_000
-"""Numbers of their contexts together, where there are very many levels."""
+"""Largest number of context values decoded together; it matters where there are very many levels."""
 _LEARNING_RATE = 0.03
-"""Of the refinement, falling to 0."""
+"""Learning rate of the refinement. It falls to 0."""
 _WIDTHS = (1.2, 1.2, 2.0, 1.2, 1.2, 3.0, 1.2, 1.2, None, 1.2)
-"""By turns, how much wider than q samples are drawn; None: from the prior. Most are where q is; the others find what
-one normal distribution overlooks, a second mode or a heavy tail, so that the effective number tells of it."""
+"""Widths of the samples in turn, in standard deviations of q; None draws from the prior. Most samples lie where q lies.
+The others find what one normal distribution misses, a second mode or a heavy tail, so that the ESS reports it."""
 
 
 class LogProb(NamedTuple):
-    """By cell, float64."""
+    """Estimates by cell, ``(cells,)`` float64."""
 
     log_p: NDArray[np.float64]
     """Nats."""
     se: NDArray[np.float64]
-    """Its standard error, ``sqrt(1 / ESS - 1 / K)``."""
+    """Standard error of log_p, ``sqrt(1 / ESS - 1 / K)``."""
     ess: NDArray[np.float64]
-    """Effective number of the K samples; below 10 the estimate is not to be trusted."""
+    """Effective number of the K samples. Below 10 the estimate is not to be trusted."""
 
 
 def log_prob(
@@ -54,14 +54,14 @@ def log_prob(
     refine_steps: int = 150,
     seed: int = 0,
 ) -> LogProb:
-    """``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)``, by importance weighting (Burda 2016).
+    """Estimate ``log mean_k p(x | z_k, c, l) p(z_k | c) / r(z_k)`` by importance weighting (Burda 2016).
 
-    r is a mixture around the posterior q: of each ten samples seven are drawn from it with 1.2 times its standard
-    deviation, one with 2, one with 3 times, and one from the prior (of fewer than nine none); weights are by the
-    density of them all (Owen & Zhou 2000, JASA 95:135). q starts as the encoder's posterior, and is refined for each
-    cell by Adam on its own ELBO: what is compared then is the model, not its encoder. Sums are taken in float64. With
-    the library size given it is a density given the total.
-    The draws for a cell depend on the seed and its own values: what is found of it does not change with the company.
+    r is a mixture around the posterior q. Of each ten samples seven have 1.2 times its standard deviation, one 2 times,
+    one 3 times, and one is drawn from the prior (none if there are fewer than nine samples). Weights are by the density
+    of the mixture (Owen & Zhou 2000, JASA 95:135). q starts as the encoder's posterior, and Adam refines it for each
+    cell on the cell's own ELBO, so that models are compared and not their encoders. Sums are in float64. The library
+    size is given: this is a density given the total. The samples for a cell depend on the seed and on its own values,
+    so its estimate does not depend on the other cells.
 
     Parameters
     ----------
@@ -70,65 +70,64 @@ def log_prob(
     source
         The cells.
     rows
-        Which of them; all if None.
+        Positions of the cells to use; all if None.
     n_samples
         K.
     refine_steps
         Steps of refinement; 0 for none.
     seed
-        Of all draws.
+        Seed of all random draws.
 
     Returns
     -------
     LogProb
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    device = next(vae.parameters()).device
-    was_training, learns = vae.training, [parameter.requires_grad for parameter in vae.parameters()]
-    vae.eval().requires_grad_(False)
-    try:
-        found = []
-        for piece in in_chunks(rows, _CHUNK):
-            cells = source.take(piece)
-            noise = _generators(cells.x, seed)
-            found.append(_of_cells(vae, source, cells.to(device), n_samples, refine_steps, noise))
-    finally:
-        vae.train(was_training)
-        for parameter, wanted in zip(vae.parameters(), learns, strict=True):
-            parameter.requires_grad_(wanted)
-    log_p, ess = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (np.empty(0), np.empty(0))
+    parts = [
+        log_prob_of_block(vae, block, n_samples=n_samples, refine_steps=refine_steps, seed=seed)
+        for block in encoded_blocks(vae, source, rows, BLOCK)
+    ]
+    return LogProb(*map(np.concatenate, zip(*parts, strict=True))) if parts else LogProb(*np.empty((3, 0)))
+
+
+def log_prob_of_block(vae: VAE, block: Block, *, n_samples: int, refine_steps: int, seed: int) -> LogProb:
+    """Estimate log p(x) of cells that are encoded already; parameters as in `log_prob`."""
+    noise = _generators(block.measured, seed)
+    learns = [parameter.requires_grad for parameter in vae.parameters()]
+    with evaluating(vae.requires_grad_(False)):
+        try:
+            q = _refine(vae, block.cells, block.mu_z, block.logvar_z, refine_steps, noise)
+            log_p, ess = _weighted(vae, block.cells, *q, n_samples, noise)
+        finally:
+            for parameter, wanted in zip(vae.parameters(), learns, strict=True):
+                parameter.requires_grad_(wanted)
     return LogProb(log_p, np.sqrt(np.maximum(0.0, 1 / ess - 1 / n_samples)), ess)
 
 
-def _of_cells(
+@torch.no_grad()
+def _weighted(
     vae: VAE,
-    source: Source,
     cells: Minibatch,
+    mu_z: Tensor,
+    logvar_z: Tensor,
     n_samples: int,
-    refine_steps: int,
     noise: Sequence[np.random.Generator],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    context = context_of(vae, cells)
-    with torch.no_grad():
-        cells = fill_in(vae, cells, source)
-        mu_z, logvar_z = vae.encode(cells.x, context)
-    mu_z, logvar_z = _refine(vae, cells, mu_z, logvar_z, refine_steps, noise)
-    sd = (0.5 * logvar_z).exp()
+    """Log p and the effective number of samples, ``(cells,)`` each, by sampling around q."""
+    context, sd = context_of(vae, cells), (0.5 * logvar_z).exp()
     rows = min(_ROWS_AT_ONCE, _CONTEXT_AT_ONCE // max(vae.context_dim, 1))
     n_cells, at_once = len(mu_z), max(1, rows // len(mu_z))
     widths = list(islice(cycle(_WIDTHS), n_samples))
     shares = {width: n / n_samples for width, n in Counter(widths).items()}
+    prior = vae.prior_components(mu_z, context)
     log_weights = []
-    with torch.no_grad():
-        prior = vae.prior_components(mu_z, context)
-        for start in range(0, n_samples, at_once):
-            of_these = widths[start : start + at_once]
-            z = _draw(of_these, mu_z, sd, prior, noise)
-            again = _repeated(cells, len(z))
-            p = vae.likelihood(z.flatten(0, 1), context=context_of(vae, again), library=again.library)
-            log_likelihood = log_prob_of_cells(p, again.x, again.observed).double().view(len(z), n_cells)
-            log_prior = prior.distribution().log_prob(z).double()
-            log_weights.append(log_likelihood + log_prior - _log_density(z, mu_z, sd, log_prior, shares))
+    for start in range(0, n_samples, at_once):
+        z = _draw(widths[start : start + at_once], mu_z, sd, prior, noise)
+        again = _repeated(cells, len(z))
+        p = vae.likelihood(z.flatten(0, 1), context=context_of(vae, again), library=again.library)
+        log_likelihood = log_prob_of_cells(p, again.x, again.observed).double().view(len(z), n_cells)
+        log_prior = prior.distribution().log_prob(z).double()
+        log_weights.append(log_likelihood + log_prior - _log_density(z, mu_z, sd, log_prior, shares))
     weights = torch.cat(log_weights)
     log_p = torch.logsumexp(weights, 0) - math.log(n_samples)
     ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
@@ -138,7 +137,7 @@ def _of_cells(
 def _draw(
     widths: Sequence[float | None], mu_z: Tensor, sd: Tensor, prior: Components, noise: Sequence[np.random.Generator]
 ) -> Tensor:
-    """A sample of z for each cell by each of these `_WIDTHS`, ``(widths, cells, latent_dim)``."""
+    """Draw a sample of z for each cell and each of these `_WIDTHS`, ``(widths, cells, latent_dim)``."""
     eps = _normal(noise, len(widths), mu_z.shape[1] + 1).to(mu_z.device)
     eps, chance = eps[..., :-1], torch.special.ndtr(eps[..., -1])
     cells, up_to = torch.arange(len(mu_z), device=mu_z.device), prior.log_weights.exp().cumsum(0)[:-1]
@@ -156,7 +155,7 @@ def _draw(
 def _log_density(
     z: Tensor, mu_z: Tensor, sd: Tensor, log_prior: Tensor, shares: Mapping[float | None, float]
 ) -> Tensor:
-    """Of what `_draw` draws, ``(widths, cells)`` float64, where each of `_WIDTHS` has these shares."""
+    """Log density of the mixture that `_draw` draws from, ``(widths, cells)`` float64; shares of each of `_WIDTHS`."""
     apart = ((z - mu_z) / sd).double().square().sum(-1)
     log_volume = (sd.double().log() + 0.5 * math.log(2 * math.pi)).sum(-1)
     parts = [
@@ -191,11 +190,11 @@ def _refine(
 
 
 def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
-    """Of random numbers, for each cell its own, by its values."""
+    """Make a random generator for each cell, seeded by the cell's values."""
     x = x.cpu()
     if x.layout == torch.sparse_csr:
         parts = (part.numpy() for part in (x.values(), x.col_indices(), x.crow_indices()))
-        stored = sparse.csr_matrix(tuple(parts), tuple(x.shape)).copy()  # which is changed below
+        stored = sparse.csr_matrix(tuple(parts), tuple(x.shape)).copy()  # it is changed below
     else:
         stored = sparse.csr_matrix(x.numpy())
     stored.eliminate_zeros()
@@ -207,12 +206,12 @@ def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
 
 
 def _normal(noise: Sequence[np.random.Generator], n: int, dim: int) -> Tensor:
-    """The next standard normal numbers, ``(n, cells, dim)``."""
+    """Draw the next standard normal numbers, ``(n, cells, dim)``."""
     return torch.from_numpy(np.stack([each.standard_normal((n, dim), np.float32) for each in noise], axis=1))
 
 
 def _repeated(cells: Minibatch, times: int) -> Minibatch:
-    """The same cells again and again, one whole set after another."""
+    """Repeat the cells, one whole set after another."""
     if times == 1:
         return cells
     x = cells.x

@@ -1,7 +1,8 @@
-"""A fitted model over a Source, in chunks of bounded memory; torch in, numpy out."""
+"""Run a model over a Source, in chunks of bounded memory: torch in, numpy out."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +13,19 @@ from torch import Tensor
 from celbo.kernels.threads import in_threads, n_threads
 from celbo.minibatch import Contexts, Minibatch, Rows, Source, in_chunks
 from celbo.model.filling import fill_in
-from celbo.model.objective import Objective, elbo_terms
+from celbo.model.objective import OBJECTIVES, Objective
 from celbo.model.vae import VAE, Noise, context_of
 
 __all__ = [
-    "CHUNK",
+    "Block",
     "CellTerms",
+    "Encoded",
     "cell_terms",
+    "encode",
+    "encoded_blocks",
+    "evaluating",
     "expected_values",
     "false_share",
-    "filled_library",
     "for_chunks",
     "posterior",
 ]
@@ -29,7 +33,31 @@ __all__ = [
 CHUNK = 1024
 """Cells computed together: enough to keep the processor busy, few enough to stay in its cache."""
 _CONTEXT_CHUNK = 1_000_000
-"""Numbers of their contexts together, where there are very many levels."""
+"""Largest number of context values in a chunk; it makes chunks smaller where there are very many levels."""
+
+
+class Encoded(NamedTuple):
+    """Approximate posteriors of cells, and their library sizes. Missing genes were filled in first."""
+
+    mu_z: NDArray[np.float32]
+    """``(cells, latent_dim)``, as ``logvar_z``."""
+    logvar_z: NDArray[np.float32]
+    library: NDArray[np.float32]
+    """``(cells,)``; it includes the counts that `celbo.model.filling.fill_in` gives to missing genes."""
+
+
+class Block(NamedTuple):
+    """Some cells of a source, filled in and encoded, on the model's device."""
+
+    rows: Rows
+    """Positions of the cells in the source."""
+    measured: Tensor
+    """Values before genes were filled in, ``(cells, genes)``."""
+    cells: Minibatch
+    """The cells; missing genes are filled in."""
+    mu_z: Tensor
+    """``(cells, latent_dim)``, as ``logvar_z``."""
+    logvar_z: Tensor
 
 
 class CellTerms(NamedTuple):
@@ -46,51 +74,80 @@ class CellTerms(NamedTuple):
         return self.reconstruction - self.kl.sum(1)
 
 
+@contextmanager
+def evaluating(vae: VAE) -> Iterator[None]:
+    """Switch dropout off, and give the model its mode back afterwards."""
+    was_training = vae.training
+    vae.eval()
+    try:
+        yield
+    finally:
+        vae.train(was_training)
+
+
+def encode(vae: VAE, source: Source, rows: Rows | None = None) -> Encoded:
+    """Encode these cells, or all; each cell is read, filled in and encoded once."""
+    rows = np.arange(source.n_cells) if rows is None else rows
+    mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
+    library = np.empty(len(rows), np.float32)
+
+    def encode_chunk(cells: Minibatch, chunk: slice) -> None:
+        mu, logvar = vae.encode(cells.x, context_of(vae, cells))
+        mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
+        library[chunk] = cells.library[:, 0].cpu().numpy()
+
+    for_chunks(vae, source, rows, encode_chunk)
+    return Encoded(mu_z, logvar_z, library)
+
+
 def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and log-variance of q(z | x, c), each ``(cells, latent_dim)``, of these cells or of all."""
-    rows = np.arange(source.n_cells) if rows is None else rows
-    found = np.empty((2, len(rows), vae.latent_dim), np.float32)
-
-    def encode(cells: Minibatch, here: slice) -> None:
-        for part, values in zip(found, vae.encode(cells.x, context_of(vae, cells)), strict=True):
-            part[here] = values.cpu().numpy()
-
-    for_chunks(vae, source, rows, encode)
-    mu_z, logvar_z = found
+    mu_z, logvar_z, _ = encode(vae, source, rows)
     return mu_z, logvar_z
 
 
+def encoded_blocks(vae: VAE, source: Source, rows: Rows, size: int) -> Iterator[Block]:
+    """Read, fill in and encode these cells in blocks of at most ``size``, each cell once."""
+    device = next(vae.parameters()).device
+    for piece in in_chunks(rows, size):
+        minibatch = source.take(piece).to(device)
+        with evaluating(vae), torch.no_grad():
+            cells = fill_in(vae, minibatch, source)
+            mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
+        yield Block(piece, minibatch.x, cells, mu_z, logvar_z)
+
+
 def cell_terms(
-    vae: VAE, source: Source, rows: Rows | None = None, *, seed: int = 0, objective: Objective = elbo_terms
+    vae: VAE, source: Source, rows: Rows | None = None, *, seed: int = 0, objective: Objective = OBJECTIVES["vae"]
 ) -> CellTerms:
-    """Terms of the bound for each cell, with one sample of z; the same seed draws the same noise.
+    """Compute the terms of the bound for each cell, with one sample of z; the same seed draws the same noise.
 
     Parameters
     ----------
     vae
-        The model; dropout is off meanwhile.
+        The model. Dropout is off.
     source
         The cells.
     rows
-        Which of them; all if None.
+        Positions of the cells to use; all if None.
     seed
-        Of the sampling noise.
+        Seed of the sampling noise.
     objective
-        Whose terms.
+        Row of `celbo.model.objective.OBJECTIVES` whose terms are computed.
 
     Returns
     -------
     CellTerms
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    # Drawn for all cells, so that a cell's noise does not depend on which others are asked for.
+    # Noise is drawn for all cells, so that a cell's noise does not depend on which other cells are used.
     eps = torch.randn(source.n_cells, vae.latent_dim, generator=torch.Generator().manual_seed(seed))[rows]
     reconstruction, kl = np.empty(len(rows), np.float32), np.empty((len(rows), vae.latent_dim), np.float32)
 
-    def bound(cells: Minibatch, here: slice) -> None:
-        noise = Noise(eps[here].to(cells.x.device), None, None)
-        terms = objective(vae, cells.x, context_of(vae, cells), cells.library, noise, cells.observed)
-        reconstruction[here], kl[here] = terms.reconstruction.cpu().numpy(), terms.kl.cpu().numpy()
+    def bound(cells: Minibatch, chunk: slice) -> None:
+        noise = Noise(eps[chunk].to(cells.x.device), None, None)
+        terms = objective.terms(vae, cells.x, context_of(vae, cells), cells.library, noise, cells.observed)
+        reconstruction[chunk], kl[chunk] = terms.reconstruction.cpu().numpy(), terms.kl.cpu().numpy()
 
     for_chunks(vae, source, rows, bound)
     return CellTerms(reconstruction, kl)
@@ -99,7 +156,7 @@ def cell_terms(
 def expected_values(
     vae: VAE, source: Source, *, contexts: Contexts | None = None, library: Tensor | None = None
 ) -> NDArray[np.float32]:
-    """Mean of p(x | mu_z, c, library), where mu_z comes from each cell under its own conditions.
+    """Compute the mean of p(x | mu_z, c, library); mu_z is each cell's, encoded under its own conditions.
 
     Parameters
     ----------
@@ -108,7 +165,7 @@ def expected_values(
     source
         The cells.
     contexts
-        What to decode under; each cell's own if None.
+        Conditions to decode under; each cell's own if None.
     library
         Library sizes to decode at, ``(cells, 1)``; each cell's own if None.
 
@@ -117,28 +174,31 @@ def expected_values(
     numpy.ndarray
         ``(cells, genes)`` float32.
     """
-    every, means = np.arange(source.n_cells), np.empty((source.n_cells, source.n_genes), np.float32)
+    rows, means = np.arange(source.n_cells), np.empty((source.n_cells, source.n_genes), np.float32)
 
-    def decode(cells: Minibatch, here: slice) -> None:
+    def decode(cells: Minibatch, chunk: slice) -> None:
         mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
         target = Minibatch(
             cells.x,
-            cells.context if contexts is None else contexts(every[here]).to(cells.x.device),
-            cells.library if library is None else library[here].to(cells.x.device),
+            cells.context if contexts is None else contexts(rows[chunk]).to(cells.x.device),
+            cells.library if library is None else library[chunk].to(cells.x.device),
         )
-        means[here] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
+        means[chunk] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
 
-    for_chunks(vae, source, every, decode)
+    for_chunks(vae, source, rows, decode)
     return means
 
 
 def for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatch, slice], None]) -> None:
-    """Read these cells in chunks and call ``compute(cells, where they belong)``; threads take chunks by turns."""
+    """Read these cells in chunks, fill in missing genes, and call ``compute(cells, slice of rows)``.
+
+    Threads share the chunks: each takes every n-th.
+    """
     device = next(vae.parameters()).device
     size = min(CHUNK, max(1, _CONTEXT_CHUNK // max(vae.context_dim, 1)))
     pieces = list(in_chunks(rows, size))
     reading = threading.Lock()
-    was_training, n = vae.training, min(n_threads(), len(pieces)) if device.type == "cpu" else 1
+    n = min(n_threads(), len(pieces)) if device.type == "cpu" else 1
 
     def work(turn: int) -> None:
         with torch.inference_mode():
@@ -148,15 +208,12 @@ def for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatc
                 cells = fill_in(vae, cells, source)
                 compute(cells, slice(number * size, number * size + len(pieces[number])))
 
-    vae.eval()  # no dropout
-    try:
+    with evaluating(vae):
         in_threads(work, n)
-    finally:
-        vae.train(was_training)
 
 
 def false_share(probability: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of false ones expected among each and those that are surer: the mean of ``1 - probability`` over them.
+    """Compute the expected share of false positives among each item and surer ones: mean of ``1 - probability``.
 
     Examples
     --------
@@ -166,14 +223,3 @@ def false_share(probability: NDArray[np.float64]) -> NDArray[np.float64]:
     order, share = np.argsort(-probability, kind="stable"), np.empty(len(probability))
     share[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
     return share
-
-
-def filled_library(vae: VAE, source: Source) -> NDArray[np.float32]:
-    """Library sizes of all cells, ``(cells,)``, grown by what `fill_in` gives genes that were not measured."""
-    found = np.empty(source.n_cells, np.float32)
-
-    def look(cells: Minibatch, here: slice) -> None:
-        found[here] = cells.library[:, 0].cpu().numpy()
-
-    for_chunks(vae, source, np.arange(source.n_cells), look)
-    return found

@@ -192,8 +192,23 @@ def log_prob_of_cells(p: Distribution, x: Tensor, observed: Tensor | None) -> Te
     return p.log_prob(x.to_dense()).sum(-1)
 
 
-Objective = Callable[..., ElboTerms]
-"""A function with the signature of `elbo_terms`."""
+class Objective(NamedTuple):
+    """A row of `OBJECTIVES`."""
 
-OBJECTIVES: dict[str, Objective] = {"vae": elbo_terms, "autoencoder": autoencoder_terms}
-"""What a model can be trained for, by name."""
+    name: str
+    terms: Callable[..., ElboTerms]
+    """A function with the signature of `elbo_terms`."""
+    samples_z: bool
+    """Whether z is sampled from a posterior; else z is mu_z, and there is no KL."""
+    meaning: str
+    """One line for people."""
+
+
+OBJECTIVES: dict[str, Objective] = {
+    row.name: row
+    for row in (
+        Objective("vae", elbo_terms, True, "the evidence lower bound"),
+        Objective("autoencoder", autoencoder_terms, False, "the reconstruction alone: no KL, z = mu_z"),
+    )
+}
+"""Every objective by name."""

@@ -1,4 +1,4 @@
-"""What ``celbo fit`` writes of a run: the model, figures of it, its record, and the summary the report shows."""
+"""Write a run: the model, its figures, the record of the run, and the summary that the report shows."""
 
 import hashlib
 import json
@@ -16,9 +16,10 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo.data.sources import empty_cells
-from celbo.data.stored import stored_values
+from celbo.ask.scoring import elbo, posterior
 from celbo.estimator import ExpressionVAE
+from celbo.fit.cells import Cells
+from celbo.fit.fitted import Fitted
 from celbo.model.information import ACTIVE
 from celbo.report.figures import latent_figure, to_png
 from celbo.report.latent import layout
@@ -28,45 +29,44 @@ from celbo.runs.outputs import write_embedding, write_file
 from celbo.trials.comparing import Comparison
 from celbo.trials.curing import Step
 from celbo.trust.advice import Diagnosis
+from celbo.trust.diagnosing import diagnose
 from celbo.version import __version__
 
 if sys.platform != "win32":
     import resource
 
-__all__ = ["embedding", "fingerprint", "measure", "record_of_run", "summarise", "write_run"]
+__all__ = ["embedding", "measure", "record_of_run", "summarise", "write_run"]
 
 _MOST_LEVELS = 60
-"""A column of obs with more levels than this is no help as a colour of the latent picture."""
+"""A column of obs with more levels than this does not help as a colour of the latent picture."""
 _LISTED_LEVELS = 50
-"""But a condition is always shown: so many of its levels, and the others as one."""
+"""A condition is always shown: this many of its levels, and the others together."""
 _MOST_COLOURS = 6
 _FEWEST_TO_DIAGNOSE = 20
-"""Held-out cells below which no diagnosis is made unasked."""
+"""Held-out cells that are needed for a diagnosis that nobody asked for."""
 _LIBRARIES = ("anndata", "numpy", "pandas", "safetensors", "scipy", "torch")
 
 
-def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], seconds: float) -> dict[str, Any]:
-    """Figures of a fitted model for ``metrics.json``; ELBO terms are unweighted, nats per cell.
+def measure(model: ExpressionVAE, cells: Cells, seconds: float) -> dict[str, Any]:
+    """Compute the figures of a fitted model for ``metrics.json``; ELBO terms are unweighted, nats per cell.
 
     Parameters
     ----------
     model
-        Just fitted.
-    adata
-        To these cells.
-    mu_z
-        Their posterior means.
+        The model, just fitted.
+    cells
+        The cells of fit.
     seconds
-        That fitting took.
+        Duration of the fit.
     """
-    terms = model.elbo(adata, seed=model.train.seed)
-    train, validation = terms.iloc[model.split_.train], terms.iloc[model.split_.validation]
+    history, split = model.history_, model.split_
+    terms = elbo(model.fitted_, cells, seed=model.train.seed)
+    train, validation = terms.iloc[split.train], terms.iloc[split.validation]
     held_out = validation if len(validation) else None
     kl_per_dim = (train if held_out is None else held_out).filter(regex=r"^kl_\d+$").mean()
-    active = mu_z.var(axis=0) > ACTIVE
-    history = model.history_
+    active = cells.encoded.mu_z.var(axis=0) > ACTIVE
     return {
-        "n_cells": adata.n_obs,
+        "n_cells": len(cells),
         "n_genes": len(model.schema_.genes),
         "likelihood": model.likelihood,
         "objective": model.objective,
@@ -74,7 +74,7 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
         "epochs": len(history),
         "steps": history[-1].step,
         "seconds": seconds,
-        "cells_per_second": len(model.split_.train) * len(history) / sum(epoch.seconds for epoch in history),
+        "cells_per_second": len(split.train) * len(history) / sum(epoch.seconds for epoch in history),
         "peak_memory_mb": _peak_memory_mb(),
         "elbo_train": float(train["elbo"].mean()),
         "elbo_validation": None if held_out is None else float(held_out["elbo"].mean()),
@@ -87,42 +87,29 @@ def measure(model: ExpressionVAE, adata: AnnData, mu_z: NDArray[np.float32], sec
     }
 
 
-def fingerprint(adata: AnnData, layer: str | None) -> dict[str, Any]:
-    """Shape and SHA-256 of the values and of the names, to tell later whether data are the same."""
-    parts = [hashlib.sha256() for _ in range(3)]
-    for block in stored_values(adata, layer).blocks():
-        block = block.copy()  # it may be a view of the caller's values
-        block.eliminate_zeros()
-        for part, array in zip(parts, (np.diff(block.indptr), block.indices, block.data), strict=True):
-            part.update(array.astype(np.float64).tobytes())
-    values = hashlib.sha256(b"".join(part.digest() for part in parts))
-    names = hashlib.sha256("\n".join([*adata.obs_names, "", *adata.var_names]).encode())
-    return {
-        "n_cells": adata.n_obs,
-        "n_genes": adata.n_vars,
-        "layer": layer,
-        "sha256_values": values.hexdigest(),
-        "sha256_names": names.hexdigest(),
-    }
+def embedding(fitted: Fitted, cells: Cells, obs: pd.DataFrame | None = None) -> AnnData:
+    """Make an AnnData of obs, ``obsm["X_celbo"]`` and ``obsm["X_celbo_sd"]``, without counts.
 
+    If cells have no count of the model's genes, ``obs["celbo_empty"]`` says which.
 
-def embedding(model: ExpressionVAE, adata: AnnData, *, unseen: str = "refuse", genes_present: float = 0.8) -> AnnData:
-    """Cells with their obs and ``obsm["X_celbo"]``, ``obsm["X_celbo_sd"]``; no counts.
-
-    Where there are cells without a count of the model's genes, ``obs["celbo_empty"]`` says which. Options are those of
-    `celbo.ExpressionVAE.posterior`.
+    Parameters
+    ----------
+    fitted, cells
+        The model, and cells opened for it.
+    obs
+        Table of the cells to write, if it is not that of ``cells``.
     """
-    mu_z, sd_z = model.posterior(adata, unseen=unseen, genes_present=genes_present)
-    obs = adata.obs.copy()
-    if (empty := empty_cells(adata, model.schema_)).any():
-        obs["celbo_empty"] = empty
+    mu_z, sd_z = posterior(fitted, cells)
+    obs = (cells.obs if obs is None else obs).copy()
+    if cells.empty.any():
+        obs["celbo_empty"] = cells.empty
     return AnnData(obs=obs, obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
 
 
 def write_run(
     folder: Path,
     model: ExpressionVAE,
-    adata: AnnData,
+    cells: Cells,
     *,
     seconds: float,
     source: str,
@@ -135,18 +122,18 @@ def write_run(
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
-    Their names are those of `celbo.runs.claims.WRITTEN`; those of a run that was there are removed first.
+    The names of the files are `celbo.runs.claims.WRITTEN`. Files of an earlier run are removed first.
 
     Parameters
     ----------
     folder
-        Where to.
+        Folder to write to.
     model
-        Just fitted.
-    adata
-        To these cells.
+        The model, just fitted.
+    cells
+        The cells of fit, with their fingerprint.
     seconds
-        That fitting took.
+        Duration of the fit.
     source
         Name of the data, for people.
     notes
@@ -154,39 +141,29 @@ def write_run(
     reading
         How the data were read, to repeat the run: path and options.
     recovery
-        How well a simulated truth was recovered, where there is one.
+        How well a simulated truth was recovered, if there is one.
     keep_reference
         Whether the model folder keeps the latent positions of the cells.
     trail
-        What was tried to cure it, for ``cure.json``.
+        The models that were tried to cure it, for ``cure.json``.
     choices
-        What it was chosen among, for ``choice.json``.
+        The models among which it was chosen, for ``choice.json``.
 
     Returns
     -------
     dict
-        The report's summary: everything it shows.
+        The report's summary: everything that the report shows.
     """
     model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
-    if (folder / "run.json").exists():  # a run that was there: if this one is interrupted now, nothing is of both
+    if (folder / "run.json").exists():  # an earlier run: if this one is interrupted now, no files of both remain
         for name in set(WRITTEN) - {"model"}:
             Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
-    run = {
-        "options": model.options(),
-        "versions": {
-            "celbo": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in _LIBRARIES},
-        },
-        "seed": model.train.seed,
-        "reading": dict(reading or {}),
-        "data": {"name": source, **fingerprint(adata, model.layer)},
-        "weights_sha256": hashlib.sha256((folder / "model" / "weights.safetensors").read_bytes()).hexdigest(),
-    }
+    run = _record(folder, model, cells, source, reading)
     write_file(folder / "run.json", _json(run))
-    cells = embedding(model, adata)
-    metrics = measure(model, adata, cells.obsm["X_celbo"], seconds)
-    diagnosis = _diagnose(model, adata)
+    cells = cells.seen_by(model.fitted_)
+    embedded = embedding(model.fitted_, cells)
+    metrics = measure(model, cells, seconds)
+    diagnosis = _diagnose(model, cells)
     history = [asdict(epoch) for epoch in model.history_]
     summary = {
         "title": f"celbo: {source}",
@@ -197,10 +174,10 @@ def write_run(
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
         "run": run,
         "history": history,
-        "latent": summarise(cells, seed=model.train.seed, first=[*model.conditions, *model.nuisance]),
+        "latent": summarise(embedded, seed=model.train.seed, first=[*model.conditions, *model.nuisance]),
         "recovery": None if recovery is None else list(recovery),
     }
-    write_embedding(cells, folder / "embedding.h5ad")
+    write_embedding(embedded, folder / "embedding.h5ad")
     if trail is not None:
         write_file(folder / "cure.json", _json([asdict(step) for step in trail]))
     if choices:
@@ -214,20 +191,38 @@ def write_run(
     return summary
 
 
+def _record(
+    folder: Path, model: ExpressionVAE, cells: Cells, source: str, reading: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Options, versions, seed and data of a run, for ``run.json``."""
+    return {
+        "options": model.options(),
+        "versions": {
+            "celbo": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
+        "seed": model.train.seed,
+        "reading": dict(reading or {}),
+        "data": {"name": source, **(cells.fingerprint or {})},
+        "weights_sha256": hashlib.sha256((folder / "model" / "weights.safetensors").read_bytes()).hexdigest(),
+    }
+
+
 def record_of_run(run: Path) -> dict[str, Any]:
-    """The ``run.json`` of a run, or of the run whose model folder this is; empty if there is none."""
+    """Read the ``run.json`` of a run, or of the run whose model folder this is; empty if there is none."""
     for folder in (run, run.parent) if run.name == "model" else (run,):
         try:
-            found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("reading", {}), dict):
-            return found
+        if isinstance(record, dict) and isinstance(record.get("reading", {}), dict):
+            return record
     return {}
 
 
 def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[str, Any]:
-    """Lay the latent space out in a plane, with the columns of obs that can colour it, conditions first."""
+    """Lay out the latent space in a plane, with the columns of obs that can colour it, conditions first."""
     plane = layout(cells.obsm["X_celbo"], seed=seed)
     obs = cells.obs.iloc[plane.rows]
     columns = [*first, *(name for name in obs.columns if name not in first)]
@@ -242,7 +237,7 @@ def summarise(cells: AnnData, *, seed: int, first: Sequence[str] = ()) -> dict[s
 
 
 def _colour(column: "pd.Series[Any]", is_condition: bool = False) -> dict[str, Any] | None:
-    """What the pictures show of a column; of a condition of very many levels those with most cells."""
+    """Colours of a column for the pictures; for a condition with very many levels, of the levels with most cells."""
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and column.nunique() > 12:
         values: NDArray[np.float64] = column.to_numpy(dtype=np.float64, na_value=np.nan)
         return {"kind": "continuous", "values": [float(v) if np.isfinite(v) else None for v in values]}
@@ -255,24 +250,26 @@ def _colour(column: "pd.Series[Any]", is_condition: bool = False) -> dict[str, A
     return {"kind": "categorical", "values": [None if pd.isna(value) else str(value) for value in column]}
 
 
-def _diagnose(model: ExpressionVAE, adata: AnnData) -> Diagnosis | None:
-    """None for so few cells that nothing can be said of them, and for a plain autoencoder."""
+def _diagnose(model: ExpressionVAE, cells: Cells) -> Diagnosis | None:
+    """Diagnose the model; None if there are too few cells, and for a plain autoencoder."""
     few = min(len(model.split_.train), len(model.split_.validation) or _FEWEST_TO_DIAGNOSE) < _FEWEST_TO_DIAGNOSE
-    return None if few or model.objective == "autoencoder" else model.diagnose(adata, seed=model.train.seed)
+    if few or not model.fitted_.objective.samples_z:
+        return None
+    return diagnose(model.fitted_, cells, seed=model.train.seed)
 
 
 def _notes(model: ExpressionVAE) -> list[str]:
-    """Say so where training was on something else than the ELBO."""
+    """Say if training maximised something other than the ELBO."""
     if model.recipe().is_bound:
         return []
     return [
-        f"trained with {', '.join(model.remedies)}: what was maximised is not the ELBO itself. All figures here are "
-        "those of the ELBO, unweighted."
+        f"trained with {', '.join(model.remedies)}: training did not maximise the ELBO itself. All figures here are "
+        "of the unweighted ELBO."
     ]
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence on what was learned."""
+    """Say in one sentence what was learned."""
     active, total = metrics["active_units"], metrics["latent_dim"]
     if metrics["objective"] == "autoencoder":
         return f"A plain autoencoder with {total} latent dimensions: nothing ties its latent space to a prior."
@@ -288,12 +285,12 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
 def _peak_memory_mb() -> float | None:
     if sys.platform == "win32":
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _json(value: Any, indent: int | None = 1) -> str:
-    """JSON, where what is not finite is null."""
+    """Write JSON; numbers that are not finite become null."""
 
     def finite(item: Any) -> Any:
         if isinstance(item, Mapping):

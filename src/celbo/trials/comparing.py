@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from celbo.data.read import read_adata
 from celbo.errors import UsageError, check_count, check_seed, listed
 from celbo.estimator import ExpressionVAE
+from celbo.fit.cells import open_cells
+from celbo.fit.fitted import split_again
 from celbo.fit.train import Track, plan_run
 from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
@@ -131,7 +133,7 @@ def compare(
     ):
         told = listed(f"{name} ({kind})" for name, kind in kinds.items())
         raise UsageError(f"the models are of values of other kinds: {told}; log p(x) of those cannot be compared.")
-    splits = [model.split_again(adata)[1] for model in models.values()]
+    splits = [split_again(model.fitted_, open_cells(model.fitted_, adata)) for model in models.values()]
     every: Rows = np.arange(adata.n_obs)
     held_out = reduce(np.intersect1d, [every if split is None else split.validation for split in splits])
     all_held_out = len(held_out) >= 2 and all(split is not None for split in splits)
@@ -152,7 +154,7 @@ def _compared(
 ) -> Comparison:
     refined, table = {}, {}
     for name, model in models.items():
-        source = model.split_again(adata)[0]
+        source = open_cells(model.fitted_, adata).source
         with threads(model.train.threads):
             plain = log_prob(model.vae_, source, rows, n_samples=n_samples, refine_steps=0, seed=seed)
             found = log_prob(model.vae_, source, rows, n_samples=n_samples, seed=seed)

@@ -15,6 +15,8 @@ from celbo.data.conditions import as_text
 from celbo.data.read import read_adata
 from celbo.errors import DivergedError, UsageError, listed
 from celbo.estimator import ExpressionVAE
+from celbo.fit.cells import open_cells
+from celbo.fit.fitted import split_again
 from celbo.fit.remedies import REMEDIES
 from celbo.fit.train import Track
 from celbo.kernels.threads import threads
@@ -107,7 +109,7 @@ def cure(
             f"tries={tries}, tolerance={tolerance}; give at least 1 try, and a tolerance of 0 nats or more."
         )
     adata = read_adata(adata, layer=model.layer)
-    _, split = model.split_again(adata)
+    split = split_again(model.fitted_, open_cells(model.fitted_, adata))
     if split is None:
         raise UsageError(
             "these are not the cells the model was fitted to, in their order, or it keeps no reference to tell by "
@@ -123,9 +125,9 @@ def cure(
             f"the model knows levels that these cells do not have ({listed(sorted(new_levels))}), and would forget "
             "them: cure the model they were mapped to, then map again."
         )
-    if "split_" not in model.__dict__:
+    if model.fitted_.split is None:  # a loaded model does not keep it
         model = copy(model)
-        model.split_ = split  # which a loaded model has lost
+        model.fitted_ = replace(model.fitted_, split=split)
     held_out = split.validation if len(split.validation) >= 2 else split.train
     rows = np.sort(np.random.default_rng([model.train.seed, 15]).permutation(held_out)[:_CELLS_TO_COMPARE])
     diagnosis, log_p = model.diagnose(adata), _log_p(model, adata, rows)
@@ -168,7 +170,7 @@ def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
 
 
 def _log_p(model: ExpressionVAE, adata: AnnData, rows: Rows) -> NDArray[np.float64]:
-    source, _ = model.split_again(adata)
+    source = open_cells(model.fitted_, adata).source
     with threads(model.train.threads):
         return log_prob(model.vae_, source, rows, n_samples=_SAMPLES, seed=model.train.seed).log_p
 

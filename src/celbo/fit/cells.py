@@ -1,0 +1,122 @@
+"""Cells opened for a model: checked and aligned once, and encoded once. They live for one question, or for one run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from celbo.data.read import read_adata
+from celbo.data.schema import Schema
+from celbo.data.sources import CellSource, open_source
+from celbo.kernels.threads import threads
+from celbo.minibatch import Contexts, Rows
+from celbo.model.inference import Encoded, encode
+from celbo.model.vae import VAE
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from celbo.fit.fitted import Fitted
+
+__all__ = ["Cells", "open_cells"]
+
+
+@dataclass(eq=False)
+class Cells:
+    """Cells that were checked against a schema, aligned by gene name, and can be read by position."""
+
+    source: CellSource
+    obs: "pd.DataFrame"
+    """The table of cells. Its index holds their names."""
+    schema: Schema
+    vae: VAE | None = None
+    """The model that encodes them; None before it is fitted."""
+    n_threads: int | None = None
+    """Processor threads of the model."""
+    fingerprint: Mapping[str, Any] | None = None
+    """Shape and hashes of the values and names, if they were asked for."""
+
+    def __len__(self) -> int:
+        return self.source.n_cells
+
+    @property
+    def rows(self) -> Rows:
+        """Positions of all cells."""
+        return np.arange(self.source.n_cells)
+
+    @property
+    def empty(self) -> NDArray[np.bool_]:
+        """Which cells have no count of the model's genes, ``(cells,)``; none where values are real numbers."""
+        return self.source.empty
+
+    @property
+    def codes(self) -> NDArray[np.float32]:
+        """Conditions, ``(cells, conditions)``: the number of a level, or a standardised value."""
+        return self.source.codes
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Which genes of the model the cells have, ``(genes,)``."""
+        return self.source.measured
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """Posteriors and library sizes; missing genes are filled in. Computed in one pass, at the first use."""
+        assert self.vae is not None
+        with threads(self.n_threads):
+            return encode(self.vae, self.source)
+
+    def encoded_at(self, rows: Rows) -> Encoded:
+        """Posteriors and library sizes of the cells at these positions; nothing else is read."""
+        assert self.vae is not None
+        if "encoded" in self.__dict__:
+            return Encoded(*(part[rows] for part in self.encoded))
+        with threads(self.n_threads):
+            return encode(self.vae, self.source, rows)
+
+    def own_contexts(self, rows: Rows) -> Tensor:
+        """Contexts of the cells at these positions, under their own conditions; no values are read."""
+        return self.source.expand(self.source.codes[rows])
+
+    def contexts(self, given: Mapping[str, Any]) -> Contexts:
+        """Contexts of these cells by position, with the conditions of ``given`` set to its values."""
+        codes = self.schema.codes(self.obs, given)
+        return lambda rows: self.schema.expand(codes[rows])
+
+    def seen_by(self, fitted: "Fitted") -> "Cells":
+        """Return the same cells, to be encoded by this model."""
+        return replace(self, vae=fitted.vae, schema=fitted.schema, n_threads=fitted.threads)
+
+
+def open_cells(
+    fitted: "Fitted",
+    adata: "AnnData | str | Path",
+    *,
+    unseen: str = "refuse",
+    genes_present: float | None = None,
+) -> Cells:
+    """Check cells against a fitted model, align them by gene name, and make them ready to be read.
+
+    Parameters
+    ----------
+    fitted
+        The model.
+    adata
+        The cells, or the path of an ``.h5ad`` file or ``.zarr`` folder. They stay unchanged.
+    unseen, genes_present
+        As `celbo.data.checks.check_query` takes them.
+
+    Raises
+    ------
+    DataError
+        If genes, values or conditions do not fit the model. The message lists everything that does not fit.
+    """
+    adata = read_adata(adata, layer=fitted.schema.layer)
+    source = open_source(adata, fitted.schema, unseen=unseen, genes_present=genes_present)
+    return Cells(source, adata.obs, fitted.schema, fitted.vae, fitted.threads)

@@ -1,0 +1,183 @@
+"""Fitted: everything that fitting makes and that a question to the model needs; and the function that makes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+
+from celbo.data.schema import Schema
+from celbo.errors import UsageError
+from celbo.fit.cells import Cells
+from celbo.fit.reference import Reference, reference_rows
+from celbo.fit.remedies import Recipe
+from celbo.fit.start import Architecture, split_of_fit, start_vae
+from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device
+from celbo.kernels.threads import threads
+from celbo.minibatch import Rows
+from celbo.model.classifier import calibrate
+from celbo.model.likelihoods import Likelihood
+from celbo.model.objective import Objective
+from celbo.model.vae import VAE
+
+__all__ = ["Fitted", "cells_to_measure", "fit_model", "split_again"]
+
+_CENTRES = 15
+"""Typical positions in the latent space that cells are compared with."""
+_CELLS_TO_MEASURE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """A fitted model. Questions are functions of it and of `celbo.fit.cells.Cells`."""
+
+    vae: VAE
+    schema: Schema
+    """Genes, conditions and labels, and how they are encoded."""
+    likelihood: Likelihood
+    objective: Objective
+    architecture: Architecture
+    config: TrainConfig
+    recipe: Recipe
+    """The remedies, combined."""
+    remedies: tuple[str, ...] = ()
+    """Names of the remedies."""
+    history: Sequence[Epoch] = ()
+    split: Split | None = None
+    """Which cells were held out; None for a loaded model, which does not keep it."""
+    reference: Reference | None = None
+    """Latent positions of the cells of fit; None if they were not kept."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the fit."""
+        return self.config.seed
+
+    @property
+    def threads(self) -> int | None:
+        """Processor threads; None for torch's own choice."""
+        return self.config.threads
+
+    @property
+    def is_counts(self) -> bool:
+        """Whether the likelihood is of counts."""
+        return self.likelihood.values == "counts"
+
+    @cached_property
+    def centres(self) -> NDArray[np.float32]:
+        """Typical positions of training cells, ``(15 at most, latent_dim)``: k-means centres of mu_z."""
+        reference = self.needed_reference()
+        known = reference.mu_z[~reference.held_out]
+        n_centres = min(_CENTRES, len(np.unique(known, axis=0)))
+        centres = KMeans(n_centres, n_init=1, random_state=0).fit(known).cluster_centers_
+        return np.asarray(centres, np.float32)
+
+    def needed_reference(self) -> Reference:
+        """Return the reference cells, or raise a `UsageError` if they were not kept."""
+        if self.reference is None:
+            raise UsageError(
+                "the model keeps no reference cells, and this question needs them. Fit the model again, and save it "
+                "with them (keep_reference=True; --keep-reference)."
+            )
+        return self.reference
+
+
+def fit_model(
+    cells: Cells,
+    *,
+    likelihood: Likelihood,
+    objective: Objective,
+    architecture: Architecture,
+    config: TrainConfig,
+    recipe: Recipe,
+    remedies: Sequence[str] = (),
+    track: Track | None = None,
+) -> Fitted:
+    """Train a model on cells, and keep where the cells lie in its latent space.
+
+    Parameters
+    ----------
+    cells
+        As `celbo.fit.start.cells_to_fit` makes them.
+    likelihood, objective, architecture, config, recipe, remedies
+        Of the model and its training; see `Fitted`.
+    track
+        Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
+
+    Returns
+    -------
+    Fitted
+
+    Raises
+    ------
+    DivergedError
+        If training produced numbers that are not finite, and could not recover.
+    """
+    device = settle_device(config.device)
+    split = split_of_fit(cells.source, cells.schema, config)
+    vae = start_vae(architecture, cells, likelihood, split, config.seed).to(device)
+    # A plain autoencoder has no KL, so there is nothing to warm up, and every epoch counts.
+    training = config if objective.samples_z else replace(config, warmup_fraction=0.0)
+    with threads(config.threads):
+        history = list(epochs(vae, cells.source, split, training, objective=objective, recipe=recipe, track=track))
+    fitted = Fitted(
+        vae=vae.eval(),
+        schema=cells.schema,
+        likelihood=likelihood,
+        objective=objective,
+        architecture=architecture,
+        config=config,
+        recipe=recipe,
+        remedies=tuple(remedies),
+        history=history,
+        split=split,
+    )
+    reference = _reference_of(fitted, cells.seen_by(fitted), split)
+    if vae.classifier is not None:
+        calibrate(vae.classifier, reference.mu_z[reference.held_out], reference.labels[reference.held_out])
+    return replace(fitted, reference=reference)
+
+
+def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
+    """Keep the positions of all held-out cells, and of as many training cells as a reference has."""
+    rows, source = reference_rows(split, fitted.seed), cells.source
+    encoded = cells.encoded_at(rows)
+    return Reference(
+        mu_z=encoded.mu_z,
+        logvar_z=encoded.logvar_z,
+        library=source.library[rows],
+        conditions=source.codes[rows],
+        held_out=np.isin(rows, split.validation),
+        labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
+        was_read=np.zeros(len(rows), bool),
+        readings=np.zeros((len(rows), 4 if fitted.is_counts else 2)),
+    )
+
+
+def split_again(fitted: Fitted, cells: Cells) -> Split | None:
+    """Return how fit split these cells; None if they are not the cells of fit, as far as one can tell.
+
+    The split is drawn again from the seed, and library sizes are compared with those of the reference cells.
+    """
+    if fitted.reference is None:
+        return None
+    split = split_of_fit(cells.source, fitted.schema, fitted.config)
+    rows = reference_rows(split, fitted.seed)
+    if len(rows) != len(fitted.reference.library) or not (rows < len(cells)).all():
+        return None
+    return split if np.array_equal(cells.source.library[rows], fitted.reference.library) else None
+
+
+def cells_to_measure(fitted: Fitted, cells: Cells) -> tuple[Rows, Rows]:
+    """Choose the cells to measure a model on, and the cells that simpler models may learn from.
+
+    If these are the cells of fit, the first are held-out cells (at most 10,000) and the second training cells. Else
+    both are all cells.
+    """
+    split = split_again(fitted, cells)
+    held_out = cells.rows if split is None or len(split.validation) < 2 else split.validation
+    rows: NDArray[Any] = np.random.default_rng([fitted.seed, 12]).permutation(held_out)[:_CELLS_TO_MEASURE]
+    return np.sort(rows), cells.rows if split is None else split.train

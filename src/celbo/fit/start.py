@@ -1,0 +1,218 @@
+"""The model before its first step: cells made ready for a fit, the architecture, and the closed-form start."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from celbo.data.checks import Check, check_adata
+from celbo.data.conditions import column_of, known_labels
+from celbo.data.genes import choose_genes
+from celbo.data.schema import Schema
+from celbo.data.sources import CellSource, make_source
+from celbo.errors import DataError, UsageError, check_count, listed
+from celbo.fit.cells import Cells
+from celbo.fit.reference import nested_conditions
+from celbo.fit.train import Split, TrainConfig, split_cells
+from celbo.minibatch import gene_moments
+from celbo.model.likelihoods import Likelihood
+from celbo.model.vae import VAE, context_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+__all__ = ["Architecture", "cells_to_fit", "check_to_fit", "make_vae", "split_of_fit", "start_vae"]
+
+_FEW_CELLS = 30
+"""A fit to fewer cells gets a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Options of `celbo.VAE` that do not follow from the data; remedies are in them."""
+
+    latent_dim: int
+    hidden_dims: Sequence[int]
+    dispersion: str
+    encode_context: bool
+    norm: str
+    dropout: float
+    decoder_dims: Sequence[int] | None
+    prior: str
+    embedding_dim: int
+    interactions: Sequence[str] = ()
+    """Pairs of conditions: "batch:treatment"."""
+    skip: bool = False
+    context_skip: bool = False
+    norm_mu: bool = False
+    decoder_dropout: float | None = None
+
+    @property
+    def normalises_over_minibatches(self) -> bool:
+        """Whether a cell's posterior depends on batch statistics, which new cells would move."""
+        return self.norm == "batch" or self.norm_mu
+
+
+def check_to_fit(
+    adata: "AnnData",
+    likelihood: Likelihood,
+    *,
+    conditions: Sequence[str],
+    nuisance: Sequence[str],
+    interactions: Sequence[str],
+    n_top_genes: int | None,
+    labels: str | None,
+    unlabelled: str,
+    layer: str | None,
+    size_factor: str | None,
+    allow_noninteger: bool,
+    remedies: Sequence[str] = (),
+    fingerprint: bool = False,
+) -> Check:
+    """Check cells that a model is to be fitted to: values, names, conditions, labels; nothing is trained.
+
+    Parameters are options of `celbo.ExpressionVAE`; with ``fingerprint`` all values are hashed in the same pass.
+    """
+    if labels is not None and labels in (*conditions, *nuisance):
+        raise UsageError(f"{labels!r} is a condition and the column of labels; z cannot carry what is given beside it.")
+    if n_top_genes is not None and (not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1):
+        raise UsageError(f"n_top_genes={n_top_genes!r}; give a whole number of at least 1, or None for all.")
+    check = check_adata(
+        adata,
+        values=likelihood.values,
+        conditions=conditions,
+        nuisance=nuisance,
+        layer=layer,
+        size_factor=size_factor,
+        allow_noninteger=allow_noninteger,
+        fingerprint=fingerprint,
+    )
+    schema = check.schema
+    if n_top_genes is not None and schema is not None and schema.values == "real":
+        raise UsageError(f"n_top_genes={n_top_genes} needs counts; choose genes of real numbers beforehand.")
+    if schema is not None:
+        schema.pairs(interactions)
+        matches_levels = any(text.startswith("match_levels") for text in remedies)
+        if matches_levels and all(condition.levels is None for condition in schema.conditions):
+            raise UsageError("remedy 'match_levels' needs a condition or a nuisance of two levels or more.")
+        if check.n_cells < _FEW_CELLS:
+            check.add(
+                "few-cells", "warning", f"only {check.n_cells} cells: hardly anything can be learned from so few."
+            )
+        studied = [condition.name for condition in schema.conditions if not condition.nuisance]
+        for name in nested_conditions(schema.codes(adata.obs), schema, studied):
+            rest = listed(condition.name for condition in schema.conditions if condition.name != name)
+            check.add(
+                "nested",
+                "warning",
+                f"condition {name!r} is nested in the others ({rest}): its effect cannot be separated from theirs.",
+            )
+    if labels is not None:
+        _check_labels(check, adata.obs, labels, unlabelled)
+    return check
+
+
+def _check_labels(check: Check, obs: "pd.DataFrame", labels: str, unlabelled: str) -> None:
+    """Add what is wrong with the column of labels to the problems."""
+    if not isinstance(labels, str):
+        raise UsageError(f"labels={labels!r}; give the name of one column of obs.")
+    if labels not in obs.columns:
+        check.add("labels", "error", f"obs has no column {labels!r} for labels; it has {listed(obs.columns)}.")
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            known_labels(column_of(obs, labels), unlabelled)
+        except DataError as error:
+            check.add("labels", "error", str(error))
+        except UsageError:
+            if not check.errors:  # errors in the data come first
+                raise
+    for warning in caught:
+        check.add("labels", "warning", str(warning.message))
+
+
+def cells_to_fit(
+    adata: "AnnData", check: Check, *, n_top_genes: int | None, labels: str | None, unlabelled: str
+) -> Cells:
+    """Choose genes, align the cells, and number their labels.
+
+    Parameters
+    ----------
+    adata
+        The cells, which passed the check.
+    check
+        What `celbo.data.checks.check_adata` found.
+    n_top_genes
+        How many genes to choose; None for all.
+    labels, unlabelled
+        Column of obs with labels, and its value where a label is not known.
+
+    Raises
+    ------
+    DataError
+        If the check found errors.
+    """
+    schema = check.accept()
+    if n_top_genes is not None and check.stored is not None:
+        schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
+    source = make_source(check, adata, schema)
+    if labels is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the check has given these warnings
+            levels, source.labels = known_labels(column_of(adata.obs, labels), unlabelled)
+        schema = replace(schema, labels=levels)
+    return Cells(source, adata.obs, schema, fingerprint=check.fingerprint)
+
+
+def make_vae(architecture: Architecture, schema: Schema, likelihood: Likelihood) -> VAE:
+    """Make a model for the genes, conditions and labels of a schema; weights come from torch's global generator."""
+    options = asdict(architecture)
+    interactions = schema.pairs(options.pop("interactions"))
+    check_count("embedding_dim", architecture.embedding_dim, 1)
+    return VAE(
+        input_dim=len(schema.genes),
+        likelihood=likelihood,
+        context_dim=schema.context_dim,
+        embedded=[
+            columns
+            for condition, columns in zip(schema.conditions, schema.context_columns, strict=True)
+            if condition.embedded
+        ],
+        interactions=interactions,
+        n_labels=0 if schema.labels is None else schema.labels.dim,
+        **options,
+    )
+
+
+def start_vae(architecture: Architecture, cells: Cells, likelihood: Likelihood, split: Split, seed: int) -> VAE:
+    """Make a model and set its closed-form start: the best model that ignores z, and pseudo-cells of the prior.
+
+    Parameters
+    ----------
+    architecture, likelihood
+        Of the model.
+    cells, split
+        The cells, and which of them are trained on.
+    seed
+        Seed of the initial weights, and of the choice of pseudo-cells.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = make_vae(architecture, cells.schema, likelihood)
+    vae.head.initialise(vae.fc_out, gene_moments(cells.source, split.train))
+    if vae.prior_size:
+        rows = np.random.default_rng([seed, 11]).permutation(split.train)[: vae.prior_size]
+        pseudo_cells = cells.source.take(rows)
+        vae.start_prior(pseudo_cells.x, context_of(vae, pseudo_cells))
+    return vae
+
+
+def split_of_fit(source: CellSource, schema: Schema, config: TrainConfig) -> Split:
+    """Split cells into held-out ones and those to learn from; at least one cell of each level is learned from."""
+    levels = source.codes[:, [condition.levels is not None for condition in schema.conditions]]
+    return split_cells(source.n_cells, config.validation_fraction, config.seed, levels)
