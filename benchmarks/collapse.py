@@ -22,6 +22,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import celbo
+from celbo.fit.cells import open_cells
+from celbo.fit.fitted import cells_to_measure
 from celbo.model.importance import log_prob
 from celbo.trials.curing import is_healthy
 
@@ -117,7 +119,8 @@ def make(options: dict[str, Any], seed: int, **more: Any) -> celbo.ExpressionVAE
 
 def measure(model: celbo.ExpressionVAE, adata: anndata.AnnData, setup: Setup, seconds: float) -> dict[str, Any]:
     found = model.diagnose(adata)
-    source, rows, _ = model.cells_to_measure(adata)
+    cells = open_cells(model.fitted_, adata)
+    source, (rows, _) = cells.source, cells_to_measure(model.fitted_, cells)
     log_p = log_prob(model.vae_, source, rows[:200], n_samples=100)
     z, labels = model.embed(adata), adata.obs[setup.label].astype(str).to_numpy()
     groups = np.zeros(len(z), int) if setup.within is None else adata.obs[setup.within].astype(str).to_numpy()

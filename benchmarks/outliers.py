@@ -28,6 +28,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import celbo
 from celbo.ask.outliers import joined, p_values, standardised
+from celbo.ask.readings import read_cells
+from celbo.fit.cells import open_cells
 
 SETS = {
     "kang_ifnb": ("cell_type", "condition"),
@@ -146,12 +148,12 @@ def scrublet(python: str, adata: anndata.AnnData, doublets: anndata.AnnData) -> 
 def calibration(model: celbo.ExpressionVAE, cells: anndata.AnnData) -> dict:
     """Scores of held-out and of unseen usual cells: Kolmogorov-Smirnov by depth tercile; false alarms."""
     known = model.reference_.was_read
-    source = model._source(cells)
-    found = model._read_cells(source, np.arange(cells.n_obs), model.reference_, 0)
-    library = (model.reference_.library[known], source.library)
+    opened = open_cells(model.fitted_, cells)
+    found = read_cells(model.fitted_, opened, opened.rows, with_genes=False, seed=0).readings
+    library = (model.reference_.library[known], opened.source.library)
     codes = [
         part[:, 0] if part.shape[1] else np.zeros(len(part))
-        for part in (model.reference_.conditions[known], source.codes)
+        for part in (model.reference_.conditions[known], opened.codes)
     ]
     batch = (codes[0].astype(int), codes[1].astype(int))
     usual, here = standardised(model.reference_.readings[known], found, library=library, batch=batch)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import celbo
-from celbo.ask.counterfactual import carry, decode_under, one_more_draw
-from celbo.data.sources import open_source
+from celbo.ask.counterfactual import one_more_draw
+from celbo.ask.decoding import carried_effects, decode_under
+from celbo.fit.cells import open_cells
 from celbo.simulate import true_share
 
 TRAIN = celbo.TrainConfig(seed=0)
@@ -73,10 +74,11 @@ def test_the_effect_that_is_carried_is_that_at_the_nearest_supported_cells(cells
     """By hand, from decoded means; of a cell that is supported, nothing is carried."""
     asked = controls(cells, "type_1")[:3].copy()
     supported = whole.embed(controls(cells, "type_2"))[:100]
-    source = open_source(asked, whole.schema_)
+    opened = open_cells(whole.fitted_, asked)
+    source = opened.source
     codes = whole.schema_.codes(asked.obs, {"treatment": "treated"})
     off = np.array([True, False, True])
-    found = carry(whole.vae_, source, lambda rows: whole.schema_.expand(codes[rows]), off, supported)
+    found = carried_effects(opened, lambda rows: whole.schema_.expand(codes[rows]), off, supported)
     np.testing.assert_array_equal(found.row_of, [0, -1, 1])
     z = torch.from_numpy(supported)
     with torch.inference_mode():
@@ -85,7 +87,7 @@ def test_the_effect_that_is_carried_is_that_at_the_nearest_supported_cells(cells
             for context in (source.take(np.array([0])).context, whole.schema_.expand(codes[[0]]))
         )
     np.testing.assert_allclose(found.log_effect, (other / own).log().expand(2, -1), atol=1e-4)
-    nothing = carry(whole.vae_, source, lambda rows: whole.schema_.expand(codes[rows]), off, supported[:0])
+    nothing = carried_effects(opened, lambda rows: whole.schema_.expand(codes[rows]), off, supported[:0])
     assert (nothing.row_of == -1).all()
 
 

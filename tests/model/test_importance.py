@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import celbo
+from celbo.fit.cells import open_cells
 from celbo.model.importance import log_prob
 from celbo.model.inference import cell_terms
 from celbo.model.objective import log_prob_of_cells
@@ -24,7 +25,7 @@ def fitted(cells, **options):
 @pytest.mark.parametrize("prior", ["normal", "conditional", "mixture:3", "vamp:5"])
 def test_it_is_the_integral_over_one_latent_dimension(cells, likelihood, prior):
     model = fitted(cells, latent_dim=1, likelihood=likelihood, prior=prior)
-    source, _, _ = model.cells_to_measure(cells)
+    source = open_cells(model.fitted_, cells).source
     rows = np.arange(60)
     found = log_prob(model.vae_, source, rows, n_samples=2000)
     minibatch, vae = source.take(rows), model.vae_
@@ -42,7 +43,7 @@ def test_it_is_the_integral_over_one_latent_dimension(cells, likelihood, prior):
 
 def test_it_is_above_the_bound_and_refinement_raises_its_certainty(cells):
     model = fitted(cells, latent_dim=4)
-    source, _, _ = model.cells_to_measure(cells)
+    source = open_cells(model.fitted_, cells).source
     rows = np.arange(60)
     refined, plain = (log_prob(model.vae_, source, rows, n_samples=300, refine_steps=steps) for steps in (150, 0))
     draws = np.array([cell_terms(model.vae_, source, rows, seed=seed).elbo for seed in range(40)])
@@ -95,7 +96,7 @@ def test_cells_that_lack_genes_are_filled_in_first(cells):
     abundant = np.argsort(-np.asarray(cells.X.sum(0)).ravel())[:8]
     query = cells[:40, np.delete(np.arange(cells.n_vars), abundant)].copy()
     with pytest.warns(UserWarning, match="fills them in"):
-        source = model._source(query)
+        source = open_cells(model.fitted_, query).source
     found = log_prob(model.vae_, source, n_samples=300)
     elbo = np.mean([cell_terms(model.vae_, source, seed=seed).elbo for seed in range(10)], axis=0)
     assert found.log_p.mean() > elbo.mean() - 0.2
@@ -103,7 +104,7 @@ def test_cells_that_lack_genes_are_filled_in_first(cells):
 
 def test_the_model_is_left_as_it_was(cells):
     model = fitted(cells, latent_dim=2)
-    source, _, _ = model.cells_to_measure(cells)
+    source = open_cells(model.fitted_, cells).source
     log_prob(model.vae_, source, np.arange(3), n_samples=10, refine_steps=3)
     assert all(parameter.requires_grad for parameter in model.vae_.parameters())
     assert not model.vae_.training
@@ -111,7 +112,7 @@ def test_the_model_is_left_as_it_was(cells):
 
 def test_it_is_the_integral_over_two_latent_dimensions(cells):
     model = fitted(cells, latent_dim=2)
-    source, _, _ = model.cells_to_measure(cells)
+    source = open_cells(model.fitted_, cells).source
     rows, vae, step = np.arange(4), model.vae_, 0.06
     found = log_prob(vae, source, rows, n_samples=5000)
     line = torch.arange(-6, 6, step)

@@ -12,6 +12,8 @@ import torch
 from scipy.stats import norm
 
 import celbo
+from celbo.fit import fitted
+from celbo.fit.cells import open_cells
 from celbo.model.ablation import sensitivity, use_of_latent
 from celbo.model.inference import cell_terms, posterior
 from celbo.model.information import mutual_information
@@ -31,6 +33,12 @@ from celbo.trust.diagnostics import (
 from celbo.trust.evidence import expected_dim, gene_mean_log_prob
 
 TRAIN = celbo.TrainConfig(seed=0)
+
+
+def cells_to_measure(model, adata):
+    """The source of these cells, those to measure on, and those that simpler models learn from."""
+    cells = open_cells(model.fitted_, adata)
+    return cells.source, *fitted.cells_to_measure(model.fitted_, cells)
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +163,14 @@ def test_expected_dimensions_are_those_that_were_planted():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(counts)
-        source, _, _ = model.cells_to_measure(counts)
+        source, _, _ = cells_to_measure(model, counts)
     assert expected_dim(source, np.arange(2000), is_counts=True) in (
         3,
         4,
     )  # four types span three dimensions, and bend them a little
     rng = np.random.default_rng(0)
     counts.X = rng.poisson(3.0, counts.shape).astype(np.float32)
-    source, _, _ = model.cells_to_measure(counts)
+    source, _, _ = cells_to_measure(model, counts)
     assert expected_dim(source, np.arange(2000), is_counts=True) == 0
 
 
@@ -170,7 +178,7 @@ def test_expected_dimensions_are_those_that_were_planted():
 
 
 def test_ablation_agrees_with_a_direct_computation(healthy, many):
-    source, rows, _ = healthy.cells_to_measure(many)
+    source, rows, _ = cells_to_measure(healthy, many)
     rows = rows[:50]
     vae = healthy.vae_
     use = use_of_latent(vae, source, rows, by_dimension=True, of_context=[slice(0, 2)], seed=5)
@@ -200,14 +208,14 @@ def test_ablation_agrees_with_a_direct_computation(healthy, many):
 
 
 def test_kl_figures_agree_with_float64(healthy, many):
-    source, rows, _ = healthy.cells_to_measure(many)
+    source, rows, _ = cells_to_measure(healthy, many)
     mu, logvar = (part.astype(np.float64) for part in posterior(healthy.vae_, source, rows))
     direct = 0.5 * (mu**2 + np.exp(logvar) - logvar - 1)
     np.testing.assert_allclose(cell_terms(healthy.vae_, source, rows).kl, direct, rtol=1e-5, atol=1e-6)
 
 
 def test_sensitivity_agrees_with_finite_differences(healthy, many):
-    source, rows, _ = healthy.cells_to_measure(many)
+    source, rows, _ = cells_to_measure(healthy, many)
     rows = rows[:40]
     vae, cells = copy_of(healthy, many).vae_.double(), source.take(rows)
     mu, _ = posterior(healthy.vae_, source, rows)
@@ -229,7 +237,7 @@ def test_gene_means_are_the_model_that_ignores_z(many):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(many)
-    source, rows, training = model.cells_to_measure(many)
+    source, rows, training = cells_to_measure(model, many)
     vae = celbo.VAE(120, 2, [8], likelihood=celbo.LIKELIHOODS["nb"]).eval()
     from celbo.minibatch import gene_moments
 
@@ -364,10 +372,10 @@ def test_the_same_cells_are_held_out_after_loading(healthy, many, tmp_path):
     healthy.save(tmp_path / "model")
     loaded = celbo.load(tmp_path / "model")
     assert loaded.diagnose(many).to_json() == healthy.diagnose(many).to_json()
-    _, rows, training = loaded.cells_to_measure(many)
+    _, rows, training = cells_to_measure(loaded, many)
     np.testing.assert_array_equal(rows, healthy.split_.validation)
     np.testing.assert_array_equal(training, healthy.split_.train)
-    _, rows, training = loaded.cells_to_measure(many[:500])
+    _, rows, training = cells_to_measure(loaded, many[:500])
     assert len(rows) == len(training) == 500
 
 
@@ -416,7 +424,7 @@ def test_a_condition_of_one_level_cannot_be_measured(healthy, many):
 
 def test_a_rare_level_counts_by_its_own_cells(healthy, many):
     """Only cells whose level changes tell what the condition is worth."""
-    source, rows, _ = healthy.cells_to_measure(many)
+    source, rows, _ = cells_to_measure(healthy, many)
     batch = source.take(np.arange(source.n_cells)).context.numpy().argmax(1)
     rare = np.concatenate([rows[batch[rows] == 0], rows[batch[rows] == 1][:3]])
     lost = use_of_latent(healthy.vae_, source, rare, of_context=[slice(0, 2)]).lost[-1]
@@ -425,7 +433,7 @@ def test_a_rare_level_counts_by_its_own_cells(healthy, many):
 
 
 def test_the_same_cells_in_another_order_are_not_taken_for_those_of_fit(healthy, many):
-    _, rows, training = healthy.cells_to_measure(many[::-1])
+    _, rows, training = cells_to_measure(healthy, many[::-1])
     assert len(rows) == len(training) == many.n_obs
 
 

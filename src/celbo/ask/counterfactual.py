@@ -20,6 +20,7 @@ from celbo.fit.fitted import Fitted
 from celbo.fit.reference import nested_conditions
 from celbo.kernels.threads import threads
 from celbo.model.inference import false_share
+from celbo.streams import Stream, random_stream
 
 __all__ = ["LEAST_CHANGE", "Counterfactual", "changed_genes", "counterfactual"]
 
@@ -123,7 +124,7 @@ class Counterfactual:
         if n_cells is not None:
             check_count("n_cells", n_cells, 1)
         check_count("n_draws", n_draws, 4 * n_models)
-        n, rng, means = len(self.obs), np.random.default_rng([seed, 17]), []
+        n, rng, means = len(self.obs), random_stream(seed, Stream.GROUP_MEAN), []
         for number in range(n_draws // (2 * n_models) * 2 * n_models):
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
             draws, weight = self.draws[number // 2 % n_models], float(number % 2)
@@ -303,7 +304,7 @@ def changed_genes(
         name, least, change = "difference", LEAST_CHANGE * np.sqrt(noise[0]), after - before
         error = np.sqrt(variances.sum(0))
     moved = np.abs(after - before).max(0) > _ROUNDING * np.abs(before).max(0)
-    drawn = change + moved * error * np.random.default_rng([seed, 16]).standard_normal(change.shape)
+    drawn = change + moved * error * random_stream(seed, Stream.CHANGED_GENES).standard_normal(change.shape)
     low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
     probability = np.where(measured, (np.abs(drawn) >= least).mean(0), np.nan)
     fdr = np.where(measured, false_share(np.nan_to_num(probability)), np.nan)

@@ -29,6 +29,7 @@ from celbo.minibatch import Contexts, Source, in_chunks
 from celbo.model.filling import fill_in
 from celbo.model.inference import false_share
 from celbo.model.vae import VAE, context_of
+from celbo.streams import Stream, random_stream
 
 __all__ = ["Sums", "differential_expression", "fold_changes", "group_cells", "group_sums", "pseudobulk", "shrink"]
 
@@ -264,7 +265,7 @@ def shrink(change: NDArray[np.float64], variance: NDArray[np.float64], least: fl
     mean += middle
     beyond = norm.cdf((-least - mean) / sd) + norm.sf((least - mean) / sd)
     probability = (of_gene * beyond).sum(1).clip(0, 1)
-    rng = np.random.default_rng([seed, 21])
+    rng = random_stream(seed, Stream.SHRINKAGE)
     chosen = (of_gene.cumsum(1)[:, None] < rng.random((len(change), _DRAWS))[:, :, None]).sum(2).clip(max=_SCALES - 1)
     drawn = np.take_along_axis(mean, chosen, 1) + np.take_along_axis(sd, chosen, 1) * rng.standard_normal(chosen.shape)
     lower, upper = np.quantile(drawn, [0.05, 0.95], axis=1)

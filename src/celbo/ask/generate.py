@@ -27,6 +27,7 @@ from celbo.fit.reference import Reference, has_conditions
 from celbo.kernels.threads import threads
 from celbo.minibatch import in_chunks
 from celbo.model.vae import VAE
+from celbo.streams import Stream, random_stream
 
 __all__ = ["SOURCES", "Drawn", "draw_cells", "draw_values", "interpolate", "new_cells", "sample"]
 
@@ -130,7 +131,7 @@ def draw_cells(
     if source not in SOURCES:
         raise UsageError(f"source={source!r}: z is drawn from one of {listed(SOURCES)}.")
     vae, schema, reference = fitted.vae, fitted.schema, fitted.reference
-    rng = np.random.default_rng([seed, 18])
+    rng = random_stream(seed, Stream.SAMPLE)
     wanted = _codes_of(schema, given)
     is_given = np.array([condition.name in given for condition in schema.conditions], bool)
     if reference is None:

@@ -29,6 +29,7 @@ from celbo.minibatch import Rows, in_chunks
 from celbo.model.importance import BLOCK, log_prob_of_block
 from celbo.model.inference import Block, encoded_blocks
 from celbo.model.vae import VAE, context_of
+from celbo.streams import Stream, random_stream
 
 __all__ = ["READINGS", "CellReadings", "n_readings", "read_cells", "with_readings"]
 
@@ -77,7 +78,7 @@ def with_readings(fitted: Fitted, cells: Cells) -> Fitted:
     if reference.held_out.all():
         return fitted
     held_out = np.flatnonzero(reference.held_out)
-    chosen = np.sort(np.random.default_rng([fitted.seed, 18]).permutation(held_out)[:_CELLS_TO_READ])
+    chosen = np.sort(random_stream(fitted.seed, Stream.READ_CELLS).permutation(held_out)[:_CELLS_TO_READ])
     rows = split.validation[np.searchsorted(held_out, chosen)]
     readings, was_read = reference.readings.copy(), reference.was_read.copy()
     readings[chosen] = read_cells(fitted, cells, rows, with_genes=False, seed=fitted.seed).readings

@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 from celbo.data.schema import Schema
 from celbo.fit.reference import Reference, has_conditions, seen_together
 from celbo.model.classifier import Classifier
+from celbo.streams import Stream, random_stream
 
 __all__ = ["Known", "known_cells", "n_like", "nearest", "other_levels", "support", "supported_positions"]
 
@@ -120,7 +121,7 @@ def supported_positions(known: Known, *, seed: int = 0) -> NDArray[np.float32]:
 
     If there are more than 5,000 known cells without the conditions, 5,000 are drawn with this seed and tested.
     """
-    rows = np.random.default_rng([seed, 19]).permutation(np.flatnonzero(~known.has_it))[:_MOST_ASKED]
+    rows = random_stream(seed, Stream.SUPPORT).permutation(np.flatnonzero(~known.has_it))[:_MOST_ASKED]
     verdict = support(known.mu_z[rows], known.levels[rows], known, pd.RangeIndex(len(rows)))["verdict"]
     return known.mu_z[rows[(verdict == "supported").to_numpy()]]
 

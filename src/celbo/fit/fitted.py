@@ -22,6 +22,7 @@ from celbo.model.classifier import calibrate
 from celbo.model.likelihoods import Likelihood
 from celbo.model.objective import Objective
 from celbo.model.vae import VAE
+from celbo.streams import Stream, random_stream
 
 __all__ = ["Fitted", "cells_to_measure", "fit_model", "split_again"]
 
@@ -179,5 +180,5 @@ def cells_to_measure(fitted: Fitted, cells: Cells) -> tuple[Rows, Rows]:
     """
     split = split_again(fitted, cells)
     held_out = cells.rows if split is None or len(split.validation) < 2 else split.validation
-    rows: NDArray[Any] = np.random.default_rng([fitted.seed, 12]).permutation(held_out)[:_CELLS_TO_MEASURE]
+    rows: NDArray[Any] = random_stream(fitted.seed, Stream.MEASURED).permutation(held_out)[:_CELLS_TO_MEASURE]
     return np.sort(rows), cells.rows if split is None else split.train

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from celbo.data.schema import Schema
 from celbo.fit.train import Split
 from celbo.minibatch import Rows
+from celbo.streams import Stream, random_stream
 
 __all__ = [
     "Reference",
@@ -83,7 +84,7 @@ def reference_from(
 
 def reference_rows(split: Split, seed: int) -> Rows:
     """Choose the cells of fit that are kept as a reference, in their order: all held-out cells, and training cells."""
-    chosen = np.random.default_rng([seed, 3]).permutation(split.train)[:_REFERENCE_CELLS]
+    chosen = random_stream(seed, Stream.REFERENCE).permutation(split.train)[:_REFERENCE_CELLS]
     return np.sort(np.concatenate([chosen, split.validation]))
 
 

@@ -20,6 +20,7 @@ from celbo.fit.train import Split, TrainConfig, split_cells
 from celbo.minibatch import gene_moments
 from celbo.model.likelihoods import Likelihood
 from celbo.model.vae import VAE, context_of
+from celbo.streams import Stream, random_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,7 +207,7 @@ def start_vae(architecture: Architecture, cells: Cells, likelihood: Likelihood, 
         vae = make_vae(architecture, cells.schema, likelihood)
     vae.head.initialise(vae.fc_out, gene_moments(cells.source, split.train))
     if vae.prior_size:
-        rows = np.random.default_rng([seed, 11]).permutation(split.train)[: vae.prior_size]
+        rows = random_stream(seed, Stream.PSEUDO_CELLS).permutation(split.train)[: vae.prior_size]
         pseudo_cells = cells.source.take(rows)
         vae.start_prior(pseudo_cells.x, context_of(vae, pseudo_cells))
     return vae

@@ -21,6 +21,7 @@ from celbo.model.inference import CellTerms, cell_terms
 from celbo.model.information import ACTIVE, mutual_information
 from celbo.model.objective import OBJECTIVES, ElboTerms, Objective
 from celbo.model.vae import VAE, context_of, draw_noise
+from celbo.streams import Stream, random_stream
 
 __all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
 
@@ -180,7 +181,7 @@ def split_cells(
     >>> [len(rows) for rows in split_cells(100, 0.1, seed=0)]
     [90, 10]
     """
-    order = np.random.default_rng([seed, 0]).permutation(n_cells)
+    order = random_stream(seed, Stream.SPLIT).permutation(n_cells)
     n_validation = min(round(n_cells * validation_fraction), n_cells - 1)
     if levels is not None:  # of every level one cell at least is trained on
         firsts = [np.unique(codes[order], return_index=True)[1] for codes in levels.T]
@@ -378,13 +379,13 @@ def epochs(
 
 def _minibatches(rows: Rows, plan: Plan, seed: int, epoch: int) -> list[Rows]:
     """Cut the training cells, in an order of this epoch's own, into minibatches of even size."""
-    order = np.random.default_rng([seed, 1, epoch]).permutation(rows)
+    order = random_stream(seed, Stream.MINIBATCHES, epoch).permutation(rows)
     return np.array_split(order, plan.steps_per_epoch)
 
 
 def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
     """All randomness of a step, whatever came before it."""
-    state = np.random.SeedSequence([seed, 2, epoch, step]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([seed, int(Stream.STEP), epoch, step]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
@@ -414,7 +415,7 @@ def _tall(parameter: Tensor) -> Tensor:
 def _watched(split: Split, seed: int) -> Rows:
     """A sample of the held-out cells, small beside the training cells."""
     n = min(_MOST_WATCHED, max(_FEWEST_WATCHED, round(_WATCHED_SHARE * len(split.train))))
-    return np.sort(np.random.default_rng([seed, 4]).permutation(split.validation)[:n])
+    return np.sort(random_stream(seed, Stream.WATCHED).permutation(split.validation)[:n])
 
 
 @contextmanager
@@ -455,7 +456,7 @@ def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
     for dropout in dropouts:
         dropout.eval()
     device = next(vae.parameters()).device
-    rows = np.random.default_rng([seed, 13]).permutation(split.train)[:_CELLS_FOR_NORMS]
+    rows = random_stream(seed, Stream.NORMS).permutation(split.train)[:_CELLS_FOR_NORMS]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for piece in np.array_split(rows, max(1, len(rows) // 512)):

@@ -13,6 +13,7 @@ from celbo.minibatch import Minibatch, Rows, Source
 from celbo.model.inference import CHUNK, for_chunks, posterior
 from celbo.model.objective import log_prob_of_cells
 from celbo.model.vae import VAE, context_of
+from celbo.streams import Stream, random_stream
 
 __all__ = ["UseOfLatent", "in_brief", "sensitivity", "use_of_latent"]
 
@@ -79,7 +80,7 @@ def use_of_latent(
 
     for_chunks(vae, source, rows, encode)
     context = sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
-    rng = np.random.default_rng([seed, 5])
+    rng = random_stream(seed, Stream.ABLATION)
     eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
     z = mu_z + np.exp(0.5 * logvar_z) * eps
     within, among = _permutation(in_brief(context), rng), _permutation(np.empty((len(rows), 0)), rng)

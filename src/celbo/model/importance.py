@@ -18,6 +18,7 @@ from celbo.model.inference import Block, encoded_blocks, evaluating
 from celbo.model.objective import kl_to_prior, log_prob_of_cells
 from celbo.model.priors import Components
 from celbo.model.vae import VAE, context_of
+from celbo.streams import Stream, random_stream
 
 __all__ = ["BLOCK", "LogProb", "log_prob", "log_prob_of_block"]
 
@@ -202,7 +203,7 @@ def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
     genes, bounds = stored.indices.astype(np.int64), stored.indptr
     cells = [slice(*ends) for ends in pairwise(bounds)]
     of_cells = [zlib.crc32(stored.data[cell].tobytes(), zlib.crc32(genes[cell].tobytes())) for cell in cells]
-    return [np.random.default_rng([seed, 10, of_cell]) for of_cell in of_cells]
+    return [random_stream(seed, Stream.IMPORTANCE, of_cell) for of_cell in of_cells]
 
 
 def _normal(noise: Sequence[np.random.Generator], n: int, dim: int) -> Tensor:

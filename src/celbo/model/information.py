@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from celbo.streams import Stream, random_stream
+
 __all__ = ["ACTIVE", "ANCHORS", "mutual_information"]
 
 Floats = NDArray[np.floating[Any]]
@@ -31,7 +33,7 @@ def mutual_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0, anchors
     >>> round(mutual_information(mu_z, np.full_like(mu_z, -2.0)), 3)  # log 2
     0.693
     """
-    rng = np.random.default_rng([seed, 6])
+    rng = random_stream(seed, Stream.INFORMATION)
     rows = rng.permutation(len(mu_z))[:anchors]
     mu, logvar = mu_z[rows].astype(np.float64), logvar_z[rows].astype(np.float64)
     mu = mu - mu.mean(0)  # so that squares lose nothing

@@ -22,6 +22,7 @@ from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
 from celbo.model.importance import log_prob
 from celbo.model.likelihoods import LIKELIHOODS
+from celbo.streams import Stream, random_stream
 
 __all__ = ["LATENT_DIMS", "SIMPLEST_FIRST", "Comparison", "choose", "compare", "simplest"]
 
@@ -145,7 +146,7 @@ def compare(
         warnings.warn(
             f"only {len(rows)} cells {why or 'to compare models on'}: a difference may be chance.", stacklevel=2
         )
-    rows = np.sort(np.random.default_rng([seed, 19]).permutation(rows)[:_CELLS])
+    rows = np.sort(random_stream(seed, Stream.COMPARED_CELLS).permutation(rows)[:_CELLS])
     return _compared(models, adata, rows, n_samples, seed, held_out=all_held_out)
 
 
@@ -170,7 +171,7 @@ def _compared(
     lost = log_p - log_p[log_p.mean(1).argmax()]
     frame.insert(1, "difference", lost.mean(1))
     frame.insert(2, "se", lost.std(1, ddof=1) / np.sqrt(len(rows)))
-    rng, chosen = np.random.default_rng([seed, 20]), simplest(log_p)
+    rng, chosen = random_stream(seed, Stream.BOOTSTRAP), simplest(log_p)
     again = [simplest(log_p[:, rng.integers(len(rows), size=len(rows))]) for _ in range(_DRAWS)]
     return Comparison(frame, len(rows), held_out, list(models)[chosen], float(np.mean(np.equal(again, chosen))))
 

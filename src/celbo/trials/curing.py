@@ -22,6 +22,7 @@ from celbo.fit.train import Track
 from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
 from celbo.model.importance import log_prob
+from celbo.streams import Stream, random_stream
 from celbo.trust.advice import Advice, Diagnosis
 
 __all__ = ["Step", "cure", "is_healthy"]
@@ -129,7 +130,7 @@ def cure(
         model = copy(model)
         model.fitted_ = replace(model.fitted_, split=split)
     held_out = split.validation if len(split.validation) >= 2 else split.train
-    rows = np.sort(np.random.default_rng([model.train.seed, 15]).permutation(held_out)[:_CELLS_TO_COMPARE])
+    rows = np.sort(random_stream(model.train.seed, Stream.CURE).permutation(held_out)[:_CELLS_TO_COMPARE])
     diagnosis, log_p = model.diagnose(adata), _log_p(model, adata, rows)
     first, said_of_kept = log_p, list[warnings.WarningMessage]()
     trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celbo.model.information import ACTIVE, ANCHORS, mutual_information
+from celbo.streams import Stream, random_stream
 
 __all__ = [
     "Finding",
@@ -143,7 +144,7 @@ def aggregated_gap(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
         return Finding(
             "gap to the prior", gap, f"below {WIDE_GAP} nats", "watch" if bad else "good", meaning, advice * bad
         )
-    rng = np.random.default_rng([seed, 7])
+    rng = random_stream(seed, Stream.AGGREGATED_GAP)
     rows = rng.permutation(len(mu_z))[:2000]
     z = mu_z[rows] + np.exp(0.5 * logvar_z[rows]) * rng.standard_normal((len(rows), mu_z.shape[1]))
     apart = energy_distance(z, rng.standard_normal(z.shape))
@@ -272,7 +273,7 @@ def condition_leakage(
     Balanced accuracy of 15 nearest neighbours over 5 folds, ``(accuracy - 1/L) / (1 - 1/L)``; of a continuous
     condition the share of its variance that they explain.
     """
-    rows = np.random.default_rng([seed, 8]).permutation(len(mu_z))[:3000]
+    rows = random_stream(seed, Stream.LEAKAGE).permutation(len(mu_z))[:3000]
     groups = np.zeros(len(rows), int) if types is None else np.unique(types[rows].astype(str), return_inverse=True)[1]
     scores, sizes = [], []
     for group in np.unique(groups):
@@ -311,7 +312,7 @@ def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDA
     seed
         Of the choice of cells, 3,000 at most.
     """
-    rows = np.random.default_rng([seed, 22]).permutation(len(mu_z))[:3000]
+    rows = random_stream(seed, Stream.TYPES_KEPT).permutation(len(mu_z))[:3000]
     names, codes, sizes = np.unique(types[rows].astype(str), return_inverse=True, return_counts=True)
     in_z = _own_neighbours(mu_z[rows], codes, np.zeros(len(rows), int))
     in_counts = _own_neighbours(components[rows], codes, batch[rows])

@@ -20,6 +20,7 @@ from celbo.model.information import ACTIVE, ANCHORS
 from celbo.model.likelihoods import Likelihood
 from celbo.model.objective import Objective, log_prob_of_cells
 from celbo.model.vae import VAE
+from celbo.streams import Stream, random_stream
 from celbo.trust.advice import Evidence
 from celbo.trust.diagnostics import condition_ablation, enough_ablation, falls_short
 
@@ -148,7 +149,7 @@ def doubts_of_fit(
     conditions, columns
         The conditions, and where in the context each is.
     """
-    rng = np.random.default_rng([seed, 14])
+    rng = random_stream(seed, Stream.DOUBTS)
     rows, learned = (
         np.sort(rng.permutation(cells)[:n])
         for cells, n in ((held_out, _CELLS_TO_LOOK_AT), (training, 3 * _CELLS_TO_LOOK_AT))
@@ -290,7 +291,7 @@ def expected_dim(source: Source, training: Rows, *, is_counts: bool) -> int:
 
 def _some(rows: Rows, most: int, seed: int) -> Rows:
     """At most so many of these cells, at random, in order."""
-    return np.sort(np.random.default_rng([seed, 9]).permutation(rows)[:most])
+    return np.sort(random_stream(seed, Stream.EVIDENCE).permutation(rows)[:most])
 
 
 def _dense(source: Source, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

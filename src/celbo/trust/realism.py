@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed
+from celbo.streams import Stream, random_stream
 
 __all__ = ["Agreement", "Realism", "check_realism"]
 
@@ -160,7 +161,7 @@ def check_realism(
         raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
     if layer is not None and layer not in real.layers:
         raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(real.layers) or 'none'}.")
-    rng = np.random.default_rng([seed, 19])
+    rng = random_stream(seed, Stream.REALISM)
     order, rows = (rng.permutation(adata.n_obs) for adata in (real, generated))
     n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
     order = order[: max(n, 2 * half)]

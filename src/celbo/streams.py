@@ -1,0 +1,75 @@
+"""Random streams: every use of a seed has a number of its own, so that no two uses share their random numbers."""
+
+from enum import IntEnum
+
+import numpy as np
+
+__all__ = ["Stream", "random_stream"]
+
+
+class Stream(IntEnum):
+    """Numbers of the streams. They are part of what a seed means: a changed number changes results."""
+
+    SPLIT = 0
+    """Which cells are held out."""
+    MINIBATCHES = 1
+    """Order of the cells in an epoch."""
+    STEP = 2
+    """Noise and dropout masks of a training step."""
+    REFERENCE = 3
+    """Training cells that are kept as a reference."""
+    WATCHED = 4
+    """Held-out cells that are watched during training."""
+    ABLATION = 5
+    """Draws and permutations of z."""
+    INFORMATION = 6
+    """Draws of z for mutual information."""
+    AGGREGATED_GAP = 7
+    """Draws from the aggregated posterior and from the prior."""
+    LEAKAGE = 8
+    """Cells among which leakage of a condition is measured."""
+    EVIDENCE = 9
+    """Cells that simpler models learn from."""
+    IMPORTANCE = 10
+    """Importance samples of a cell."""
+    PSEUDO_CELLS = 11
+    """Cells at which pseudo-cells of the prior start."""
+    MEASURED = 12
+    """Cells that a model is measured on."""
+    NORMS = 13
+    """Cells over which batch norms are settled."""
+    DOUBTS = 14
+    """Cells that are looked at after each fit."""
+    CURE = 15
+    """Held-out cells that compare a remedy with the model before it."""
+    CHANGED_GENES = 16
+    """Errors of changes of genes."""
+    GROUP_MEAN = 17
+    """Resampled cells of a group mean."""
+    SAMPLE = 18
+    """New cells."""
+    READ_CELLS = 18
+    """Held-out cells that are read after a fit. The same number as `SAMPLE`, which is drawn from another seed's use."""
+    SUPPORT = 19
+    """Known cells that are tested for support."""
+    COMPARED_CELLS = 19
+    """Cells that models are compared on. The same number as `SUPPORT`: the two never meet in one computation."""
+    REALISM = 19
+    """Cells, halves and folds of the comparison with real cells; it meets neither of the two above."""
+    BOOTSTRAP = 20
+    """Resampled cells that say how sure a choice is."""
+    SHRINKAGE = 21
+    """Draws of shrunken fold changes."""
+    TYPES_KEPT = 22
+    """Cells among which types are compared."""
+
+
+def random_stream(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
+    """Make the generator of a stream; ``numbers`` (an epoch, a cell) tell its parts apart.
+
+    Examples
+    --------
+    >>> random_stream(0, Stream.SPLIT).permutation(5).tolist() == np.random.default_rng([0, 0]).permutation(5).tolist()
+    True
+    """
+    return np.random.default_rng([seed, int(stream), *numbers])
