@@ -1,8 +1,8 @@
-"""Remedies for posterior collapse, by name: schedules of the KL weight, penalties, starts, update rules, models.
+"""Remedies for posterior collapse, by name: schedules of the KL weight, penalties, starts, options of the model.
 
-A remedy is a row of `REMEDIES`. Rows that change different parts of a training go together; `combine` makes one
-`Recipe` of those asked for. Everything is counted in steps, and nothing here changes what is reported: the terms of the
-bound stay what they are, unweighted.
+A remedy is a row of `REMEDIES`. Remedies that change different parts of a training can be combined; `combine` makes one
+`Recipe` of them. Everything is counted in steps. Remedies do not change what is reported: the unweighted terms of the
+bound.
 """
 
 import math
@@ -17,6 +17,7 @@ from celbo.model.vae import VAE
 
 __all__ = [
     "REMEDIES",
+    "REMOVED",
     "Recipe",
     "Remedy",
     "combine",
@@ -28,36 +29,36 @@ __all__ = [
 ]
 
 _WARMUP_FRACTION = 0.25
-"""Share of the planned run for a schedule asked for by name, where ``warmup_fraction`` is 0."""
+"""Share of the planned run for a schedule that is asked for by name while ``warmup_fraction`` is 0."""
 _CAPACITY_PULL = 10.0
 """Weight gamma of the distance between the KL and its capacity."""
 _SOFT_STEP, _SOFT_BAND, _LEAST_WEIGHT = 0.1, 1.05, 1e-2
-"""Soft free bits: how much a weight changes at a step; top of the band in which the KL is held; the lowest weight."""
+"""Soft free bits: relative change of a weight in a step; top of the band in which the KL is held; lowest weight."""
 
 Schedule = Callable[[float], float]
-"""KL weight at a share of the annealing, from 0 to 1."""
+"""Function from the share of the annealing, 0 to 1, to the KL weight."""
 Penalty = Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor | None]]
-"""``(kl (cells, latent_dim), weight, what it remembers)`` to a loss, and to what it remembers at the next step."""
+"""Function from ``(kl (cells, latent_dim), weight, memory)`` to a loss, and the memory for the next step."""
 Pull = Callable[[Tensor, Tensor | None, Generator], Tensor]
-"""``(z (cells, latent_dim), generator)`` to a loss."""
+"""Function from ``(z (cells, latent_dim), context, generator)`` to a loss."""
 
 
 # Schedules: the KL weight at a share of the annealing.
 
 
 def linear(share: float) -> float:
-    """In equal steps (Sonderby 2016, arXiv 1602.02282)."""
+    """Rise in equal steps (Sonderby 2016, arXiv 1602.02282)."""
     return share
 
 
 def sigmoid(share: float) -> float:
-    """Slowly at first and at last (Bowman 2016, arXiv 1511.06349), from 0 to 1 exactly."""
+    """Rise slowly at the start and at the end (Bowman 2016, arXiv 1511.06349), from exactly 0 to exactly 1."""
     low, high = 1 / (1 + math.exp(6)), 1 / (1 + math.exp(-6))
     return (1 / (1 + math.exp(6 - 12 * share)) - low) / (high - low)
 
 
 def cosine(share: float) -> float:
-    """Half a wave."""
+    """Rise along half a cosine wave."""
     return (1 - math.cos(math.pi * share)) / 2
 
 
@@ -67,19 +68,19 @@ def cyclical(share: float, cycles: float) -> float:
 
 
 def silence_then_linear(share: float) -> float:
-    """0 for a third of the annealing, where the model is an autoencoder with noise; then linear."""
+    """Stay at 0 for a third of the annealing, as an autoencoder with noise; then rise linearly."""
     return max(0.0, (share - 1 / 3) * 1.5)
 
 
 def linear_warmup(step: int, warmup_steps: int) -> float:
-    """Linear from near 0 to 1, then 1: what any rise counted in steps looks like.
+    """Rise linearly from near 0 to 1, then stay at 1; every rise that is counted in steps uses it.
 
     Parameters
     ----------
     step
         Optimiser steps taken so far.
     warmup_steps
-        Steps until it is 1; 0 for at once.
+        Steps until it is 1; 0 for 1 from the start.
 
     Returns
     -------
@@ -94,11 +95,11 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
-# Penalties: what the KL of a minibatch costs.
+# Penalties: the cost of the KL of a minibatch.
 
 
 def plain_kl(kl: Tensor, weight: float, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``weight * sum_j KL_j``: the ELBO's own, where the weight is 1."""
+    """``weight * sum_j KL_j``: the ELBO's own penalty, if the weight is 1."""
     return weight * kl.sum(-1).mean(), memory
 
 
@@ -108,15 +109,15 @@ def free_bits(kl: Tensor, weight: float, memory: Tensor | None, floor: float) ->
 
 
 def free_bits_together(kl: Tensor, weight: float, memory: Tensor | None, floor: float) -> tuple[Tensor, Tensor | None]:
-    """``weight * max(floor, sum_j mean KL_j)``: the same, for all dimensions as one group."""
+    """``weight * max(floor, sum_j mean KL_j)``: free bits for all dimensions as one group."""
     return weight * kl.mean(0).sum().clamp(min=floor), memory
 
 
 def soft_free_bits(kl: Tensor, weight: float, memory: Tensor | None, floor: float) -> tuple[Tensor, Tensor | None]:
-    """Weights of their own for the dimensions, which move by a tenth to hold each KL above the floor.
+    """Give each dimension a weight of its own, which moves by a tenth to hold its KL above the floor.
 
     A weight falls where ``mean KL_j < floor``, rises where it is above ``1.05 floor``, and is never above 1 (Chen 2017,
-    arXiv 1611.02731, for each dimension).
+    arXiv 1611.02731, here for each dimension).
     """
     weights = kl.new_ones(kl.shape[1]) if memory is None else memory
     mean = kl.mean(0)
@@ -135,7 +136,7 @@ def mmd(z: Tensor, context: Tensor | None, generator: Generator, weight: float) 
     """``weight * MMD**2(z, N(0, I))`` over a minibatch, kernel ``C / (C + |z - z'|**2)`` (InfoVAE, Zhao 2019)."""
     prior = torch.randn(z.shape, generator=generator).to(z.device)
     n = len(z)
-    off_diagonal = (_kernel(z, z) + _kernel(prior, prior)).sum() - 2 * n  # a point is at distance 0 of itself
+    off_diagonal = (_kernel(z, z) + _kernel(prior, prior)).sum() - 2 * n  # a point has distance 0 to itself
     return weight * (off_diagonal / max(1, n * (n - 1)) - 2 * _kernel(z, prior).mean())
 
 
@@ -165,7 +166,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def start_narrow(vae: VAE) -> None:
-    """Posteriors start narrow, ``logvar_z`` near -4, so that the decoder hears a clear signal from the first step."""
+    """Start with narrow posteriors, ``logvar_z`` near -4: the decoder gets a clear signal from the first step."""
     with torch.no_grad():
         vae.fc_logvar.bias.fill_(-4.0)
 
@@ -175,21 +176,20 @@ class Remedy(NamedTuple):
 
     name: str
     part: str
-    """What it changes: two remedies of one part contradict each other."""
+    """The part of a training that it changes; two remedies for one part contradict each other."""
     number: float | None
-    """Default of the number after the colon; None where it takes none."""
+    """Default of the number after the colon; None if it takes no number."""
     meaning: str
     """One line for people."""
     source: str
     schedule: Callable[..., float] | None = None
     stretch: float = 1.0
-    """Length of the annealing, in warm-ups."""
+    """Length of the annealing, in units of the warm-up."""
     penalty: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     pull: Callable[..., Tensor] | None = None
     prepare: Callable[[VAE], None] | None = None
-    aggressive: bool = False
     options: Callable[[float], Mapping[str, Any]] | None = None
-    """Options of `celbo.ExpressionVAE` that it sets, where it is a matter of the model."""
+    """Options of the model that it sets, if it changes the model."""
     is_bound: bool = True
     """Whether training still ends on the ELBO itself."""
 
@@ -208,23 +208,23 @@ REMEDIES: dict[str, Remedy] = {
             stretch=2.0,
         ),
         Remedy(
-            *("autoencoder_start", "schedule", None, "no KL at first, and narrow posteriors to start from", ""),
+            *("autoencoder_start", "schedule", None, "no KL at the start, and narrow posteriors", ""),
             schedule=silence_then_linear,
             stretch=1.5,
             prepare=start_narrow,
         ),
         Remedy(
-            *("free_bits", "penalty", 0.05, "this many nats of each dimension are free", "Kingma 2016"),
+            *("free_bits", "penalty", 0.05, "the first nats of each dimension cost nothing", "Kingma 2016"),
             penalty=free_bits,
             is_bound=False,
         ),
         Remedy(
-            *("free_bits_together", "penalty", 1.0, "this many nats of all dimensions together are free", ""),
+            *("free_bits_together", "penalty", 1.0, "the first nats of all dimensions together cost nothing", ""),
             penalty=free_bits_together,
             is_bound=False,
         ),
         Remedy(
-            *("soft_free_bits", "penalty", 0.1, "each dimension's KL is held at this many nats or more", "Chen 2017"),
+            *("soft_free_bits", "penalty", 0.1, "each dimension keeps a KL of at least this many nats", "Chen 2017"),
             penalty=soft_free_bits,
             is_bound=False,
         ),
@@ -234,22 +234,18 @@ REMEDIES: dict[str, Remedy] = {
             is_bound=False,
         ),
         Remedy(
-            *("mmd", "pull", 10.0, "all cells together are drawn to the prior, with this weight", "Zhao 2019"),
+            *("mmd", "pull", 10.0, "all cells together are pulled to the prior, with this weight", "Zhao 2019"),
             pull=mmd,
             is_bound=False,
         ),
         Remedy(
-            *("match_levels", "pull", 10.0, "cells of each level are drawn to those of the others", "Lotfollahi 2020"),
+            *("match_levels", "pull", 10.0, "cells of each level are pulled to cells of the others", "Lotfollahi 2020"),
             pull=match_levels,
             is_bound=False,
         ),
-        Remedy(
-            *("aggressive", "updates", 5, "this many steps of the encoder to one of the decoder, at first", "He 2019"),
-            aggressive=True,
-        ),
         Remedy("beta", "scale", 1.0, "weight of the KL at the end of its rise", "Higgins 2017", is_bound=False),
         Remedy(
-            *("norm_mu", "norm of mu_z", None, "posterior means are normalised: no dimension falls silent", "Zhu 2020"),
+            *("norm_mu", "norm of mu_z", None, "posterior means are normalised: every dimension varies", "Zhu 2020"),
             options=lambda _: {"norm_mu": True},
         ),
         Remedy(
@@ -306,47 +302,48 @@ REMEDIES: dict[str, Remedy] = {
 }
 """Every remedy by name; ``free_bits:0.1`` gives it a number."""
 
-_WHOLE = {"cyclical", "aggressive", "shallow", "narrow_decoder", "vamp_prior", "mixture_prior"}
+REMOVED = {"aggressive": "it never helped in our own tables (docs/collapse.md), and lengthened training"}
+"""Remedies of older versions, and why they were removed."""
+
+_WHOLE = {"cyclical", "shallow", "narrow_decoder", "vamp_prior", "mixture_prior"}
 
 
 class Recipe(NamedTuple):
-    """What the remedies of a run come to; without any, a linear warm-up of the plain KL."""
+    """Remedies of a run, combined. Without remedies it is a linear warm-up of the plain KL."""
 
     schedule: Schedule = linear
     stretch: float = 1.0
     has_schedule: bool = False
-    """Whether the schedule was asked for."""
+    """Whether a schedule was asked for by name."""
     beta: float = 1.0
     penalty: Penalty = plain_kl
     pull: Pull | None = None
     prepare: Callable[[VAE], None] | None = None
-    encoder_steps: int = 0
-    """Steps of the encoder alone after each step of both, while that helps."""
     options: Mapping[str, Any] = {}
     is_bound: bool = True
 
     def warmup_steps(self, fraction: float, steps: int) -> int:
-        """Steps until the KL weight is at its end, of this many planned; half of them at most."""
+        """Return the steps until the KL weight has its final value: at most half of the planned steps."""
         fraction = fraction or (_WARMUP_FRACTION if self.has_schedule else 0.0)
         return int(min(0.5, self.stretch * fraction) * steps)
 
     def kl_weight(self, step: int, warmup_steps: int) -> float:
-        """KL weight at a step, of a warm-up of this many."""
+        """Return the KL weight at a step, for a warm-up of this many steps."""
         return self.beta * self.schedule(linear_warmup(step, warmup_steps))
 
 
 def combine(remedies: Sequence[str]) -> Recipe:
-    """Make one recipe of remedies by name, each with a number after a colon if it takes one.
+    """Combine remedies into one recipe.
 
     Parameters
     ----------
     remedies
-        Names of `REMEDIES`, as ``"cyclical"`` or ``"free_bits:0.1"``.
+        Names of `REMEDIES`, with a number after a colon if they take one: ``"cyclical"``, ``"free_bits:0.1"``.
 
     Raises
     ------
     UsageError
-        If a name is not known, a number cannot be used, or two contradict each other; it lists the table.
+        If a name is not known, a number cannot be used, or two remedies contradict each other. It lists the table.
 
     Examples
     --------
@@ -377,8 +374,6 @@ def combine(remedies: Sequence[str]) -> Recipe:
             changed["pull"] = _with(row.pull, row, number)
         if row.prepare is not None:
             changed["prepare"] = row.prepare
-        if row.aggressive:
-            changed["encoder_steps"] = int(number)
         if row.name == "beta":
             changed["beta"] = number
         if row.options is not None:
@@ -387,48 +382,78 @@ def combine(remedies: Sequence[str]) -> Recipe:
     return Recipe(**changed, options=options, is_bound=is_bound)
 
 
+def known_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
+    """Drop remedies that older versions had and that were removed; they changed the training only.
+
+    Examples
+    --------
+    >>> known_remedies(["aggressive:5", "skip"])
+    ('skip',)
+    """
+    return tuple(text for text in remedies if str(text).partition(":")[0] not in REMOVED)
+
+
+def contradictions(remedies: Sequence[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Say which options that were changed from their defaults a remedy would override with another value.
+
+    Examples
+    --------
+    >>> contradictions(["layer_norm"], {"norm": "none"}, {"norm": "layer"})
+    ["remedy 'layer_norm' sets norm='layer', and norm='none' is given; leave one of them out."]
+    """
+    clashes = []
+    for text in remedies:
+        row, number = _parse(text)
+        for name, value in (row.options(number) if row.options else {}).items():
+            if name not in defaults or _plain(options[name]) in (_plain(defaults[name]), _plain(value)):
+                continue
+            clashes.append(
+                f"remedy {text!r} sets {name}={value!r}, and {name}={options[name]!r} is given; leave one of them out."
+            )
+    return clashes
+
+
 def refuse_unfit(remedies: Sequence[str], *, objective: str, likelihood: str, prior: str, has_conditions: bool) -> None:
-    """Refuse remedies that mean nothing to a model, with a `UsageError` that lists the table.
+    """Raise a `UsageError` with the table of remedies if a remedy has no meaning for a model.
 
     Parameters
     ----------
     remedies
         As `combine` takes them.
     objective, likelihood, prior
-        Names of the model's, the prior that remedies give it included.
+        Names of the objective, the likelihood, and the prior (which a remedy may have set).
     has_conditions
-        Whether it has a condition or a nuisance.
+        Whether the model has a condition or a nuisance.
     """
     rows = {row.name: row for row, _ in map(_parse, remedies)}
     if objective == "autoencoder" and any(row.options is None for row in rows.values()):
-        said = "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training."
+        reason = "objective='autoencoder' has no KL for remedies to act on; leave out those that change the training."
     elif "learned_sigma" in rows and likelihood != "gaussian":
-        said = f"remedy 'learned_sigma' is for likelihood='gaussian', not {likelihood!r}."
+        reason = f"remedy 'learned_sigma' is for likelihood='gaussian', not {likelihood!r}."
     elif "mmd" in rows and prior != "normal":
-        said = (
-            "remedy 'mmd' draws all cells together to the standard normal, and the prior is another; leave one of "
-            "them out."
-        )
+        reason = "remedy 'mmd' pulls all cells to the standard normal, and the prior is another; leave one of them out."
     elif "match_levels" in rows and not has_conditions:
-        said = "remedy 'match_levels' needs a condition or a nuisance whose levels are matched."
+        reason = "remedy 'match_levels' needs a condition or a nuisance whose levels are matched."
     else:
         return
-    raise UsageError(f"{said}\n{remedy_table()}")
+    raise UsageError(f"{reason}\n{remedy_table()}")
 
 
 def remedy_table() -> str:
-    """Every remedy in a line: name, default number, meaning, source."""
+    """Return the table of remedies, one in a line: name, default number, meaning, source."""
     lines = [
         f"  {row.name + ('' if row.number is None else f':{row.number:g}'):<23}{row.meaning}"
         + (f" ({row.source})" if row.source else "")
         for row in REMEDIES.values()
     ]
-    return "\n".join(["Remedies, each with its number where it takes one:", *lines])
+    return "\n".join(["Remedies, with their numbers:", *lines])
 
 
 def _parse(text: str) -> tuple[Remedy, float]:
     name, colon, number = str(text).partition(":")
     row = REMEDIES.get(name)
+    if name in REMOVED:
+        raise UsageError(f"remedy {name!r} was removed: {REMOVED[name]}.\n{remedy_table()}")
     if row is None:
         raise UsageError(f"there is no remedy {name!r}.\n{remedy_table()}")
     if not colon:
@@ -440,22 +465,19 @@ def _parse(text: str) -> tuple[Remedy, float]:
     except ValueError:
         value = math.nan
     most = 0.99 if name == "decoder_dropout" else 1e4
-    if not 0 < value <= most or (name in _WHOLE and value != int(value)):
+    least_is_zero = name == "decoder_dropout"
+    if not (0 < value <= most or (least_is_zero and value == 0)) or (name in _WHOLE and value != int(value)):
         kind = "a whole number" if name in _WHOLE else "a number"
-        raise UsageError(f"remedy {text!r} needs {kind} above 0, {most:g} at most.\n{remedy_table()}")
+        least = "from 0" if least_is_zero else "above 0"
+        raise UsageError(f"remedy {text!r} needs {kind} {least}, {most:g} at most.\n{remedy_table()}")
     return row, value
 
 
 def _with(function: Callable[..., Any], row: Remedy, number: float) -> Callable[..., Any]:
-    """Fix the function's last argument to the number, where it takes one."""
+    """Fix the function's last argument to the number, if it takes one."""
     return function if row.number is None else lambda *arguments: function(*arguments, number)
 
 
-def known_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
-    """Drop remedies that were removed."""
-    return tuple(remedies)
-
-
-def contradictions(remedies: Sequence[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Say which options remedies contradict."""
-    return []
+def _plain(value: Any) -> Any:
+    """Make a list a tuple, so that the two compare as equal."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,9 +1,8 @@
-"""The training loop, as a generator of epochs: encode, decode, terms, penalty, step, yield."""
+"""The training loop, as a generator of epochs: take a step for each minibatch, measure, yield, decide."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,38 +12,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celbo.errors import DivergedError, UsageError
-from celbo.fit.remedies import Recipe, linear_warmup
+from celbo.fit.remedies import Recipe
+from celbo.fit.steps import Patience, averaged, lower_rate, start_training, state_of, take_step
 from celbo.minibatch import Rows, Source
 from celbo.model.ablation import UseOfLatent, use_of_latent
-from celbo.model.classifier import label_loss
 from celbo.model.inference import CellTerms, cell_terms
-from celbo.model.information import ACTIVE, mutual_information
+from celbo.model.information import ACTIVE
 from celbo.model.objective import OBJECTIVES, ElboTerms, Objective
-from celbo.model.vae import VAE, context_of, draw_noise
+from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
-__all__ = ["Epoch", "Plan", "Split", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
+__all__ = ["Epoch", "Plan", "Split", "Track", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
 
-# How often training may come back from numbers that are not finite, each time with half the learning rate.
-_SECOND_CHANCES = 3
-# Fewer steps than this in an epoch, and the minibatches of a small data set are made smaller.
 _STEPS_PER_EPOCH = 8
-# How many times the planned run may last where held-out cells gain by it, and up to how many steps.
+"""Minibatches of a small data set become smaller, so that an epoch has at least this many steps."""
 _LONGER, _MOST_STEPS = 4, 30_000
-# How often the learning rate falls where they do not, and to which share of itself.
-_FALLS, _FALL = 2, 0.3
-# Steps until the learning rate is the highest; of a short run, a tenth at most.
+"""While held-out cells gain, a run lasts up to this many times its plan, and up to this many steps."""
 _RISE_STEPS = 100
-# The average of the weights reaches back over about a share 1 / (this + 1) of the steps.
-_AVERAGED = 8
-# Of the held-out cells, as many are watched after each epoch as keep that below a hundredth of its time.
+"""Steps until the learning rate is at its highest; in a short run at most a tenth of the steps."""
 _WATCHED_SHARE, _FEWEST_WATCHED, _MOST_WATCHED = 0.02, 32, 512
-# Steps after which they are looked at, at least: short epochs pass by unwatched.
+"""Held-out cells that are watched after each epoch: few enough to cost less than a hundredth of its time."""
 _STEPS_TO_FOLLOW = 20
-# Training cells over which means and variances of batch norms are taken for the averaged weights.
+"""The watched cells are looked at after at least this many steps, so not after each short epoch."""
 _CELLS_FOR_NORMS = 2048
-# Nats by which the mutual information must rise for another epoch of steps of the encoder alone.
-_RISE_OF_INFORMATION = 0.01
+"""Training cells over which means and variances of batch norms are taken for the averaged weights."""
 _NO_REMEDY = Recipe()
 
 
@@ -59,26 +50,27 @@ class TrainConfig:
     """
 
     max_epochs: int | None = None
-    """Passes over the training cells at most. None for 100, but up to 200 where they are fewer than 1,600 steps, and
-    down to 10 where they are more than 8,000; and as long as held-out cells gain by it four times as many, though not
-    more than 30,000 steps."""
+    """Largest number of passes over the training cells. None for 100; up to 200 if these are fewer than 1,600 steps,
+    and down to 10 if they are more than 8,000 steps. While held-out cells gain, training goes on up to four times as
+    long, but for at most 30,000 steps."""
     batch_size: int = 128
-    """Cells of a minibatch, about: all are of even size, never of one cell; fewer where cells would not fill eight."""
+    """Cells of a minibatch, approximately: minibatches have even sizes, and never one cell. Fewer if the cells would
+    not fill eight minibatches."""
     learning_rate: float = 1e-2
-    """Of Adam, after a rise over the first 100 steps."""
+    """Learning rate of Adam. It rises over the first 100 steps."""
     warmup_fraction: float = 0.25
-    """Share of the planned run over which the KL weight rises from 0 to 1; at most a half."""
+    """Share of the planned run over which the KL weight rises from 0 to 1; at most 0.5."""
     patience: int = 10
-    """Epochs without a better held-out ELBO, counted once the KL weight is 1, after which the learning rate falls to
-    .3 of what it was, twice, and then training stops."""
+    """Epochs without a better held-out ELBO, counted from when the KL weight is 1, after which the learning rate falls
+    to 0.3 of itself. It falls twice; the third time training stops."""
     validation_fraction: float = 0.1
-    """Share of the cells held out, for stopping and for choosing the best weights."""
+    """Share of the cells that are held out, to stop training and to choose the best weights."""
     gradient_clip: float = 1000.0
     """Largest norm of the gradient of the loss (nats per cell)."""
     seed: int = 0
-    """Of initial weights, held-out cells, minibatches, noise and dropout."""
+    """Seed of initial weights, held-out cells, minibatches, noise and dropout."""
     device: str = "auto"
-    """Where to compute: "auto" (a CUDA device if there is one), or torch's name of a device."""
+    """Device that computes: "auto" (a CUDA device if there is one), or a name that torch knows."""
     threads: int | None = None
     """Processor threads; None for torch's own choice."""
 
@@ -108,23 +100,23 @@ class TrainConfig:
 
 
 class Split(NamedTuple):
-    """Which cells a model learns from, and which it is measured on."""
+    """Cells that a model learns from, and cells that it is measured on."""
 
     train: Rows
     validation: Rows
 
 
 class Plan(NamedTuple):
-    """The planned run, fixed before its first step."""
+    """Plan of a run, fixed before its first step."""
 
     n_cells: int
     """Training cells."""
     epochs: int
     steps_per_epoch: int
     rise_steps: int
-    """Until the learning rate is the highest."""
+    """Steps until the learning rate is at its highest."""
     warmup_steps: int
-    """Until the KL weight is 1."""
+    """Steps until the KL weight is 1."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +124,15 @@ class Epoch:
     """Record of one pass over all training cells. Terms are unweighted means over cells, in nats."""
 
     epoch: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     step: int
     """Optimiser steps taken so far."""
     kl_weight: float
     """Weight of the KL term in the last step."""
     seconds: float
-    """Of this epoch, validation included."""
+    """Duration of the epoch, validation included."""
     train_elbo: float
-    """Over the epoch's minibatches as they came, with dropout, and with the weights of each step."""
+    """Over the epoch's minibatches, with dropout, and with the weights of each step."""
     train_reconstruction: float
     train_kl: float
     validation_elbo: float | None
@@ -151,28 +143,28 @@ class Epoch:
     """Per latent dimension, of the held-out cells if there are any."""
     active_units: int | None = None
     """Latent dimensions whose posterior mean varies (variance above 0.01) over a fixed sample of held-out cells; None
-    where nothing is held out, and in epochs so short that only some of them are looked at."""
+    if no cells are held out, and for most epochs if epochs are very short."""
     ablation: float | None = None
-    """Reconstruction lost, nats per cell, when z is permuted over that sample: what the decoder hears of z."""
+    """Reconstruction lost, nats per cell, when z is permuted over that sample: how much the decoder uses z."""
 
 
 Track = Callable[[Iterable[Rows], Plan, list[Epoch]], Iterable[Rows]]
-"""Watches the minibatches of an epoch go by, given the plan and the epochs so far; a progress bar, for example."""
+"""Watches the minibatches of an epoch, given the plan and the epochs so far; a progress bar, for example."""
 
 
 def split_cells(
     n_cells: int, validation_fraction: float, seed: int, levels: NDArray[np.float32] | None = None
 ) -> Split:
-    """Choose the held-out cells at random; at least one cell, and one of every level, is left to learn from.
+    """Choose the held-out cells at random; at least one cell of every level stays to learn from.
 
     Parameters
     ----------
     n_cells
         How many cells there are.
     validation_fraction
-        Share of them to hold out, at most.
+        Largest share of them to hold out.
     seed
-        Of the choice.
+        Seed of the choice.
     levels
         Number of the level of each cell in each categorical condition, ``(cells, conditions)``.
 
@@ -183,7 +175,7 @@ def split_cells(
     """
     order = random_stream(seed, Stream.SPLIT).permutation(n_cells)
     n_validation = min(round(n_cells * validation_fraction), n_cells - 1)
-    if levels is not None:  # of every level one cell at least is trained on
+    if levels is not None:  # at least one cell of every level is trained on
         firsts = [np.unique(codes[order], return_index=True)[1] for codes in levels.T]
         kept = np.unique(np.concatenate([np.empty(0, np.intp), *firsts]))
         order = np.concatenate([np.delete(order, kept), order[kept]])
@@ -199,7 +191,7 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
     >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_fraction=0.2))
     Plan(n_cells=1000, epochs=10, steps_per_epoch=10, rise_steps=10, warmup_steps=20)
     """
-    # Minibatches are even and at least this large: there is never a last one of a single cell.
+    # Minibatches have even sizes: there is never a last one with a single cell.
     batch_size = max(2, min(config.batch_size, n_cells // _STEPS_PER_EPOCH))
     steps_per_epoch = max(1, n_cells // batch_size)
     planned = most = config.max_epochs
@@ -213,7 +205,7 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
 
 
 def settle_device(name: str) -> torch.device:
-    """Turn "auto" or a device's name into the device; a `UsageError` if it is not there."""
+    """Turn "auto" or the name of a device into the device; raise a `UsageError` if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -238,35 +230,35 @@ def epochs(
     learned: Mapping[str, Tensor] | None = None,
     track: Track | None = None,
 ) -> Iterator[Epoch]:
-    """Train a model, epoch by epoch; when the last has been taken, the model has its best weights.
+    """Train a model, epoch by epoch; after the last epoch the model has its best weights.
 
-    A step is ``loss = mean(weight * KL - reconstruction)``, gradient clipping, Adam. All its randomness comes from
-    ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of steps fixed beforehand, if
-    no remedy changes that; only from then on do held-out cells decide which weights are best, when the learning rate
-    falls and when to stop, by their ELBO, whatever was trained with. What is measured and kept are
-    running averages of the weights, over about the last tenth of the steps: with a high learning rate the weights
-    themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv 1212.1824). The model has
-    them while a record is looked at.
+    A step is ``loss = mean(weight * KL - reconstruction)``, gradient clipping, Adam (`celbo.fit.steps.take_step`). All
+    its random numbers come from ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of
+    steps that is fixed beforehand, unless a remedy changes that. Only from then on do held-out cells decide which
+    weights are best, when the learning rate falls and when training stops: by their ELBO, whatever was trained with.
+    Running averages of the weights, over about the last tenth of the steps, are what is measured and kept: with a high
+    learning rate the weights themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv
+    1212.1824). The model has the averaged weights while a record is looked at.
 
     Parameters
     ----------
     vae
-        The model, on the device that is to compute; changed in place.
+        The model, on the device that computes; changed in place.
     source
         The cells.
     split
-        Which of them to learn from, and which to hold out.
+        Cells to learn from, and cells to hold out.
     config
-        Of the run.
+        Options of the run.
     objective
         What to maximise.
     recipe
-        Remedies, as `celbo.fit.remedies.combine` makes them one.
+        Remedies, combined by `celbo.fit.remedies.combine`.
     learned
-        By name of each parameter, which of its numbers are learned (bool, of its shape); the others stay as they are,
-        to the bit. None for all.
+        By name of each parameter, which of its numbers are learned (bool, of its shape). The others keep their bits.
+        None for all.
     track
-        Watches the minibatches go by.
+        Watches the minibatches.
 
     Yields
     ------
@@ -278,171 +270,106 @@ def epochs(
         If the loss or its gradient is not finite, and halving the learning rate three times did not help.
     """
     plan = plan_run(len(split.train), config, recipe)
-    device = next(vae.parameters()).device
     if recipe.prepare is not None:
         recipe.prepare(vae)
-    weights = _as_one(vae)
-    stays = (
-        None
-        if learned is None
-        else torch.cat([~_tall(learned[n]).reshape(-1) for n, _ in vae.named_parameters()]).to(device)
-    )
-    optimizer = torch.optim.Adam([weights], fused=True)
-    average = weights.detach().clone()
-    last_good, best, best_elbo, epochs_since_best = _weights(vae), _weights(vae), -math.inf, 0
-    step, chances, kl_weight, highest_rate, history = 0, _SECOND_CHANCES, 0.0, config.learning_rate, list[Epoch]()
-    falls = _FALLS
+    state = start_training(vae, config.learning_rate, learned)
+    best, patience, history = state.last_good, Patience(), list[Epoch]()
     watched, follow_every = _watched(split, config.seed), -(-_STEPS_TO_FOLLOW // plan.steps_per_epoch)
-    memory: Tensor | None = None  # of the penalty
-    encoder_first, most_information = recipe.encoder_steps, 0.0
 
     for epoch in range(plan.epochs):
-        started = time.perf_counter()
-        totals, n_seen = torch.zeros(1 + vae.latent_dim, dtype=torch.float64, device=device), 0
+        started, totals = time.perf_counter(), _Totals(vae)
         vae.train()
         minibatches = _minibatches(split.train, plan, config.seed, epoch)
         for rows in minibatches if track is None else track(minibatches, plan, history):
-            minibatch = source.take(rows).to(device)
-            x, context, library = minibatch.x, context_of(vae, minibatch), minibatch.library
-            generator = _generator(config.seed, epoch, step)
-            noise = draw_noise(vae, len(rows), generator, device)
-            terms = objective.terms(vae, x, context, library, noise, minibatch.observed)
-            kl_weight = recipe.kl_weight(step, plan.warmup_steps)
-            penalty, remembered = recipe.penalty(terms.kl, kl_weight, memory)
-            loss = penalty - terms.reconstruction.mean()
-            if recipe.pull is not None and terms.z is not None:
-                loss = loss + recipe.pull(terms.z, context, generator)
-            if vae.classifier is not None and minibatch.labels is not None and terms.z is not None:
-                loss = loss + label_loss(vae.classifier, terms.z, minibatch.labels)
-            optimizer.zero_grad(set_to_none=False)
-            loss.backward()
-            if stays is not None and weights.grad is not None:
-                weights.grad.masked_fill_(stays, 0)
-            norm = torch.nn.utils.clip_grad_norm_(weights, config.gradient_clip)
-            optimizer.param_groups[0]["lr"] = highest_rate * linear_warmup(step, plan.rise_steps)
-            step += 1
-            if not torch.isfinite(loss + norm):
-                chances, highest_rate = chances - 1, highest_rate / 2
-                _go_back(vae, last_good, terms, rows, step, chances, highest_rate)
-                optimizer.state.clear()
-                average.copy_(weights.detach())
-                continue
-            memory = remembered
-            with _encoder_alone(vae, optimizer, step % (encoder_first + 1) != 0):
-                optimizer.step()
-            average.lerp_(weights.detach(), (_AVERAGED + 1) / (step + _AVERAGED))
-            totals += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
-            n_seen += len(rows)
-
-        with _lent(average, weights):
+            terms = take_step(
+                state,
+                source.take(rows).to(state.weights.device),
+                rows,
+                objective=objective,
+                recipe=recipe,
+                warmup_steps=plan.warmup_steps,
+                rise_steps=plan.rise_steps,
+                gradient_clip=config.gradient_clip,
+                seed=config.seed,
+                epoch=epoch,
+            )
+            totals.add(terms, len(rows))
+        with averaged(state):
             _settle_norms(vae, source, split, config.seed)
-            held_out = None
-            if split.validation.size:
-                held_out = cell_terms(vae, source, split.validation, seed=config.seed, objective=objective)
-            if held_out is not None and not np.isfinite(held_out.elbo).all():
-                row = split.validation[~np.isfinite(held_out.elbo)][0]
-                raise DivergedError(
-                    f"after step {step} the ELBO of held-out cells is not finite, the first in row {row}: "
-                    "look at this cell for extreme values, or lower the learning rate."
-                )
-            train = totals / n_seen if n_seen else torch.full_like(totals, math.nan)
+            held_out = _held_out_terms(vae, source, split, config.seed, objective, state.step)
             use = None
-            if len(watched) and (encoder_first or (epoch + 1) % follow_every == 0):
-                sample = objective.samples_z
-                use = use_of_latent(vae, source, watched, sample=sample, seed=config.seed)
-            shown_weight = kl_weight if memory is None else kl_weight * float(memory.mean())
+            if len(watched) and (epoch + 1) % follow_every == 0:
+                use = use_of_latent(vae, source, watched, sample=objective.samples_z, seed=config.seed)
             seconds = time.perf_counter() - started
-            record = _record(epoch, step, shown_weight, seconds, train.tolist(), held_out, use)
+            record = _record(epoch, state.step, state.shown_kl_weight, seconds, totals.means(), held_out, use)
             history.append(record)
             yield record
-            averaged = _weights(vae)
-
-        if encoder_first:  # as long as it tells the encoder more
-            information = math.inf if use is None else mutual_information(use.mu_z, use.logvar_z)
-            rises = information > most_information + _RISE_OF_INFORMATION
-            encoder_first = encoder_first if rises and step < plan.warmup_steps else 0
-            most_information = most_information if use is None else information
-        last_good = _weights(vae)
-        if record.validation_elbo is None or step < plan.warmup_steps:
-            best = averaged
+            weights = state_of(vae)
+        state.last_good = state_of(vae)
+        if record.validation_elbo is None or state.step < plan.warmup_steps:
+            best = weights
             continue
-        epochs_since_best += 1
-        if record.validation_elbo > best_elbo:
-            best, best_elbo, epochs_since_best = averaged, record.validation_elbo, 0
-        if epochs_since_best >= config.patience:
-            if not falls:
-                break
-            falls, highest_rate, epochs_since_best = falls - 1, highest_rate * _FALL, 0
+        patience, decision = patience.after(record.validation_elbo, config.patience)
+        if decision == "better":
+            best = weights
+        elif decision == "fall":
+            lower_rate(state)
+        elif decision == "stop":
+            break
 
     vae.load_state_dict(best, assign=True)  # parameters of their own again
 
 
+class _Totals:
+    """Sums of the terms over the minibatches of an epoch."""
+
+    def __init__(self, vae: VAE):
+        device = next(vae.parameters()).device
+        self._sums, self._n = torch.zeros(1 + vae.latent_dim, dtype=torch.float64, device=device), 0
+
+    def add(self, terms: ElboTerms | None, n_cells: int) -> None:
+        """Add the terms of a minibatch; None for a step that was taken back."""
+        if terms is not None:
+            self._sums += torch.cat([terms.reconstruction.detach().sum()[None], terms.kl.detach().sum(0)])
+            self._n += n_cells
+
+    def means(self) -> list[float]:
+        """Mean reconstruction, then the mean KL of each dimension; NaN without a single good step."""
+        means: list[float] = (self._sums / self._n if self._n else torch.full_like(self._sums, math.nan)).tolist()
+        return means
+
+
 def _minibatches(rows: Rows, plan: Plan, seed: int, epoch: int) -> list[Rows]:
-    """Cut the training cells, in an order of this epoch's own, into minibatches of even size."""
+    """Shuffle the training cells for this epoch, and cut them into minibatches of even size."""
     order = random_stream(seed, Stream.MINIBATCHES, epoch).permutation(rows)
     return np.array_split(order, plan.steps_per_epoch)
 
 
-def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """All randomness of a step, whatever came before it."""
-    state = np.random.SeedSequence([seed, int(Stream.STEP), epoch, step]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
-def _as_one(vae: VAE) -> Tensor:
-    """One vector of all weights, of which the model's parameters become views; so do their gradients.
-
-    Clipping and Adam then are a few operations, however many parameters there are. A wide matrix is laid down by
-    columns: the product of sparse counts with the encoder's first wants the weights of a gene side by side.
-    """
-    parameters = list(vae.parameters())
-    weights = torch.cat([_tall(parameter.detach()).reshape(-1) for parameter in parameters])
-    gradient = torch.zeros_like(weights)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, *vectors in zip(parameters, weights.split(sizes), gradient.split(sizes), strict=True):
-        value, grad = (vector.view_as(_tall(parameter)) for vector in vectors)
-        as_it_was = value.shape == parameter.shape
-        parameter.data, parameter.grad = (value, grad) if as_it_was else (value.t(), grad.t())
-    weights.requires_grad_().grad = gradient
-    return weights
-
-
-def _tall(parameter: Tensor) -> Tensor:
-    """A wide matrix transposed; anything else as it is."""
-    return parameter.t() if parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0] else parameter
+def _held_out_terms(
+    vae: VAE, source: Source, split: Split, seed: int, objective: Objective, step: int
+) -> CellTerms | None:
+    """Terms of the held-out cells; None if there are none, and an error if they are not finite."""
+    if not split.validation.size:
+        return None
+    terms = cell_terms(vae, source, split.validation, seed=seed, objective=objective)
+    if not (is_finite := np.isfinite(terms.elbo)).all():
+        raise DivergedError(
+            f"after step {step} the ELBO of held-out cells is not finite, the first in row "
+            f"{split.validation[~is_finite][0]}: look at this cell for extreme values, or lower the learning rate."
+        )
+    return terms
 
 
 def _watched(split: Split, seed: int) -> Rows:
-    """A sample of the held-out cells, small beside the training cells."""
+    """Choose held-out cells to watch, few beside the training cells."""
     n = min(_MOST_WATCHED, max(_FEWEST_WATCHED, round(_WATCHED_SHARE * len(split.train))))
     return np.sort(random_stream(seed, Stream.WATCHED).permutation(split.validation)[:n])
 
 
-@contextmanager
-def _encoder_alone(vae: VAE, optimizer: torch.optim.Optimizer, wanted: bool) -> Iterator[None]:
-    """Let a step of the optimiser move the encoder only, where that is wanted: the rest stays, moments included."""
-    if not wanted:
-        yield
-        return
-    (weights,) = optimizer.param_groups[0]["params"]
-    rest = sum(value.numel() for name, value in vae.named_parameters() if not name.startswith(_OF_ENCODER))
-    others = slice(len(weights) - rest, None)  # parameters come in the order in which the model has them
-    names = ("exp_avg", "exp_avg_sq")
-    kept = weights.detach()[others].clone()
-    moments = {name: optimizer.state[weights][name][others].clone() for name in names if optimizer.state[weights]}
-    yield
-    weights.detach()[others] = kept
-    for name in names:
-        optimizer.state[weights][name][others] = moments.get(name, 0.0)
-
-
-_OF_ENCODER = ("embed_context.", "encoder.", "fc_mu.", "fc_logvar.", "norm_mu.")
-
-
 def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
-    """Take means and variances of batch norms anew: those they ran with belong to weights before averaging.
+    """Take means and variances of batch norms again, because those of training belong to weights before averaging.
 
-    Of minibatches of a random sample, whatever the order of the cells, with z drawn as in training.
+    They are taken over minibatches of a random sample, with z drawn as in training.
     """
     norms = [layer for layer in vae.modules() if isinstance(layer, torch.nn.BatchNorm1d)]
     if not norms:
@@ -452,7 +379,7 @@ def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
     vae.train()
     for layer in norms:
         layer.reset_running_stats()
-        layer.momentum = None  # plain means over what follows
+        layer.momentum = None  # plain means from here on
     for dropout in dropouts:
         dropout.eval()
     device = next(vae.parameters()).device
@@ -469,47 +396,6 @@ def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
     for layer, before in zip(norms, momentum, strict=True):
         layer.momentum = before
     vae.eval()
-
-
-@contextmanager
-def _lent(average: Tensor, weights: Tensor) -> Iterator[None]:
-    """Put the average in the place of the weights for a while."""
-    kept = weights.detach().clone()
-    weights.data.copy_(average)
-    try:
-        yield
-    finally:
-        weights.data.copy_(kept)
-
-
-def _weights(vae: VAE) -> dict[str, Tensor]:
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in vae.state_dict().items()}
-
-
-def _go_back(
-    vae: VAE,
-    last_good: dict[str, Tensor],
-    terms: ElboTerms,
-    rows: Rows,
-    step: int,
-    chances: int,
-    learning_rate: float,
-) -> None:
-    """Go back to the weights before this epoch; `DivergedError` when out of chances."""
-    if chances < 0:
-        parts = {"reconstruction": terms.reconstruction, "KL": terms.kl.sum(-1)}
-        bad = {name: ~torch.isfinite(values) for name, values in parts.items()}
-        where = [
-            f"the {name} of {int(cells.sum())} of {len(rows)} cells, the first in row {rows[int(cells.nonzero()[0])]}"
-            for name, cells in bad.items()
-            if cells.any()
-        ]
-        raise DivergedError(
-            f"training diverged at step {step}: not finite are {'; '.join(where) or 'the gradients'}. "
-            f"Going back with half the learning rate {_SECOND_CHANCES} times ({2 * learning_rate:g} at last) did not "
-            "help: start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
-        )
-    vae.load_state_dict(last_good)
 
 
 def _record(

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from celbo.errors import DivergedError, UsageError, listed
 from celbo.estimator import ExpressionVAE
 from celbo.fit.cells import open_cells
 from celbo.fit.fitted import split_again
-from celbo.fit.remedies import REMEDIES
+from celbo.fit.remedies import REMEDIES, combine
 from celbo.fit.train import Track
 from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
@@ -145,7 +145,7 @@ def cure(
             break
         advice = remaining[0]
         tried.add(advice.remedy)
-        changed = replace(model, remedies=_joined(model.remedies, advice))
+        changed = _with_remedies(model, _joined(model.remedies, advice))
         try:
             with warnings.catch_warnings(record=True) as said_of_it:
                 warnings.simplefilter("always")
@@ -162,6 +162,13 @@ def cure(
     for each in said_of_kept:  # of the models that were given up nobody needs to hear
         warnings.warn(each.message, each.category, stacklevel=2)
     return model, trail
+
+
+def _with_remedies(model: ExpressionVAE, remedies: Sequence[str]) -> ExpressionVAE:
+    """Return a model with these remedies that is not fitted; options that they set go back to their defaults."""
+    defaults = {option.name: option.default for option in fields(model) if option.init}
+    overridden = {name: defaults[name] for name in combine(remedies).options if name in defaults}
+    return replace(model, remedies=remedies, **overridden)
 
 
 def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
