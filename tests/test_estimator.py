@@ -12,6 +12,8 @@ import torch
 
 import celbo
 from celbo import DataError, ExpressionVAE, ModelFileError, NotFittedError, TrainConfig, UsageError, checkpoint
+from celbo.data.sources import CellSource
+from celbo.fit.cells import Cells
 
 QUICK = TrainConfig(max_epochs=3)
 
@@ -39,7 +41,7 @@ def test_theta_by_gene_level_or_cell(cells, likelihood, dispersion):
     "options",
     [
         {"hidden_dims": ()},
-        {"hidden_dims": (16, 8), "skip": True},
+        {"hidden_dims": (16, 8), "remedies": ["skip"]},
         {"norm": "layer"},
         {"norm": "batch"},
         {"encode_context": False},
@@ -73,9 +75,9 @@ def test_fitting_and_asking_leave_the_anndata_and_torchs_generator_alone(cells):
 
 
 def test_no_counts_and_no_anndata_stay_with_the_model(fitted):
-    kept = [value for value in vars(fitted).values() if isinstance(value, anndata.AnnData)]
-    assert not kept
-    assert {*vars(fitted)} >= {"schema_", "vae_", "history_", "reference_", "split_"}
+    kept = [*vars(fitted).values(), *vars(fitted.fitted_).values()]
+    assert not [value for value in kept if isinstance(value, anndata.AnnData | Cells | CellSource)]
+    assert {*vars(fitted.fitted_)} >= {"schema", "vae", "history", "reference", "split"}
     assert all(value.shape[1] != 60 for value in fitted.reference_ if value.ndim == 2)
 
 
@@ -176,7 +178,7 @@ def test_options_that_do_not_exist_list_those_that_do(cells):
     with pytest.raises(UsageError, match="give a list of widths"):
         ExpressionVAE(hidden_dims=16).fit(cells)
     with pytest.raises(UsageError, match="hidden_dims at least two widths"):
-        ExpressionVAE(skip=True).fit(cells)
+        ExpressionVAE(remedies=["skip"]).fit(cells)
     with pytest.raises(UsageError, match=r"not whole numbers: max_epochs=2\.5"):
         TrainConfig(max_epochs=2.5)
     with pytest.raises(UsageError, match="cpu and cuda"):

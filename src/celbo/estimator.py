@@ -740,7 +740,7 @@ class ExpressionVAE:
             prior=recipe.options.get("prior", self.prior),
             has_conditions=bool((*self.conditions, *self.nuisance)),
         )
-        if clashes := contradictions(self.remedies, self.options(), _defaults()):
+        if clashes := contradictions(self.remedies, self.get_params(), _defaults()):
             raise UsageError(" ".join(clashes))
         return recipe
 

@@ -143,7 +143,7 @@ def test_repeating_a_run_on_other_data_is_said(file, cells, tmp_path):
         ("[train]\nepochs = 3\nlr = 1\n", "unknown option 'train.epochs'"),
         ("[reading]\nfast = true\n", "unknown option 'reading.fast'"),
         ('latent_dim = "ten"\n', "latent_dim is to be a whole number, and is 'ten'"),
-        ("skip = 1\n", "skip is to be true or false, and is 1"),
+        ("encode_context = 1\n", "encode_context is to be true or false, and is 1"),
         ("likelihood = 3\n", "likelihood is to be text, and is 3"),
         ('n_top_genes = "many"\n', "n_top_genes is to be a whole number, and is 'many'"),
         ("layer = 3\n", "layer is to be text, and is 3"),
@@ -165,7 +165,7 @@ def test_a_config_file_that_is_wrong_is_refused_in_words(file, tmp_path, text, m
 def test_options_whose_default_is_nothing_are_read_from_a_file(tmp_path):
     model = celbo.ExpressionVAE().options()
     train = model.pop("train")
-    chosen = {"decoder_dims": [16, 32], "decoder_dropout": 0.1, "n_top_genes": 40, "labels": "cell_type"}
+    chosen = {"decoder_dims": [16, 32], "n_top_genes": 40, "labels": "cell_type"}
     text = "\n".join(f"{name} = {json.dumps(value)}" for name, value in {**chosen, "latent_dim": "auto"}.items())
     (tmp_path / "run.toml").write_text(f"{text}\n[train]\nthreads = 1\n")
     read = read_config(tmp_path / "run.toml", model, train)
@@ -174,7 +174,7 @@ def test_options_whose_default_is_nothing_are_read_from_a_file(tmp_path):
     record = celbo.ExpressionVAE(**chosen, train=celbo.TrainConfig(threads=1)).options()
     (tmp_path / "run.json").write_text(json.dumps({"options": record}))
     assert read_config(tmp_path / "run.json", model, train)["model"].items() >= chosen.items()
-    for text in ('decoder_dims = ["a"]', "decoder_dims = 16", 'decoder_dropout = "much"', 'latent_dim = "ten"'):
+    for text in ('decoder_dims = ["a"]', "decoder_dims = 16", 'dropout = "much"', 'latent_dim = "ten"'):
         (tmp_path / "run.toml").write_text(text)
         with pytest.raises(UsageError, match=text.split()[0]):
             read_config(tmp_path / "run.toml", model, train)

@@ -300,5 +300,5 @@ def test_where_none_of_these_cannot_be_told_it_is_said(many):
     few = many[:300].copy()
     few.obs["known"] = few.obs["cell_type"].astype(str).where(np.arange(300) < 40, "unknown")
     model = fitted(few, train=celbo.TrainConfig(max_epochs=2))
-    with pytest.warns(UserWarning, match="no cell is called none of these"):
+    with pytest.warns(UserWarning, match="no cell is called 'none of these'"):
         assert model.predict(few)["p_known"].isna().all()

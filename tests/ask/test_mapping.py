@@ -90,8 +90,8 @@ def test_the_only_cell_of_a_new_level_is_trained_on(reference, many):
 @pytest.mark.parametrize(
     "options",
     [
-        {"hidden_dims": (16, 12), "skip": True},
-        {"hidden_dims": (16, 12), "context_skip": True, "prior": "conditional"},
+        {"hidden_dims": (16, 12), "remedies": ["skip"]},
+        {"hidden_dims": (16, 12), "remedies": ["context_skip"], "prior": "conditional"},
         {"dispersion": "gene-condition", "encode_context": False},
         {"interactions": ["batch:treatment"]},
         {"hidden_dims": ()},
@@ -241,7 +241,7 @@ def test_new_levels_of_few_cells_are_doubted_together_and_those_of_the_same_cell
     assert len(said) < 400
     new.obs["batch"], new.obs["treatment"] = "batch_2", "another"
     (said,) = doubts()
-    assert "batch=batch_2 and treatment=another are those of the same cells" in said
+    assert "batch=batch_2 and treatment=another have the same cells" in said
     new.obs["treatment"] = ["another", "ctrl"] * 30
     assert doubts() == []
 

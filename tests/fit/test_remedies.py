@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import celbo
-from celbo.fit.remedies import REMEDIES, combine, linear_warmup, remedy_table
-from celbo.fit.train import TrainConfig, _as_one, _encoder_alone, plan_run
+from celbo.fit.remedies import REMEDIES, REMOVED, combine, contradictions, linear_warmup, remedy_table
+from celbo.fit.train import TrainConfig, plan_run
 from celbo.model.objective import kl_divergence
 
 
@@ -160,7 +160,7 @@ def test_remedies_of_different_parts_go_together():
         (["free_bits:nan"], "needs a number above 0"),
         (["cyclical:2.5"], "needs a whole number above 0"),
         (["skip:3"], "takes no number"),
-        (["decoder_dropout:1"], "0.99 at most"),
+        (["decoder_dropout:1"], "from 0, 0.99 at most"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_table(remedies, said):
@@ -196,7 +196,9 @@ def test_a_remedy_that_the_model_cannot_take_is_refused_with_the_table(options, 
 def test_every_remedy_trains_repeatably_and_its_history_is_that_of_the_bound(name, cells, tmp_path):
     options = {"hidden_dims": (16, 16), "latent_dim": 3, "conditions": ["batch"], "remedies": [name]}
     if name == "learned_sigma":
-        options |= {"likelihood": "gaussian", "dispersion": "fixed"}
+        options |= {"likelihood": "gaussian"}
+    if name == "shallow":
+        del options["hidden_dims"]
     train = celbo.TrainConfig(max_epochs=4, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # after four epochs nothing is learned
@@ -211,21 +213,21 @@ def test_every_remedy_trains_repeatably_and_its_history_is_that_of_the_bound(nam
     np.testing.assert_array_equal(loaded.embed(cells), model.embed(cells))
 
 
-def test_the_encoder_alone_moves_where_that_is_wanted():
-    vae = celbo.VAE(12, 2, [8], norm_mu=True)
-    weights = _as_one(vae)
-    weights.grad.fill_(1)
-    optimizer = torch.optim.Adam([weights], fused=True)
-    before = {name: value.detach().clone() for name, value in vae.named_parameters()}
-    with _encoder_alone(vae, optimizer, wanted=True):
-        optimizer.step()
-    moved = {name for name, value in vae.named_parameters() if not torch.equal(value, before[name])}
-    n_moved = sum(value.numel() for name, value in vae.named_parameters() if name in moved)
-    assert not optimizer.state[weights]["exp_avg"][n_moved:].any()  # nor does the decoder remember it
-    assert moved == {name for name in before if name.split(".")[0] in ("encoder", "fc_mu", "fc_logvar", "norm_mu")}
-    with _encoder_alone(vae, optimizer, wanted=False):
-        optimizer.step()
-    assert not any(torch.equal(value, before[name]) for name, value in vae.named_parameters() if value.grad.any())
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_remedy_is_refused_with_the_reason(name):
+    with pytest.raises(celbo.UsageError, match=f"'{name}' was removed: "):
+        combine([f"{name}:5"])
+
+
+def test_a_remedy_that_contradicts_an_option_is_refused(cells):
+    given = {"hidden_dims": (32, 16), "norm": "layer"}
+    clash = contradictions(["shallow:64"], given, {"hidden_dims": (128,), "norm": "layer"})
+    assert clash == [
+        "remedy 'shallow:64' sets hidden_dims=(64,), and hidden_dims=(32, 16) is given; leave one of them out."
+    ]
+    assert not contradictions(["shallow:64"], {"hidden_dims": [64], "norm": "layer"}, {"hidden_dims": (128,)})
+    with pytest.raises(celbo.UsageError, match="sets norm='layer', and norm='none' is given"):
+        celbo.ExpressionVAE(norm="none", remedies=["layer_norm"]).fit(cells)
 
 
 def test_norm_mu_leaves_no_dimension_silent(cells):

@@ -1,5 +1,7 @@
 """The training loop: planned, deterministic, watched on held-out cells, and able to come back from a fall."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ import celbo
 from celbo import DivergedError, TrainConfig, UsageError
 from celbo.data.checks import check_adata
 from celbo.data.sources import open_source
+from celbo.fit.steps import Patience
 from celbo.fit.train import Plan, epochs, plan_run, settle_device, split_cells
-from celbo.model.inference import cell_terms, expected_values, posterior
-from celbo.model.objective import ElboTerms, autoencoder_terms, elbo_terms
+from celbo.model.inference import CellTerms, cell_terms, expected_values, posterior
+from celbo.model.objective import OBJECTIVES, ElboTerms, elbo_terms
 
 
 def source_of(cells, conditions=()):
@@ -116,22 +119,30 @@ def test_lower_rates_gain_where_a_high_one_no_longer_does(cells, monkeypatch):
     source = source_of(cells)
     split = split_cells(source.n_cells, 0.2, seed=0)
     config = TrainConfig(max_epochs=300, learning_rate=0.05, patience=4, warmup_fraction=0.03)
-    found = []
+    elbos = []
     for falls in (0, 2):
-        monkeypatch.setattr("celbo.fit.train._FALLS", falls)
-        found.append([record.validation_elbo for record in epochs(small_vae(source), source, split, config)])
-    without, falling = found
+        monkeypatch.setattr("celbo.fit.train.Patience", partial(Patience, falls_left=falls))
+        elbos.append([record.validation_elbo for record in epochs(small_vae(source), source, split, config)])
+    without, falling = elbos
     assert falling[: len(without)] == without
     assert max(falling) > max(without)
 
 
-def test_patience_waits_for_the_warm_up(cells):
+def test_patience_is_counted_from_the_end_of_the_warm_up(cells, monkeypatch):
+    """Held-out cells get worse from the first epoch on: twenty epochs of warm-up, the first that counts, three more."""
     source = source_of(cells)
     split = split_cells(source.n_cells, 0.2, seed=0)
-    config = TrainConfig(max_epochs=40, learning_rate=0.05, patience=1, warmup_fraction=0.5)
+    elbos = iter(range(0, -100, -1))
+
+    def worse_and_worse(vae, source, rows, **options):
+        n = len(rows)
+        return CellTerms(np.full(n, next(elbos), np.float32), np.zeros((n, 3), np.float32))
+
+    monkeypatch.setattr("celbo.fit.train.cell_terms", worse_and_worse)
+    config = TrainConfig(max_epochs=40, patience=1, warmup_fraction=0.5)
     records = list(epochs(small_vae(source), source, split, config))
-    assert records[-1].kl_weight == 1
-    assert len(records) >= 20
+    assert [record.kl_weight for record in records].index(1.0) == 19
+    assert len(records) == 23
 
 
 def test_without_held_out_cells_every_epoch_is_run(cells):
@@ -175,7 +186,7 @@ def test_a_step_is_the_gradient_of_the_weighted_bound(cells):
         return elbo_terms(vae, x, context, library, noise)
 
     config = TrainConfig(max_epochs=1, warmup_fraction=0)
-    list(epochs(vae, source, split_cells(2, 0.0, 0), config, objective=objective))
+    list(epochs(vae, source, split_cells(2, 0.0, 0), config, objective=OBJECTIVES["vae"]._replace(terms=objective)))
     optimizer = torch.optim.Adam(reference.parameters(), lr=config.learning_rate)
     (-elbo_terms(reference, seen["x"], None, seen["library"], seen["noise"]).elbo.mean()).backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1000.0)
@@ -187,7 +198,9 @@ def test_a_step_is_the_gradient_of_the_weighted_bound(cells):
 def test_an_autoencoder_reports_no_kl(cells):
     source = source_of(cells)
     config = TrainConfig(max_epochs=2)
-    records = list(epochs(small_vae(source), source, split_cells(300, 0.1, 0), config, objective=autoencoder_terms))
+    records = list(
+        epochs(small_vae(source), source, split_cells(300, 0.1, 0), config, objective=OBJECTIVES["autoencoder"])
+    )
     assert records[-1].train_kl == records[-1].validation_kl == 0
 
 
@@ -201,7 +214,9 @@ def test_a_fall_is_survived_from_the_last_good_weights(cells):
 
     vae = small_vae(source)
     split = split_cells(300, 0.0, 0)
-    records = list(epochs(vae, source, split, TrainConfig(max_epochs=4), objective=objective))
+    records = list(
+        epochs(vae, source, split, TrainConfig(max_epochs=4), objective=OBJECTIVES["vae"]._replace(terms=objective))
+    )
     assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
     assert records[-1].train_elbo > records[0].train_elbo
 
@@ -216,14 +231,22 @@ def test_training_that_cannot_come_back_says_where_it_fell(cells):
         return ElboTerms(broken, terms.kl)
 
     with pytest.raises(DivergedError, match=r"at step 4: .*the reconstruction of 1 of \d+ cells, the first in row \d+"):
-        list(epochs(small_vae(source), source, split_cells(300, 0, 0), TrainConfig(max_epochs=2), objective=objective))
+        list(
+            epochs(
+                small_vae(source),
+                source,
+                split_cells(300, 0, 0),
+                TrainConfig(max_epochs=2),
+                objective=OBJECTIVES["vae"]._replace(terms=objective),
+            )
+        )
 
 
 def test_a_learning_rate_far_too_high_ends_in_words_or_in_numbers(cells):
     source = source_of(cells)
     vae = small_vae(source, likelihood="gaussian")
     config = TrainConfig(max_epochs=20, learning_rate=1e30)
-    with pytest.raises(DivergedError, match=r"half the learning rate 3 times.*start with a lower one"):
+    with pytest.raises(DivergedError, match=r"half the learning rate 3 times.*Start with a lower one"):
         list(epochs(vae, source, split_cells(300, 0.1, 0), config))
 
 
@@ -270,6 +293,14 @@ def test_an_epoch_without_a_good_step_has_no_elbo(cells):
         return ElboTerms(terms.reconstruction * float("nan"), terms.kl) if next(falls) else terms
 
     split = split_cells(4, 0.0, 0)
-    records = list(epochs(small_vae(source), source, split, TrainConfig(max_epochs=2), objective=objective))
+    records = list(
+        epochs(
+            small_vae(source),
+            source,
+            split,
+            TrainConfig(max_epochs=2),
+            objective=OBJECTIVES["vae"]._replace(terms=objective),
+        )
+    )
     assert np.isnan(records[0].train_elbo)
     assert np.isfinite(records[1].train_elbo)

@@ -135,7 +135,7 @@ def test_fit_announces_a_collapse_without_being_asked(blob_run):
     page = (folder / "run" / "report.html").read_text()
     assert "Collapsed: the decoder loses" in page
     assert "--remedy beta:1" in page
-    assert "what was maximised is not the ELBO" in page
+    assert "training did not maximise the ELBO" in page
     assert json.loads((folder / "run" / "diagnosis.json").read_text())["collapsed"]
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from celbo.data.schema import Schema
-from celbo.errors import UsageError, check_count, check_seed
+from celbo.errors import UsageError, check_count, check_seed, warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
 from celbo.kernels.threads import threads
@@ -92,6 +92,8 @@ def expected_expression(
     settings = fitted.schema.combinations({} if given is None else given, over)
     check_library(fitted, library)
     libraries = None if library is None else torch.full((len(cells), 1), float(library))
+    for doubt in doubts_of_values(fitted.schema, settings[0]):
+        warn(doubt)
     total, n = np.zeros((), np.float32), np.float32(len(settings))
     with threads(fitted.threads):
         for setting in settings:

@@ -1,6 +1,5 @@
 """Everything that is looked at before a model is fitted to cells, or computes with them: all of it, and all at once."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from celbo.data.names import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
 from celbo.data.values import Scan, diagnose, find_counts, holds_counts, scan_values, value_faults
-from celbo.errors import DataError, UsageError, listed
+from celbo.errors import DataError, UsageError, listed, warn
 
 __all__ = ["Check", "Problem", "check_adata", "check_query"]
 
@@ -90,7 +89,7 @@ class Check:
         if self.errors or self.schema is None:
             raise DataError("\n".join(problem.message for problem in self.errors))
         for problem in self.problems:
-            warnings.warn(problem.message, stacklevel=3)
+            warn(problem.message)
         return self.schema
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celbo.errors import DataError, UsageError, listed
+from celbo.errors import DataError, UsageError, listed, warn
 
 __all__ = [
     "UNLABELLED",
@@ -254,16 +253,14 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     codes = pd.Index(levels).get_indexer(pd.Index(text)).astype(np.int32)
     codes[~is_known] = -1
     if odd := [level for level in levels if level.strip().casefold() in _READ_AS_UNKNOWN]:
-        warnings.warn(
+        warn(
             f"obs column {column.name!r}: {listed(odd)} ({text.isin(odd).sum():,} cells) is taken for a type. "
-            f"If it says that the label is not known, give unlabelled={odd[0]!r} (--unlabelled).",
-            stacklevel=3,
+            f"If it says that the label is not known, give unlabelled={odd[0]!r} (--unlabelled)."
         )
     if (single := np.bincount(codes[is_known]) == 1).mean() > 0.5:
-        warnings.warn(
+        warn(
             f"obs column {column.name!r}: {single.sum():,} of {len(levels):,} labels have one cell, from which nothing "
-            "can be learned; is it a column of types?",
-            stacklevel=3,
+            "can be learned; is it a column of types?"
         )
     return Condition(str(column.name), levels), codes
 

@@ -20,7 +20,7 @@ from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
 from celbo.data.stored import refuse_layer
-from celbo.errors import DataError, StorageError
+from celbo.errors import DataError, StorageError, warn
 
 __all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
 
@@ -216,10 +216,9 @@ def _raw(store: Any) -> Any:
 def _lazy(item: Any) -> Any:
     """Values left on disk."""
     if isinstance(item, zarr.Array) and (missing := item.nchunks - item.nchunks_initialized):
-        warnings.warn(
+        warn(
             f"{item.store_path}: {missing:,} of {item.nchunks:,} chunks are not there, and are read as zeros. If the "
-            "counts there are not all zero, the store is damaged.",
-            stacklevel=2,
+            "counts there are not all zero, the store is damaged."
         )
     if isinstance(item, h5py.Dataset | zarr.Array):
         return item

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 from celbo.data.schema import Schema
-from celbo.errors import UsageError
+from celbo.errors import UsageError, listed
 from celbo.fit.cells import Cells
 from celbo.fit.reference import Reference, reference_rows
-from celbo.fit.remedies import Recipe
+from celbo.fit.remedies import Recipe, remedy_table
 from celbo.fit.start import Architecture, split_of_fit, start_vae
 from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device
 from celbo.kernels.threads import threads
@@ -119,7 +119,12 @@ def fit_model(
     """
     device = settle_device(config.device)
     split = split_of_fit(cells.source, cells.schema, config)
-    vae = start_vae(architecture, cells, likelihood, split, config.seed).to(device)
+    try:
+        vae = start_vae(architecture, cells, likelihood, split, config.seed).to(device)
+    except UsageError as error:
+        if not recipe.options:
+            raise
+        raise UsageError(f"remedies {listed(remedies)} do not fit this model: {error}\n{remedy_table()}") from error
     # A plain autoencoder has no KL, so there is nothing to warm up, and every epoch counts.
     training = config if objective.samples_z else replace(config, warmup_fraction=0.0)
     with threads(config.threads):

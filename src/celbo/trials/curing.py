@@ -168,7 +168,7 @@ def _with_remedies(model: ExpressionVAE, remedies: Sequence[str]) -> ExpressionV
     """Return a model with these remedies that is not fitted; options that they set go back to their defaults."""
     defaults = {option.name: option.default for option in fields(model) if option.init}
     overridden = {name: defaults[name] for name in combine(remedies).options if name in defaults}
-    return replace(model, remedies=remedies, **overridden)
+    return ExpressionVAE(**{**model.get_params(), "remedies": remedies, **overridden})
 
 
 def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:

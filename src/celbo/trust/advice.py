@@ -233,16 +233,26 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
         return advice
     if collapsed or (expected is not None and alive < min(expected, latent_dim)):
         if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
-            add("learned_sigma", "sigma is fixed at 1, which drowns what z could say", is_cause=True)
+            add(
+                "learned_sigma",
+                "sigma is fixed at 1, which hides what z could say; leave out dispersion='fixed'",
+                is_cause=True,
+            )
         if settings.get("beta", 1.0) > 1:
             add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it", is_cause=True)
         if max(settings.get("n_hidden", (1, 1))) > 1:
-            why = "deep stacks learn to do without z; one hidden layer explains single cells as well"
+            why = (
+                "deep stacks learn to do without z, and one hidden layer explains cells as well; leave out hidden_dims"
+            )
             add("shallow", why, is_cause=True)
         if settings.get("warmup_fraction", 1.0) == 0 and not had & _SCHEDULES:
             add("linear", "the KL weighs in full from the first step, before the encoder says anything", is_cause=True)
         if settings.get("norm") == "none":
-            add("layer_norm", "without a norm, training settles before the encoder says anything", is_cause=True)
+            add(
+                "layer_norm",
+                "without a norm, training settles before the encoder says anything; leave out norm='none'",
+                is_cause=True,
+            )
     if collapsed:
         add("norm_mu", "no dimension can fall silent")
         add("linear_decoder", "a decoder that can say little without z")
