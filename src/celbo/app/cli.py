@@ -279,11 +279,11 @@ def embed(
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
     standard deviations); no counts.
     """
-    from celbo.runs.outputs import refuse_no_embedding, write_embedding
+    from celbo.runs.outputs import check_embedding_path, write_embedding
     from celbo.runs.writing import embedding
 
     refuse_the_data(output, data)
-    refuse_no_embedding(output)
+    check_embedding_path(output)
     if output.exists() and output.name == "embedding.h5ad" and checkpoint.is_model_folder(output.parent / "model"):
         raise UsageError(f"{output} is the embedding of a run, which would be lost; name another file with -o.")
     model = celbo.load(run)
@@ -396,10 +396,10 @@ def counterfactual(
     says per cell whether such cells were seen near it (`celbo_verdict`: supported, edge, extrapolation; empty without a
     count), **var** how each gene changes.
     """
-    from celbo.runs.outputs import refuse_no_counterfactual, write_counterfactual
+    from celbo.runs.outputs import check_counterfactual_path, write_counterfactual
 
     refuse_the_data(output, data)
-    refuse_no_counterfactual(output)
+    check_counterfactual_path(output)
     model = celbo.load(run)
     given = conditions_of(model, conditions, "--set")
     if len({path.resolve() for path in (run, *(other or ()))}) <= len(other or ()):
@@ -436,9 +436,9 @@ def sample(
 
     **X** has counts over the model's genes, **obs** the conditions and library sizes, **obsm["z"]** the latent.
     """
-    from celbo.runs.outputs import refuse_no_sample, write_sample
+    from celbo.runs.outputs import check_sample_path, write_sample
 
-    refuse_no_sample(output)
+    check_sample_path(output)
     model = celbo.load(run)
     with shown_warnings():
         wanted = conditions_of(model, given or (), "--given")
@@ -465,9 +465,9 @@ def predict(
 
     A line for each cell: **label** (or "none of these"), **probability**, **p_known**, and the probability of each.
     """
-    from celbo.runs.outputs import refuse_no_table, write_table
+    from celbo.runs.outputs import check_table_path, write_table
 
-    refuse_no_table(output)
+    check_table_path(output)
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
@@ -508,9 +508,9 @@ def score(
     A line for each cell: **log_p**, its standard error **se**, the effective number of draws **ess**, **trusted**. With
     `--outliers`: **score**, **p_value**, **q_value**, **kind** (doublet-like, ...), **top_genes**.
     """
-    from celbo.runs.outputs import refuse_no_table, write_table
+    from celbo.runs.outputs import check_table_path, write_table
 
-    refuse_no_table(output)
+    check_table_path(output)
     if outliers and (refine or n_samples is not None):
         raise UsageError("--refine and --n-samples are about log p(x), not about --outliers; leave one of them out.")
     model = celbo.load(run)
@@ -588,9 +588,9 @@ def de(
     A line for each gene, surest first: **log2_fold_change** with its 90 % interval, **probability** that it is beyond
     `--least-change`, **fdr**. Cells are no donors: for what holds beyond these, add them up (`celbo.pseudobulk`).
     """
-    from celbo.runs.outputs import refuse_no_table, write_table
+    from celbo.runs.outputs import check_table_path, write_table
 
-    refuse_no_table(output)
+    check_table_path(output)
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with shown_warnings():
