@@ -185,6 +185,18 @@ def test_2_chunks_that_only_held_zeros_are_not_missed(cells, tmp_path):
         np.testing.assert_array_equal(read_adata(tmp_path / "holes.zarr").X, holes)
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_2_a_warning_about_the_file_is_a_plain_line(fit, cells, tmp_path):
+    holes = cells.X.toarray()
+    holes[:50] = 0
+    with_x(cells, holes).write_zarr(tmp_path / "holes.zarr", chunks=(50, 60))
+    code, _, err = fit(tmp_path / "holes.zarr")
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "1 of 6 chunks are not there" in line]
+    assert line.startswith("warning: ")
+    assert "UserWarning" not in err
+
+
 def as_dask(x):
     return pytest.importorskip("dask.array").from_array(x.toarray(), chunks=(100, 60))
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 import celbo
 from celbo.app import cli, terminal
@@ -363,8 +365,49 @@ def test_help_teaches(name):
     assert ("celbo fit counts.h5ad -o run" if name in {None, "fit"} else "Usage") in done.stdout
 
 
-def test_the_version_is_said():
+def in_columns(columns, *arguments):
+    """The help of a command in a terminal of so many columns."""
+    done = CliRunner().invoke(cli.app, [*arguments, "--help"], env={"COLUMNS": str(columns), "TERM": "dumb"})
+    assert done.exit_code == 0
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_help_of_every_command_reads_well(name, columns):
+    text = in_columns(columns, name)
+    words = set(text.split())
+    assert max(map(len, text.splitlines())) <= columns
+    assert "…" not in text
+    for parameter in get_command(cli.app).commands[name].params:
+        assert {*parameter.opts, *parameter.secondary_opts} <= words | {parameter.name}
+        if parameter.opts[0].startswith("-"):
+            assert parameter.help
+    rows = [line for line in text.splitlines() if line.startswith("│ ") and "--" in line]
+    assert len(text.splitlines()) < 6 * len(rows) + 25  # no column of single words
+
+
+def test_the_options_of_fit_are_in_panels_the_common_ones_first():
+    text = in_columns(80, "fit")
+    panels = re.findall(r"^╭─ (\w+)", text, re.MULTILINE)
+    assert panels == ["Arguments", "Options", "Data", "Model", "Training", "More"]
+    common = text[text.index("╭─ Options") : text.index("╭─ Data")]
+    assert re.findall(r"--[a-z]+", common) == ["--output", "--condition", "--nuisance", "--config", "--help"]
+
+
+def test_the_version_is_shown():
     assert run("--version").stdout == f"celbo {celbo.__version__}\n"
+
+
+def test_python_m_celbo_is_the_command_line(tmp_path):
+    def module(*arguments):
+        process = [sys.executable, "-m", "celbo", *map(str, arguments)]
+        return subprocess.run(process, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+
+    assert module("--version").stdout == f"celbo {celbo.__version__}\n"
+    done = module("inspect", tmp_path / "nothing")
+    assert done.returncode == run("inspect", tmp_path / "nothing").returncode == 4
+    assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -410,8 +453,27 @@ def test_what_a_fitted_model_says_itself_is_refused_beside_it(fitted_run, data):
     assert "leave out --condition, --layer" in done.stderr
 
 
+@pytest.mark.parametrize("command_name", ["predict", "score", "de"])
+def test_the_table_of_another_program_is_refused_before_any_work(tmp_path, celbo_command, command_name):
+    more = ["--groupby", "cell_type"] if command_name == "de" else []
+    ask = [command_name, tmp_path / "no-run", tmp_path / "no-cells.h5ad", *more, "-o", tmp_path / "mine.csv"]
+    starts = {
+        "predict": "cell,label,probability,p_known,",
+        "score": "cell,log_p,se,ess,",
+        "de": "gene,group,reference,",
+    }
+    for name, start in starts.items():
+        (tmp_path / "mine.csv").write_text(f"{start}more\n")
+        done = celbo_command(*ask)
+        assert done.returncode == (4 if name == command_name else 2)  # no run, or no name for the table
+        assert ("mine.csv exists, and is no table that celbo wrote" in done.stderr) == (name != command_name)
+    (tmp_path / "mine.csv").unlink()
+    (tmp_path / "mine.csv").mkdir()
+    assert "mine.csv is a folder; name a file that ends in .csv" in celbo_command(*ask).stderr
+
+
 def test_a_name_for_no_embedding_is_refused_before_any_work(fitted_run, tmp_path):
     folder, _ = fitted_run
     done = run("embed", folder, tmp_path / "not-there.h5ad", "-o", tmp_path / "z.txt")
     assert done.returncode == 2
-    assert "z.txt is to be an .h5ad file" in done.stderr
+    assert "z.txt does not end in .h5ad" in done.stderr

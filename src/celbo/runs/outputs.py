@@ -24,13 +24,12 @@ __all__ = [
 ]
 
 
-_TABLES = (
-    "cell,label,probability,p_known,",
-    "cell,log_p,se,ess,",
-    "cell,log_p,score,p_value,",
-    "gene,group,reference,",
-)
-"""First columns of each command's table. A file of another program rarely begins in the same way."""
+_TABLES = {
+    "predict": ("cell,label,probability,p_known,",),
+    "score": ("cell,log_p,se,ess,", "cell,log_p,score,p_value,"),
+    "de": ("gene,group,reference,",),
+}
+"""First columns of the tables of each command. A file of another program rarely begins in the same way."""
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
@@ -67,23 +66,21 @@ def write_sample(cells: AnnData, path: Path) -> None:
     _write_cells(cells, path)
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV. Only a table of the same command may be replaced."""
-    check_table_path(path)
-    index_label = table.index.name if table.index.name == "gene" else "cell"
-    starts = [start.encode() for start in _TABLES if start.startswith(f"{index_label},{table.columns[0]},")]
+def write_table(table: pd.DataFrame, path: Path, command: str) -> None:
+    """Write the table of a command as CSV. Only a table of the same command may be replaced."""
+    check_table_path(path, command)
+    write_file(path, table.to_csv(index_label=_TABLES[command][0].partition(",")[0]))
+
+
+def check_table_path(path: Path, command: str) -> None:
+    """Check that the table of a command can have this name, and that no other file has it."""
+    _check_name(path, ".csv")
     try:
-        is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(tuple(starts)))
+        is_ours = not path.exists() or path.read_text(errors="replace").startswith(_TABLES[command])
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}. Name another file with -o.") from error
     if not is_ours:
         raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
-    write_file(path, table.to_csv(index_label=index_label))
-
-
-def check_table_path(path: Path) -> None:
-    """Check that a table can have this name."""
-    _check_name(path, ".csv")
 
 
 def check_embedding_path(path: Path) -> None:
