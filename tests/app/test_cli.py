@@ -311,7 +311,7 @@ def told():
         for _ in range(1000):
             pass
     called()
-    for _ in terminal.ending_when_told(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
+    for _ in terminal.stop_on_signal(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
         print("went on")
 terminal.guarded(told)
 """
@@ -342,7 +342,7 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, e
 
 def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):
     monkeypatch.setattr(terminal, "_signals", [signal.SIGTERM])
-    ending = terminal.ending_when_told(lambda minibatches, plan, history: minibatches)
+    ending = terminal.stop_on_signal(lambda minibatches, plan, history: minibatches)
     with pytest.raises(SystemExit) as ended:
         next(iter(ending([np.arange(3)], None, [])))
     assert ended.value.code == 143

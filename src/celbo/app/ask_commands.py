@@ -13,10 +13,10 @@ from celbo.app.commands import (
     cells_for,
     conditions_of,
     new_levels,
-    refuse_same_run,
-    refuse_the_data,
+    refuse_overwriting_data,
+    refuse_overwriting_run,
 )
-from celbo.app.terminal import ending_when_told, say
+from celbo.app.terminal import say, stop_on_signal
 from celbo.errors import UsageError
 
 __all__ = ["counterfactual", "de", "embed", "map_query", "predict", "sample", "score"]
@@ -46,7 +46,7 @@ def embed(
     from celbo.runs.outputs import check_embedding_path, write_embedding
     from celbo.runs.writing import embedding
 
-    refuse_the_data(output, data)
+    refuse_overwriting_data(output, data)
     check_embedding_path(output)
     if output.exists() and output.name == "embedding.h5ad" and checkpoint.is_model_folder(output.parent / "model"):
         raise UsageError(f"{output} is the embedding of a run, which would be lost; name another file with -o.")
@@ -79,14 +79,14 @@ def map_query(
     from celbo.runs.outputs import write_embedding
     from celbo.runs.writing import embedding
 
-    refuse_same_run(run, output)
+    refuse_overwriting_run(run, output)
     if (output / "run.json").exists():
         raise UsageError(f"{output} has a run that celbo fit wrote, and would lose its model; name another folder.")
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with claimed_folder(output, data):
         with shown_progress(Console(stderr=True, highlight=False)) as track:
-            mapped = model.map_query(adata, genes_present=genes_present, track=ending_when_told(track))
+            mapped = model.map_query(adata, genes_present=genes_present, track=stop_on_signal(track))
             cells = embedding(mapped, adata, genes_present=genes_present)
         mapped.save(output / "model")
         write_embedding(cells, output / "embedding.h5ad")
@@ -204,7 +204,7 @@ def counterfactual(
     """
     from celbo.runs.outputs import check_counterfactual_path, write_counterfactual
 
-    refuse_the_data(output, data)
+    refuse_overwriting_data(output, data)
     check_counterfactual_path(output)
     model = celbo.load(run)
     given = conditions_of(model, conditions, "--set")

@@ -27,11 +27,11 @@ from celbo.app.commands import (
     open_run,
     read_cells,
     refuse_options_of_fit,
-    refuse_same_run,
+    refuse_overwriting_run,
     show_trail,
 )
 from celbo.app.options import N_TOP_GENES
-from celbo.app.terminal import ending_when_told, guarded, plain, say, shown_warnings
+from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
 from celbo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -272,12 +272,12 @@ def cure(
     from celbo.runs.claims import claimed_folder
     from celbo.runs.writing import write_run
 
-    refuse_same_run(run, output)
+    refuse_overwriting_run(run, output)
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
-            cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=ending_when_told(track))
+            cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=stop_on_signal(track))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write_run(

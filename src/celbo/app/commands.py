@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import celbo
-from celbo.app.terminal import ending_when_told, plain, say, shown_warnings
+from celbo.app.terminal import plain, say, shown_warnings, stop_on_signal
 from celbo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ __all__ = [
     "open_run",
     "read_cells",
     "refuse_options_of_fit",
-    "refuse_same_run",
-    "refuse_the_data",
+    "refuse_overwriting_data",
+    "refuse_overwriting_run",
     "show_trail",
 ]
 
@@ -177,7 +177,7 @@ def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -
     return given
 
 
-def refuse_same_run(run: Path, output: Path) -> None:
+def refuse_overwriting_run(run: Path, output: Path) -> None:
     """Refuse to write over the run that the command reads."""
     if (output / "model").resolve() in (run.resolve(), (run / "model").resolve()):
         raise UsageError(
@@ -185,7 +185,7 @@ def refuse_same_run(run: Path, output: Path) -> None:
         )
 
 
-def refuse_the_data(output: Path, data: Path) -> None:
+def refuse_overwriting_data(output: Path, data: Path) -> None:
     """Refuse to write over the cells that the command reads."""
     if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data file; name another file with -o.")
@@ -243,13 +243,13 @@ def fit_and_write(
                     adata,
                     likelihood="likelihood" in auto,
                     latent_dim="latent_dim" in auto,
-                    track=ending_when_told(track),
+                    track=stop_on_signal(track),
                 )
             else:
-                model.fit(adata, track=ending_when_told(track))
+                model.fit(adata, track=stop_on_signal(track))
             if auto_remedy:
                 fitted, n_notes = model, len(notes)
-                model, trail = celbo.cure(fitted, adata, track=ending_when_told(track))
+                model, trail = celbo.cure(fitted, adata, track=stop_on_signal(track))
                 if model is not fitted:  # warnings about the rejected model no longer apply
                     del notes[:n_notes]
         seconds = time.perf_counter() - started

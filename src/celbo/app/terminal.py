@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from celbo.fit.train import Epoch, Plan, Track
     from celbo.minibatch import Rows
 
-__all__ = ["ending_when_told", "guarded", "plain", "say", "shown_warnings"]
+__all__ = ["guarded", "plain", "say", "shown_warnings", "stop_on_signal"]
 
 # Disk full, quota, read-only, permission: the user can repair these, celbo cannot.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -66,21 +66,21 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _ignore_stop(dropped: "sys.UnraisableHookArgs") -> None:
-    """Print no traceback for an exit that Python dropped because C code called it: `ending_when_told` ends training."""
+    """Print no traceback for an exit that Python dropped because C code called it: `stop_on_signal` ends training."""
     if not (_signals and isinstance(dropped.exc_value, SystemExit)):
         sys.__unraisablehook__(dropped)
 
 
-def ending_when_told(track: "Track") -> "Track":
+def stop_on_signal(track: "Track") -> "Track":
     """End at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
 
-    def ending(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
+    def stopping(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
         for rows in track(minibatches, plan, history):
             if _signals:
                 sys.exit(128 + _signals[0])
             yield rows
 
-    return ending
+    return stopping
 
 
 def guarded(app: Callable[[], None]) -> None:
@@ -116,7 +116,7 @@ def _bug(error: Exception) -> NoReturn:
     if os.environ.get("CELBO_DEBUG"):
         traceback.print_exc()
     _fail(
-        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please set CELBO_DEBUG=1, "
-        "run the same command again, and report what it prints.",
+        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please set "
+        "CELBO_DEBUG=1, run the same command again, and report what it prints.",
         CelboError.exit_code,
     )
