@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 import anndata
+import filelock
 import h5py
 import numpy as np
 import pandas as pd
@@ -33,6 +34,8 @@ from celbo.data.checks import check_adata, check_query
 from celbo.data.read import read_adata
 from celbo.errors import StorageError
 from celbo.runs.claims import claimed_folder
+from celbo.runs.outputs import write_embedding, write_table
+from celbo.runs.writing import embedding
 
 QUICK = celbo.TrainConfig(max_epochs=2, seed=0)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -611,6 +614,8 @@ def claimed_elsewhere(folder):
 import sys, time
 from pathlib import Path
 from celbo.runs.claims import claimed_folder
+from celbo.runs.outputs import write_embedding, write_table
+from celbo.runs.writing import embedding
 with claimed_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -705,6 +710,20 @@ def test_32_a_file_system_without_locks_is_marked_instead(monkeypatch, tmp_path,
     assert marker.exists()
 
 
+def test_32_the_lock_file_is_gone_before_the_lock_is_free(monkeypatch, tmp_path):
+    """Deleted later, it could be the file that the next process has locked by then."""
+    lock, release, seen = tmp_path / ".celbo-lock", filelock.FileLock.release, []
+
+    def watched(self, *arguments, **options):
+        seen.append(lock.exists())
+        release(self, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "release", watched)
+    with claimed_folder(tmp_path):
+        assert not seen
+    assert seen[0] is False
+
+
 def test_32_a_failure_to_lock_leaves_nothing_behind(monkeypatch, tmp_path):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -757,6 +776,30 @@ def test_33_a_run_never_overwrites_its_own_input(fit, command, file, tmp_path):
         assert (code, "would be overwritten by this run" in err) == (2, True)
     assert command("embed", tmp_path / "run", file, "-o", inside)[0] == 2
     assert file.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_33_no_run_is_written_into_its_own_input(command, cells, tmp_path):
+    cells.write_zarr(tmp_path / "cells.zarr")
+    code, _, err = command("fit", tmp_path / "cells.zarr", "-o", tmp_path / "cells.zarr" / "run", "--epochs", "1")
+    assert (code, "cells.zarr would be overwritten by this run" in err) == (2, True)
+    assert not (tmp_path / "cells.zarr" / "run").exists()
+
+
+def test_33_a_link_stays_a_link_to_the_new_file(fitted, cells, tmp_path):
+    table = pd.DataFrame({"label": ["a"], "probability": [1.0], "p_known": [1.0], "a": [1.0]}, index=["cell_0"])
+    for name, write in (
+        ("labels.csv", lambda path: write_table(table, path, "predict")),
+        ("z.h5ad", lambda path: write_embedding(embedding(fitted, cells), path)),
+    ):
+        target, link = tmp_path / "elsewhere" / name, tmp_path / name
+        link.symlink_to(target)
+        for _ in range(2):
+            write(link)
+            assert link.is_symlink()
+            assert target.stat().st_size
+        assert [path.name for path in target.parent.iterdir()] == [name]
+        target.unlink()
 
 
 def test_34_no_home_no_utf8_and_a_folder_that_may_not_be_written(cells, tmp_path):

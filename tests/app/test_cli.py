@@ -10,16 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import celbo
 from celbo.app import cli, terminal
+from celbo.app.commands import conditions_of, open_run
 from celbo.app.config import READING
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -363,6 +368,45 @@ def test_help_teaches(name):
     done = run(*([name] if name else []), "--help", cwd=Path(celbo.__file__).parent)
     assert done.returncode == 0
     assert ("celbo fit counts.h5ad -o run" if name in {None, "fit"} else "Usage") in done.stdout
+
+
+def test_a_condition_with_an_equals_sign_in_its_name_is_found():
+    conditions = [SimpleNamespace(name="dose", levels=("low=1", "high")), SimpleNamespace(name="dose=low", levels=None)]
+    model = SimpleNamespace(schema_=SimpleNamespace(conditions=conditions))
+    assert conditions_of(model, ["dose=low=1"], "--set") == {"dose=low": 1.0}
+    assert conditions_of(model, ["dose=high", "dose=low=2.5"], "--set") == {"dose": "high", "dose=low": 2.5}
+
+
+def test_a_warning_is_shown_once_and_kept_each_time(capsys):
+    with terminal.shown_warnings() as notes:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            warnings.warn("few cells", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: few cells\n"
+    assert notes == ["few cells"] * 2
+
+
+@pytest.mark.parametrize(("recorded", "asked"), [(True, False), (False, True), (False, False)])
+def test_a_run_is_read_from_disk_if_it_was_or_if_asked(fitted, data, tmp_path, recorded, asked):
+    fitted.save(tmp_path / "model")
+    (tmp_path / "run.json").write_text(json.dumps({"reading": {"path": str(data), "on_disk": recorded}}))
+    _, adata, path, reading = open_run(tmp_path, None, on_disk=asked)
+    assert (path, reading.on_disk) == (data, recorded or asked)
+    assert isinstance(adata.X, sp.csr_matrix) != reading.on_disk
+
+
+def test_an_empty_cell_is_not_counted_among_those_with_too_few_draws(fitted, cells, tmp_path, celbo_command):
+    fitted.save(tmp_path / "model")
+    x = cells.X[:20].toarray()
+    x[3] = 0
+    anndata.AnnData(sp.csr_matrix(x), obs=cells.obs[:20], var=cells.var).write_h5ad(tmp_path / "some.h5ad")
+    ask = ["score", tmp_path / "model", tmp_path / "some.h5ad", "-o", tmp_path / "scores.csv", "--n-samples", "2"]
+    done = celbo_command(*ask)
+    table = pd.read_csv(tmp_path / "scores.csv")
+    n_doubtful = (~table["trusted"] & table["log_p"].notna()).sum()
+    assert n_doubtful > 0
+    assert f"; {n_doubtful} cells with too few effective draws to trust: try --refine, or more draws" in done.stderr
+    assert "; 1 without a count: " in done.stderr
 
 
 def in_columns(columns, *arguments):
