@@ -3,18 +3,23 @@
 Faults 35 to 37, of model folders, are in test_checkpoint.py, numbered too.
 """
 
+import contextlib
+import errno
 import json
 import os
 import platform
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import anndata
+import filelock
 import h5py
 import numpy as np
 import pandas as pd
@@ -23,9 +28,14 @@ import scipy.sparse as sp
 import torch
 
 import celbo
-from celbo import DataError, cli
+from celbo import DataError
+from celbo.app import cli
 from celbo.data.checks import check_adata, check_query
 from celbo.data.read import read_adata
+from celbo.errors import StorageError
+from celbo.runs.claims import claimed_folder
+from celbo.runs.outputs import write_embedding, write_table
+from celbo.runs.writing import embedding
 
 QUICK = celbo.TrainConfig(max_epochs=2, seed=0)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -176,6 +186,18 @@ def test_2_chunks_that_only_held_zeros_are_not_missed(cells, tmp_path):
     with_x(cells, holes).write_zarr(tmp_path / "holes.zarr", chunks=(50, 60))
     with pytest.warns(UserWarning, match=r"1 of 6 chunks are not there, and are read as zeros"):
         np.testing.assert_array_equal(read_adata(tmp_path / "holes.zarr").X, holes)
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_2_a_warning_about_the_file_is_a_plain_line(fit, cells, tmp_path):
+    holes = cells.X.toarray()
+    holes[:50] = 0
+    with_x(cells, holes).write_zarr(tmp_path / "holes.zarr", chunks=(50, 60))
+    code, _, err = fit(tmp_path / "holes.zarr")
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "1 of 6 chunks are not there" in line]
+    assert line.startswith("warning: ")
+    assert "UserWarning" not in err
 
 
 def as_dask(x):
@@ -585,26 +607,136 @@ def test_31_a_device_that_is_not_there_is_refused_and_auto_is_not(fit, file):
     assert (code, f"computing on {'cuda' if torch.cuda.is_available() else 'cpu'}" in err) == (0, True)
 
 
-def test_32_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(fit, file, tmp_path):
-    lock = tmp_path / "run" / ".celbo-lock"
-    lock.parent.mkdir()
-    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+@contextlib.contextmanager
+def claimed_elsewhere(folder):
+    """Another process that holds the folder; its number."""
+    code = """
+import sys, time
+from pathlib import Path
+from celbo.runs.claims import claimed_folder
+from celbo.runs.outputs import write_embedding, write_table
+from celbo.runs.writing import embedding
+with claimed_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
-        lock.write_text(json.dumps({"pid": alive.pid, "host": platform.node()}))
-        code, _, err = fit(file)
-        assert (code, f"is being written by process {alive.pid}" in err) == (6, True)
-        assert lock.exists()
+        assert holder.stdout.readline() == "held\n"
+        yield holder.pid
     finally:
-        alive.kill()
-        alive.wait()
-    assert fit(file)[0] == 0
-    assert not lock.exists()
-    lock.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))  # as of a former life in a container
-    assert fit(file)[0] == 0
-    assert not lock.exists()
-    lock.write_text(json.dumps({"pid": alive.pid, "host": "another-host"}))
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_32_a_second_writer_is_refused_and_told_who_writes(fit, file, tmp_path):
+    folder = tmp_path / "run"
+    with claimed_elsewhere(folder) as pid:
+        code, _, err = fit(file)
+        assert (code, f"is being written by process {pid} on {platform.node()}. Wait for it" in err) == (6, True), err
+        assert "delete" not in said(err)
+        assert (folder / ".celbo-lock").read_text() == f"{pid}\n{platform.node()}\n"
+        assert {path.name for path in folder.iterdir()} == {".celbo-lock"}
+
+
+@pytest.mark.parametrize("owner", ["killed", "same number", "another host", "an older celbo", "nobody"])
+def test_32_the_lock_file_of_a_dead_process_is_taken_over(fit, file, tmp_path, owner):
+    lock = tmp_path / "run" / ".celbo-lock"
+    if owner == "killed":
+        with claimed_elsewhere(lock.parent):
+            pass
+        assert lock.exists()
+    else:
+        lock.parent.mkdir()
+        lock.write_text(
+            {
+                "same number": f"{os.getpid()}\n{platform.node()}\n",  # as of a former life in a container
+                "another host": "17\nanother-host\n",
+                "an older celbo": json.dumps({"pid": os.getppid(), "host": platform.node()}),
+                "nobody": "",
+            }[owner]
+        )
     code, _, err = fit(file)
-    assert (code, "on another-host" in err, f"delete {lock}" in err) == (6, True, True)
+    assert code == 0, err
+    assert not lock.exists()
+
+
+def test_32_the_host_that_holds_the_lock_is_named_and_an_odd_lock_file_is_no_fault(tmp_path):
+    with claimed_elsewhere(tmp_path / "run"):
+        for text, owner in (("17\nanother-host\n", "process 17 on another-host"), ("odd", "another process")):
+            (tmp_path / "run" / ".celbo-lock").write_text(text)
+            with (
+                pytest.raises(StorageError, match=f"is being written by {owner}. Wait"),
+                claimed_folder(tmp_path / "run"),
+            ):
+                pass
+
+
+def test_32_a_folder_is_claimed_once_in_a_process_too(tmp_path):
+    folder = tmp_path / "run"
+    with claimed_folder(folder):
+        with pytest.raises(StorageError, match=f"written by process {os.getpid()} on"), claimed_folder(folder):
+            pass
+        assert (folder / ".celbo-lock").exists()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("failure", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_32_a_file_system_without_locks_is_marked_instead(monkeypatch, tmp_path, failure):
+    def no_locks(*_):
+        raise OSError(failure, os.strerror(failure))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    folder = tmp_path / "run"
+    marker = folder / ".celbo-lock-marker"
+    fallback = pytest.warns(UserWarning, match=f"cannot lock files .{os.strerror(failure)}.*celbo-lock-marker marks")
+    refusal = pytest.raises(StorageError, match=f"by process .*no process writes there, delete {marker}")
+    with fallback, claimed_folder(folder):
+        with refusal as refused, claimed_folder(folder):
+            pass
+        assert f"by process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
+        assert marker.exists()
+    assert not folder.exists()
+    folder.mkdir()
+    marker.write_text(f"{2**22 + 1}\n{socket.gethostname()}\n")  # above the largest process number
+    with pytest.warns(UserWarning, match="cannot lock files"), claimed_folder(folder):
+        pass
+    assert not list(folder.iterdir())
+    marker.write_text("17\nanother-host\n")
+    with pytest.warns(UserWarning, match="cannot lock files"), refusal as refused, claimed_folder(folder):
+        pass
+    assert "by process 17 on another-host" in str(refused.value)
+    assert marker.exists()
+
+
+def test_32_the_lock_file_is_gone_before_the_lock_is_free(monkeypatch, tmp_path):
+    """Deleted later, it could be the file that the next process has locked by then."""
+    lock, release, seen = tmp_path / ".celbo-lock", filelock.FileLock.release, []
+
+    def watched(self, *arguments, **options):
+        if self.lock_file == str(lock):  # and not a lock of another test, which Python deletes now
+            seen.append(lock.exists())
+        release(self, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "release", watched)
+    with claimed_folder(tmp_path):
+        assert not seen
+    assert seen[0] is False
+
+
+def test_32_a_failure_to_lock_leaves_nothing_behind(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    refusal = pytest.raises(StorageError, match="run cannot be written to: No space left on device")
+    with refusal, claimed_folder(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    with claimed_folder(tmp_path / "run"):  # the lock is free
+        pass
 
 
 def test_32_two_processes_do_not_write_one_folder(file, tmp_path):
@@ -645,6 +777,30 @@ def test_33_a_run_never_overwrites_its_own_input(fit, command, file, tmp_path):
         assert (code, "would be overwritten by this run" in err) == (2, True)
     assert command("embed", tmp_path / "run", file, "-o", inside)[0] == 2
     assert file.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_33_no_run_is_written_into_its_own_input(command, cells, tmp_path):
+    cells.write_zarr(tmp_path / "cells.zarr")
+    code, _, err = command("fit", tmp_path / "cells.zarr", "-o", tmp_path / "cells.zarr" / "run", "--epochs", "1")
+    assert (code, "cells.zarr would be overwritten by this run" in err) == (2, True)
+    assert not (tmp_path / "cells.zarr" / "run").exists()
+
+
+def test_33_a_link_stays_a_link_to_the_new_file(fitted, cells, tmp_path):
+    table = pd.DataFrame({"label": ["a"], "probability": [1.0], "p_known": [1.0], "a": [1.0]}, index=["cell_0"])
+    for name, write in (
+        ("labels.csv", lambda path: write_table(table, path, "predict")),
+        ("z.h5ad", lambda path: write_embedding(embedding(fitted, cells), path)),
+    ):
+        target, link = tmp_path / "elsewhere" / name, tmp_path / name
+        link.symlink_to(target)
+        for _ in range(2):
+            write(link)
+            assert link.is_symlink()
+            assert target.stat().st_size
+        assert [path.name for path in target.parent.iterdir()] == [name]
+        target.unlink()
 
 
 def test_34_no_home_no_utf8_and_a_folder_that_may_not_be_written(cells, tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m celbo`: the command line."""
+"""Run the command line: ``python -m celbo``."""
 
 from celbo.app.cli import main
 

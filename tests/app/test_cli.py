@@ -10,14 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
+from typer.main import get_command
+from typer.testing import CliRunner
 
 import celbo
 from celbo.app import cli, terminal
+from celbo.app.commands import conditions_of, open_run
 from celbo.app.config import READING
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -309,7 +316,7 @@ def told():
         for _ in range(1000):
             pass
     called()
-    for _ in terminal.ending_when_told(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
+    for _ in terminal.stop_on_signal(lambda rows, plan, history: rows)(iter([1, 2]), None, []):
         print("went on")
 terminal.guarded(told)
 """
@@ -340,7 +347,7 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, e
 
 def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):
     monkeypatch.setattr(terminal, "_signals", [signal.SIGTERM])
-    ending = terminal.ending_when_told(lambda minibatches, plan, history: minibatches)
+    ending = terminal.stop_on_signal(lambda minibatches, plan, history: minibatches)
     with pytest.raises(SystemExit) as ended:
         next(iter(ending([np.arange(3)], None, [])))
     assert ended.value.code == 143
@@ -363,8 +370,88 @@ def test_help_teaches(name):
     assert ("celbo fit counts.h5ad -o run" if name in {None, "fit"} else "Usage") in done.stdout
 
 
-def test_the_version_is_said():
+def test_a_condition_with_an_equals_sign_in_its_name_is_found():
+    conditions = [SimpleNamespace(name="dose", levels=("low=1", "high")), SimpleNamespace(name="dose=low", levels=None)]
+    model = SimpleNamespace(schema_=SimpleNamespace(conditions=conditions))
+    assert conditions_of(model, ["dose=low=1"], "--set") == {"dose=low": 1.0}
+    assert conditions_of(model, ["dose=high", "dose=low=2.5"], "--set") == {"dose": "high", "dose=low": 2.5}
+
+
+def test_a_warning_is_shown_once_and_kept_each_time(capsys):
+    with terminal.shown_warnings() as notes:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            warnings.warn("few cells", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: few cells\n"
+    assert notes == ["few cells"] * 2
+
+
+@pytest.mark.parametrize(("recorded", "asked"), [(True, False), (False, True), (False, False)])
+def test_a_run_is_read_from_disk_if_it_was_or_if_asked(fitted, data, tmp_path, recorded, asked):
+    fitted.save(tmp_path / "model")
+    (tmp_path / "run.json").write_text(json.dumps({"reading": {"path": str(data), "on_disk": recorded}}))
+    _, adata, path, reading = open_run(tmp_path, None, on_disk=asked)
+    assert (path, reading.on_disk) == (data, recorded or asked)
+    assert isinstance(adata.X, sp.csr_matrix) != reading.on_disk
+
+
+def test_an_empty_cell_is_not_counted_among_those_with_too_few_draws(fitted, cells, tmp_path, celbo_command):
+    fitted.save(tmp_path / "model")
+    x = cells.X[:20].toarray()
+    x[3] = 0
+    anndata.AnnData(sp.csr_matrix(x), obs=cells.obs[:20], var=cells.var).write_h5ad(tmp_path / "some.h5ad")
+    ask = ["score", tmp_path / "model", tmp_path / "some.h5ad", "-o", tmp_path / "scores.csv", "--n-samples", "2"]
+    done = celbo_command(*ask)
+    table = pd.read_csv(tmp_path / "scores.csv")
+    n_doubtful = (~table["trusted"] & table["log_p"].notna()).sum()
+    assert n_doubtful > 0
+    assert f"; {n_doubtful} cells with too few effective draws to trust: try --refine, or more draws" in done.stderr
+    assert "; 1 without a count: " in done.stderr
+
+
+def in_columns(columns, *arguments):
+    """The help of a command in a terminal of so many columns."""
+    done = CliRunner().invoke(cli.app, [*arguments, "--help"], env={"COLUMNS": str(columns), "TERM": "dumb"})
+    assert done.exit_code == 0
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_help_of_every_command_reads_well(name, columns):
+    text = in_columns(columns, name)
+    words = set(text.split())
+    assert max(map(len, text.splitlines())) <= columns
+    assert "…" not in text
+    for parameter in get_command(cli.app).commands[name].params:
+        assert {*parameter.opts, *parameter.secondary_opts} <= words | {parameter.name}
+        if parameter.opts[0].startswith("-"):
+            assert parameter.help
+    rows = [line for line in text.splitlines() if line.startswith("│ ") and "--" in line]
+    assert len(text.splitlines()) < 6 * len(rows) + 25  # no column of single words
+
+
+def test_the_options_of_fit_are_in_panels_the_common_ones_first():
+    text = in_columns(80, "fit")
+    panels = re.findall(r"^╭─ (\w+)", text, re.MULTILINE)
+    assert panels == ["Arguments", "Options", "Data", "Model", "Training", "More"]
+    common = text[text.index("╭─ Options") : text.index("╭─ Data")]
+    assert re.findall(r"--[a-z]+", common) == ["--output", "--condition", "--nuisance", "--config", "--help"]
+
+
+def test_the_version_is_shown():
     assert run("--version").stdout == f"celbo {celbo.__version__}\n"
+
+
+def test_python_m_celbo_is_the_command_line(tmp_path):
+    def module(*arguments):
+        process = [sys.executable, "-m", "celbo", *map(str, arguments)]
+        return subprocess.run(process, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+
+    assert module("--version").stdout == f"celbo {celbo.__version__}\n"
+    done = module("inspect", tmp_path / "nothing")
+    assert done.returncode == run("inspect", tmp_path / "nothing").returncode == 4
+    assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -410,8 +497,27 @@ def test_what_a_fitted_model_says_itself_is_refused_beside_it(fitted_run, data):
     assert "leave out --condition, --layer" in done.stderr
 
 
+@pytest.mark.parametrize("command_name", ["predict", "score", "de"])
+def test_the_table_of_another_program_is_refused_before_any_work(tmp_path, celbo_command, command_name):
+    more = ["--groupby", "cell_type"] if command_name == "de" else []
+    ask = [command_name, tmp_path / "no-run", tmp_path / "no-cells.h5ad", *more, "-o", tmp_path / "mine.csv"]
+    starts = {
+        "predict": "cell,label,probability,p_known,",
+        "score": "cell,log_p,se,ess,",
+        "de": "gene,group,reference,",
+    }
+    for name, start in starts.items():
+        (tmp_path / "mine.csv").write_text(f"{start}more\n")
+        done = celbo_command(*ask)
+        assert done.returncode == (4 if name == command_name else 2)  # no run, or no name for the table
+        assert ("mine.csv exists, and is no table that celbo wrote" in done.stderr) == (name != command_name)
+    (tmp_path / "mine.csv").unlink()
+    (tmp_path / "mine.csv").mkdir()
+    assert "mine.csv is a folder; name a file that ends in .csv" in celbo_command(*ask).stderr
+
+
 def test_a_name_for_no_embedding_is_refused_before_any_work(fitted_run, tmp_path):
     folder, _ = fitted_run
     done = run("embed", folder, tmp_path / "not-there.h5ad", "-o", tmp_path / "z.txt")
     assert done.returncode == 2
-    assert "z.txt is to be an .h5ad file" in done.stderr
+    assert "z.txt does not end in .h5ad" in done.stderr

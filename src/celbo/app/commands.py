@@ -1,4 +1,4 @@
-"""What several commands do: read options and cells, open a run, fit and write one."""
+"""Steps that several commands share: read options and cells, open a run, fit a model and write the run."""
 
 import math
 import time
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import celbo
-from celbo.app.terminal import ending_when_told, plain, say, shown_warnings
+from celbo.app.terminal import plain, say, shown_warnings, stop_on_signal
 from celbo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ __all__ = [
     "open_run",
     "read_cells",
     "refuse_options_of_fit",
-    "refuse_same_run",
-    "refuse_the_data",
+    "refuse_overwriting_data",
+    "refuse_overwriting_run",
     "show_trail",
 ]
 
 
 class Reading(NamedTuple):
-    """How data are read; names are those of `celbo.app.config.READING`."""
+    """Options of reading data, with the names of `celbo.app.config.READING`."""
 
     gene_column: str | None = None
     make_unique: bool = False
@@ -53,8 +53,8 @@ class Reading(NamedTuple):
     on_disk: bool = False
 
 
-# Options of the command line that have another name in Python, or stand for one of several.
-_NAMES = {
+# Options of the command line whose name in Python differs.
+_PYTHON_NAMES = {
     "condition": "conditions",
     "interaction": "interactions",
     "hidden_dim": "hidden_dims",
@@ -64,7 +64,7 @@ _NAMES = {
 
 
 def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:
-    """What the command line and the config file say of model, training and reading; the command line wins."""
+    """Collect the options of model, training and reading. The command line has priority over the config file."""
     from celbo.app.config import READING, read_config
 
     defaults = celbo.ExpressionVAE().options()
@@ -73,20 +73,20 @@ def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, d
     if config is not None:
         chosen = read_config(config, defaults, train)
     for parameter, value in ctx.params.items():
-        name = _NAMES.get(parameter, parameter)
+        name = _PYTHON_NAMES.get(parameter, parameter)
         source = ctx.get_parameter_source(parameter)
         if source is None or source.name != "COMMANDLINE":
             continue
         if name == "latent_dim" and value != "auto":
-            value = _whole(value)
+            value = _latent_dim(value)
         for table, known in (("model", defaults), ("train", train), ("reading", READING)):
             if name in known:
                 chosen[table][name] = value
     return chosen, Reading(**chosen["reading"])
 
 
-def _whole(text: str) -> int:
-    """The number of latent dimensions, which may be a word."""
+def _latent_dim(text: str) -> int:
+    """Read ``--latent-dim``, which typer takes as text because it may be "auto"."""
     try:
         return int(text)
     except ValueError:
@@ -94,7 +94,7 @@ def _whole(text: str) -> int:
 
 
 def refuse_options_of_fit(ctx: typer.Context) -> None:
-    """Refuse options that a fitted model brings of its own, where it is named."""
+    """Refuse options of fit beside ``--model``: a fitted model has its own."""
     of_fit = (
         *("condition", "nuisance", "interaction", "likelihood", "labels", "unlabelled", "layer", "size_factor"),
         *("allow_noninteger", "config"),
@@ -102,11 +102,11 @@ def refuse_options_of_fit(ctx: typer.Context) -> None:
     given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"with --model the model says what it reads; leave out {options}.")
+        raise UsageError(f"the model of --model has options of its own; leave out {options}.")
 
 
 def compare_with_record(cells: "Cells", expected: str | None, config: Path | None) -> None:
-    """Say so if a run is repeated on other data than it was about."""
+    """Warn if a run is repeated on other data."""
     if expected and cells.fingerprint is not None and cells.fingerprint["sha256_values"] != expected:
         say(f"warning: the values are not those of the run that {config} records; the result will differ.")
 
@@ -125,14 +125,14 @@ def cells_of_fit(model: "ExpressionVAE", adata: "AnnData") -> "Cells":
 
 
 def make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
-    """A model with the options chosen, not fitted."""
+    """Make an unfitted model with the chosen options."""
     model = dict(chosen["model"])
     model["n_top_genes"] = model.get("n_top_genes") or None
     return celbo.ExpressionVAE(**model, train=celbo.TrainConfig(**chosen["train"]))
 
 
 def read_cells(data: Path, reading: Reading, layer: str | None, conditions: "Sequence[str]") -> "AnnData":
-    """Open the cells, name their genes, and make missing conditions a level where that is asked for."""
+    """Open the cells, name their genes, and make missing conditions a level if ``--na-as-level`` is given."""
     from celbo.data.read import fill_missing_levels, name_genes, read_adata
 
     adata = name_genes(
@@ -142,12 +142,12 @@ def read_cells(data: Path, reading: Reading, layer: str | None, conditions: "Seq
 
 
 def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData":
-    """`read_cells` for a fitted model, which knows its layer and its conditions."""
+    """Read cells with the layer and the conditions of a fitted model."""
     return read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
 
 
 def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":
-    """A fitted model and cells for it: those named, or those that its run was fitted to."""
+    """Load a fitted model, and read the named cells or those that it was fitted to."""
     from celbo.runs.writing import record_of_run
 
     model = celbo.load(run)
@@ -158,23 +158,23 @@ def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[Expressio
     if data is None:
         if "path" not in recorded:
             raise UsageError(
-                f"{run} does not say which cells it was fitted to; name them, as an .h5ad or .zarr after it."
+                f"{run} does not say which cells it was fitted to; name an .h5ad file or a .zarr folder after it."
             )
         data = Path(recorded["path"])
         if not data.exists():
-            raise UsageError(f"{run} was fitted to {data}, which is not there now; name the cells.")
+            raise UsageError(f"{run} was fitted to {data}, which no longer exists; name the cells.")
     return model, cells_for(model, data, reading), data, reading
 
 
 def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -> dict[str, str | float]:
-    """What CONDITION=VALUE says, numbers for continuous conditions."""
+    """Read texts of the form CONDITION=VALUE. Values of continuous conditions are numbers."""
     continuous = {condition.name for condition in model.schema_.conditions if condition.levels is None}
     given: dict[str, str | float] = {}
     for text in texts:
-        named = [each.name for each in model.schema_.conditions if text.startswith(f"{each.name}=")]
-        name = max(named, key=len) if named else text.partition("=")[0]
+        matches = [c.name for c in model.schema_.conditions if text.startswith(f"{c.name}=")]  # names may have a "="
+        name = max(matches, key=len) if matches else text.partition("=")[0]
         value = text[len(name) + 1 :]
-        if not named and name != name.strip():
+        if not matches and name != name.strip():
             raise UsageError(f"{option} {text!r} has blanks before the '='; write it as CONDITION=VALUE.")
         if not value:
             raise UsageError(f"{option} {text} names no value; write it as CONDITION=VALUE.")
@@ -187,31 +187,33 @@ def conditions_of(model: "ExpressionVAE", texts: "Sequence[str]", option: str) -
     return given
 
 
-def refuse_same_run(run: Path, output: Path) -> None:
-    """Refuse to write over the run that is read."""
+def refuse_overwriting_run(run: Path, output: Path) -> None:
+    """Refuse to write over the run that the command reads."""
     if (output / "model").resolve() in (run.resolve(), (run / "model").resolve()):
-        raise UsageError(f"{output} is the run that is read, and would be lost; name another folder with -o.")
+        raise UsageError(
+            f"{output} is the run that this command reads, and would be lost; name another folder with -o."
+        )
 
 
-def refuse_the_data(output: Path, data: Path) -> None:
-    """Refuse to write over the cells that are read."""
+def refuse_overwriting_data(output: Path, data: Path) -> None:
+    """Refuse to write over the cells that the command reads."""
     if output.exists() and data.exists() and output.samefile(data):
-        raise UsageError(f"{output} is the data themselves; name another file with -o.")
+        raise UsageError(f"{output} is the data file; name another file with -o.")
 
 
 def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:
-    """Levels that the second model knows beside those of the first, with how many cells have them."""
+    """List the levels that only the second model knows, with their numbers of cells."""
     from celbo.data.conditions import as_text
 
-    said = []
+    levels = []
     for old, new in zip(before.schema_.conditions, after.schema_.conditions, strict=True):
         n_cells = as_text(adata.obs[old.name]).value_counts()
-        said += [f"{old.name}={level} ({n_cells[level]:,})" for level in (new.levels or ())[len(old.levels or ()) :]]
-    return said
+        levels += [f"{old.name}={level} ({n_cells[level]:,})" for level in (new.levels or ())[len(old.levels or ()) :]]
+    return levels
 
 
 def show_trail(trail: "Sequence[Step]") -> None:
-    """What was tried, in a line each."""
+    """Print the attempts of `celbo.cure`, a verdict and a comparison for each."""
     for step in trail:
         typer.echo(plain(f"{' + '.join(step.remedies) or 'no remedy'}: {step.verdict}"))
         price = "" if step.difference is None else f" (s.e. {step.se:.2f})"
@@ -232,7 +234,7 @@ def fit_and_write(
     repeats: tuple[str | None, Path | None] = (None, None),
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
-    """Train with progress, then write the run; warnings are shown, and repeated in the report."""
+    """Train with a progress bar, then write the run. Warnings are shown, and repeated in the report."""
     from celbo.app.progress import shown_progress
     from celbo.fit.train import settle_device
     from celbo.runs.claims import claimed_folder
@@ -249,25 +251,25 @@ def fit_and_write(
             if not auto:
                 cells = model.prepare(adata, fingerprint=True)
                 compare_with_record(cells, *repeats)
-                model.fit(cells, track=ending_when_told(track))
+                model.fit(cells, track=stop_on_signal(track))
             else:
                 model, choices = celbo.choose(
                     model,
                     adata,
                     likelihood="likelihood" in auto,
                     latent_dim="latent_dim" in auto,
-                    track=ending_when_told(track),
+                    track=stop_on_signal(track),
                 )
                 cells = cells_of_fit(model, adata)
             if auto_remedy:
-                fitted, of_it = model, len(notes)
-                model, trail = celbo.cure(fitted, adata, track=ending_when_told(track))
+                fitted, n_notes = model, len(notes)
+                model, trail = celbo.cure(fitted, adata, track=stop_on_signal(track))
                 cells = cells_of_fit(model, adata)
-                if model is not fitted:  # what was said of the model that was given up is no longer true
-                    del notes[:of_it]
+                if model is not fitted:  # warnings about the rejected model no longer apply
+                    del notes[:n_notes]
         seconds = time.perf_counter() - started
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the data are was said before they were fitted
+            warnings.simplefilter("ignore")  # the fit warned about the data already
             summary = write_run(
                 output,
                 model,
@@ -287,16 +289,16 @@ def fit_and_write(
         show_trail(trail)
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
-    of = "training" if elbo == "elbo_train" else "held-out"
+    which = "training" if elbo == "elbo_train" else "held-out"
     say(
-        f"{summary['verdict']} ELBO of {of} cells: {metrics[elbo]:,.1f} nats per cell; "
+        f"{summary['verdict']} ELBO of {which} cells: {metrics[elbo]:,.1f} nats per cell; "
         f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
     )
     return summary
 
 
 def describe(folder: "FolderDescription") -> dict[str, Any]:
-    """Say what a model folder holds in a line each; what the folder lacks is None."""
+    """List the contents of a model folder. A missing item is None."""
     document = folder.document
     options, schema = document.get("options", {}), document.get("schema", {})
     history = document.get("history") or [{}]

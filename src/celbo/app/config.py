@@ -1,4 +1,4 @@
-"""Options from a file: a TOML written by a person, or the ``run.json`` of a run that is to be repeated."""
+"""Read options from a file: a TOML file, or the ``run.json`` of a run to repeat."""
 
 import difflib
 import json
@@ -12,21 +12,20 @@ from celbo.errors import UsageError, listed
 __all__ = ["READING", "read_config"]
 
 READING = {"gene_column": None, "make_unique": False, "na_as_level": False, "on_disk": False}
-"""Options of how data are read, and their defaults; the others belong to the model, or to its training."""
+"""Options of reading data, with their defaults."""
 
-_LIKE = {
+_EXAMPLES = {
     "n_top_genes": 0,
     "max_epochs": 0,
     "threads": 0,
-    "decoder_dropout": 0.0,
     "hidden_dims": [0],
     "decoder_dims": [0],
 }
-"""Examples of the values of those options whose default does not show of what type they are."""
+"""Values of the right type, for options whose default is None or an empty list."""
 
 
 def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read options from a file; every one that is not known is refused.
+    """Read options from a file, and refuse unknown ones.
 
     Parameters
     ----------
@@ -39,13 +38,13 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     Returns
     -------
     dict
-        Tables "model", "train" and "reading", with what the file says; and in "data" the fingerprint of the values that
-        a ``run.json`` is about.
+        Tables "model", "train" and "reading" with the options of the file, and "data" with the fingerprint of the data
+        of a ``run.json``.
 
     Raises
     ------
     UsageError
-        If the file cannot be read, or holds unknown options or values of another type; it lists them all.
+        If the file cannot be read. If it has unknown options or values of a wrong type; the message lists them all.
     """
     fingerprint = None
     try:
@@ -54,7 +53,7 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}.") from error
+        raise UsageError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}.") from error
     if path.suffix == ".json":
         if not isinstance(document, dict) or not isinstance(document.get("options"), dict):
             raise UsageError(f"{path} has no options: give the run.json of a run, or a .toml file.")
@@ -62,10 +61,10 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
         reading = {name: reading[name] for name in READING if name in reading} if isinstance(reading, dict) else {}
         data = document.get("data")
         fingerprint = data.get("sha256_values") if isinstance(data, dict) else None
-        document = {**document["options"], "reading": reading}
+        document = {**_modern(document["options"], model), "reading": reading}
     tables = {"train": document.pop("train", {}), "reading": document.pop("reading", {})}
-    if odd := [name for name, table in tables.items() if not isinstance(table, dict)]:
-        raise UsageError(f"{path}: {listed(odd)} is to be a table of options.")
+    if wrong := [name for name, table in tables.items() if not isinstance(table, dict)]:
+        raise UsageError(f"{path}: {listed(wrong)} must be a table of options.")
     tables["model"] = document
     known = {"model": model, "train": train, "reading": READING}
     faults = [
@@ -79,25 +78,34 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     return {**tables, "data": {"sha256_values": fingerprint}}
 
 
-def _fault(shown: str, option: str, value: Any, known: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with an option and its value, if anything is."""
+def _modern(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Read options that an older version recorded as today's options."""
+    from celbo.fit.older import modern_options
+
+    return modern_options(options, defaults) if isinstance(options.get("remedies", []), list) else options
+
+
+def _fault(name: str, option: str, value: Any, known: Mapping[str, Any]) -> str | None:
+    """Describe what is wrong with an option or its value, or return None."""
     if option not in known:
         close = difflib.get_close_matches(option, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
-        return f"unknown option {shown!r} ({hint})"
+        return f"unknown option {name!r} ({hint})"
     if (value is None and known[option] is None) or (value == "auto" and option == "latent_dim"):
-        return None  # run.json has null where nothing was chosen
-    default = _LIKE.get(option, "" if known[option] is None else known[option])
+        return None  # run.json has null for options without a value
+    default = _EXAMPLES.get(option, "" if known[option] is None else known[option])
     if isinstance(default, list | tuple):
-        item, words = (0, "whole numbers") if 0 in default else ("", "texts")
-        right = isinstance(value, list) and all(_is_like(item, part) for part in value)
-        return None if right else f"{shown} is to be a list of {words}, and is {value!r}"
-    words = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[type(default)]
-    return None if _is_like(default, value) else f"{shown} is to be {words}, and is {value!r}"
+        item, kind = (0, "whole numbers") if 0 in default else ("", "texts")
+        is_right = isinstance(value, list) and all(_is_like(item, element) for element in value)
+        kind = f"a list of {kind}"
+    else:
+        is_right = _is_like(default, value)
+        kind = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[type(default)]
+    return None if is_right else f"{name} must be {kind}, not {value!r}"
 
 
 def _is_like(example: object, value: object) -> bool:
-    """Whether a value is of the type of an example; a whole number is a number, and true is none."""
+    """Return whether a value has the type of an example. A whole number is a number, but true is not."""
     if isinstance(example, bool) or isinstance(value, bool):
         return isinstance(example, bool) and isinstance(value, bool)
     return isinstance(value, int | float if isinstance(example, float) else type(example))

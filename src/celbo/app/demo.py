@@ -1,4 +1,4 @@
-"""The main job on simulated cells whose truth is known: fit, embed, and how much of the truth came back."""
+"""Fit a model to simulated cells, and measure how much of the known truth it recovers."""
 
 from typing import Any, NamedTuple
 
@@ -19,27 +19,27 @@ DEMO_CONDITIONS = ("batch", "treatment")
 
 
 class Recovery(NamedTuple):
-    """How well one part of the truth came back."""
+    """How well the model recovers one part of the truth."""
 
     name: str
     value: float
     reference: float | None
-    """The same figure by a simple method; None where there is none."""
+    """The value that a simple method reaches, or None."""
     meaning: str
 
 
 def demo_cells(seed: int = 0) -> AnnData:
-    """Simulate 3,000 cells x 1,000 genes: six types, two batches, a treatment acting on known genes in three types."""
+    """Simulate 3,000 cells x 1,000 genes: 6 types, 2 batches, a treatment that acts on known genes in 3 types."""
     return simulate_cells(3000, 1000, n_types=6, n_batches=2, seed=seed)
 
 
 def demo_model(seed: int = 0) -> ExpressionVAE:
-    """Make the demo's model: the defaults, conditioned on batch and treatment."""
+    """Make the model of the demo: the defaults, conditioned on batch and treatment."""
     return ExpressionVAE(conditions=DEMO_CONDITIONS, train=TrainConfig(seed=seed))
 
 
 def recover(model: ExpressionVAE, adata: AnnData) -> list[Recovery]:
-    """Compare what a model learned with what the simulator did.
+    """Compare what a model learned with the truth of the simulation.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def recover(model: ExpressionVAE, adata: AnnData) -> list[Recovery]:
     Returns
     -------
     list of Recovery
-        Types and batches told apart by their neighbours in the latent space, beside principal components of
-        log-normalised counts; and the treatment's effect on its genes.
+        How well nearest neighbours in the latent space predict type and batch, compared with principal components of
+        log-normalised counts; and how well the model decodes the effect of the treatment.
     """
     latent, components = model.embed(adata), _components(adata)
     types, batches = adata.obs["cell_type"], adata.obs["batch"]
@@ -62,13 +62,13 @@ def recover(model: ExpressionVAE, adata: AnnData) -> list[Recovery]:
             "cell types",
             knn_accuracy(latent, types),
             knn_accuracy(components, types),
-            "share of cells whose type is told by their 15 nearest neighbours; high is good",
+            "share of cells whose type their 15 nearest neighbours predict; high is good",
         ),
         Recovery(
             "batch",
             knn_accuracy(latent, batches),
             knn_accuracy(components, batches),
-            f"the same for the batch, which should not be told; chance is {chance:.2f}",
+            f"the same for the batch, where low is good; chance is {chance:.2f}",
         ),
         Recovery(
             "treatment effect",
@@ -80,7 +80,7 @@ def recover(model: ExpressionVAE, adata: AnnData) -> list[Recovery]:
 
 
 def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed: int = 0) -> float:
-    """Accuracy of labels given by the k nearest neighbours, five-fold cross-validated.
+    """Compute the five-fold cross-validated accuracy of labels predicted by the k nearest neighbours.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed
     k
         Number of neighbours.
     seed
-        Of the folds.
+        Seed of the folds.
 
     Examples
     --------
@@ -104,14 +104,14 @@ def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed
 
 
 def _components(adata: AnnData, n: int = 10) -> NDArray[np.float64]:
-    """Principal components of log-normalised counts: what people do without a model."""
+    """Compute principal components of log-normalised counts, the usual method without a model."""
     counts = adata.X.toarray()
     log_normalised = np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1)))
     return PCA(n, random_state=0).fit_transform(log_normalised)
 
 
 def _treatment_correlation(model: ExpressionVAE, adata: AnnData) -> float:
-    """Pearson correlation of decoded and true log fold changes, over treated genes x responding types."""
+    """Correlate decoded with true log fold changes (Pearson), over treated genes x responding types."""
     shares = {
         level: model.expected_expression(adata, given={"treatment": level}, library=1.0)
         for level in ("ctrl", "treated")

@@ -1,55 +1,245 @@
-"""Arguments and options that several commands take, with their help."""
+"""Arguments and options of the commands, each defined once, in the panels of the help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-DataPath = Annotated[Path, typer.Argument(help="Cells with raw counts: an .h5ad file or a .zarr folder.")]
-RunPath = Annotated[Path, typer.Argument(help="What `celbo fit` wrote, or the model folder in it.")]
-OutFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to; made if it is not there.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.", min=0)]
+N_TOP_GENES = 4000
+"""Most genes that `celbo fit` models unless asked for more."""
+
+DATA, MODEL, TRAINING, MORE = "Data", "Model", "Training", "More"
+"""Panels of the help. Options without a panel are the common ones, and come first."""
+
+
+def _option(
+    help: str, *names: str, panel: str | None = None, metavar: str | None = None, minimum: int | None = None
+) -> Any:
+    """Describe an option. ``metavar`` stands for its value in the help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, min=minimum)
+
+
+def _flag(help: str, *names: str, panel: str | None = None) -> Any:
+    """Describe an option without a value."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar="", show_default=False)
+
+
+# What to read and where to write.
+Data = Annotated[Path, typer.Argument(help="Cells with raw counts: an .h5ad file or a .zarr folder.")]
+DataOfRun = Annotated[
+    Path | None, typer.Argument(help="Cells: an .h5ad file or a .zarr folder.  [default: the cells of the run]")
+]
+Run = Annotated[Path, typer.Argument(help="Folder that celbo fit wrote, or the model folder in it.")]
+Runs = Annotated[list[Path], typer.Argument(help="Two runs or more, the simplest first.")]
+OutFolder = Annotated[
+    Path, _option("Folder to write to. It is made if it does not exist.", "-o", "--output", metavar="FOLDER")
+]
+OutCells = Annotated[Path, _option("The .h5ad file to write.", "-o", "--output", metavar="FILE")]
+OutTable = Annotated[Path, _option("The .csv file to write.", "-o", "--output", metavar="FILE")]
 Config = Annotated[
     Path | None,
-    typer.Option(help="Options from a .toml file, or from the run.json of a run to repeat; the command line wins."),
+    _option(
+        "Read options from a .toml file, or from the run.json of a run to repeat. The command line has priority.",
+        metavar="FILE",
+    ),
 ]
+AsJson = Annotated[bool, _flag("Print JSON.", "--json")]
+Seed = Annotated[int, _option("Same seed, same result.", panel=MORE, metavar="N", minimum=0)]
+
+# Columns of the data, and how to read them.
 Conditions = Annotated[
     list[str] | None,
-    typer.Option("--condition", help="Column of obs given to the model (batch, treatment); repeat for more."),
+    _option("Column of obs to give to the model, e.g. treatment; repeat for more.", "--condition", metavar="COLUMN"),
 ]
 Nuisance = Annotated[
     list[str] | None,
-    typer.Option(help="Column of obs to be removed, as batch or donor: a condition one does not ask about; repeat."),
+    _option("Column of obs whose effect to remove, e.g. batch or donor; repeat for more.", metavar="COLUMN"),
 ]
-Interactions = Annotated[
-    list[str] | None,
-    typer.Option("--interaction", help="Two conditions that do more together: batch:treatment; repeat for more."),
+Labels = Annotated[
+    str | None,
+    _option("Column of obs with cell types, known for some cells, for celbo predict.", panel=DATA, metavar="COLUMN"),
 ]
-_LIKELIHOODS = "nb (most droplet counts), zinb, poisson, bernoulli (detection), or gaussian"
-LikelihoodToFit = Annotated[
-    str, typer.Option(help=f"{_LIKELIHOODS}; auto for the simplest that explains held-out counts as well as any.")
+Unlabelled = Annotated[
+    str, _option("Value of the labels column where the type is unknown.", panel=DATA, metavar="VALUE")
 ]
-Labels = Annotated[str | None, typer.Option(help="Column of obs with types, known of some cells, for celbo predict.")]
-Unlabelled = Annotated[str, typer.Option(help="What that column reads where the type is unknown.")]
-Layer = Annotated[str | None, typer.Option(help="Layer that holds the counts; X if not given.")]
-SizeFactor = Annotated[str | None, typer.Option(help="Column of obs to use in place of each cell's sum of counts.")]
+NTopGenes = Annotated[
+    int | None,
+    _option(
+        f"Number of most variable genes to model; 0 for all.  [default: {N_TOP_GENES} if there are more]",
+        panel=DATA,
+        metavar="N",
+    ),
+]
+Layer = Annotated[str | None, _option("Layer with the counts.  [default: X]", panel=DATA, metavar="NAME")]
+SizeFactor = Annotated[
+    str | None, _option("Column of obs to use in place of each cell's sum of counts.", panel=DATA, metavar="COLUMN")
+]
 AllowNoninteger = Annotated[
-    bool, typer.Option("--allow-noninteger", help="Let estimated counts through, which need not be whole.")
+    bool, _flag("Accept estimated counts, which are not whole numbers.", "--allow-noninteger", panel=DATA)
 ]
-GeneColumn = Annotated[str | None, typer.Option(help="Column of var to name genes by, in place of its index.")]
-MakeUnique = Annotated[bool, typer.Option("--make-unique", help="Number gene names that occur more than once.")]
+GeneColumn = Annotated[
+    str | None, _option("Column of var with the gene names, in place of its index.", panel=DATA, metavar="COLUMN")
+]
+MakeUnique = Annotated[bool, _flag("Number gene names that occur more than once.", "--make-unique", panel=DATA)]
 NaAsLevel = Annotated[
-    bool, typer.Option("--na-as-level", help="Let cells without a condition be a level of their own.")
+    bool, _flag("Treat a missing value of a condition as a level of its own.", "--na-as-level", panel=DATA)
 ]
-OnDisk = Annotated[bool, typer.Option("--on-disk", help="Leave the counts on disk: less memory, slower.")]
+OnDisk = Annotated[bool, _flag("Leave the counts on disk: less memory, but slower.", "--on-disk", panel=DATA)]
 Unseen = Annotated[
     str,
-    typer.Option(
-        help="Levels that fit did not see: refuse, read as the nearest known one, marginal (as all alike), or adapt "
-        "(learn them from these cells)."
+    _option(
+        "How to read levels that the model does not know: refuse, nearest (the nearest known level), marginal (all "
+        "known levels in equal parts), or adapt (learn them from these cells).",
+        panel=DATA,
+        metavar="HOW",
     ),
 ]
 GenesPresent = Annotated[
-    float, typer.Option(help="Share of the model's genes that must be there; it fills in the rest.")
+    float,
+    _option("Smallest share of the model's genes that the data must have.", panel=DATA, metavar="SHARE"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+# The model that `celbo fit` makes.
+Likelihood = Annotated[
+    str,
+    _option(
+        "Distribution of the counts: nb (most droplet counts), zinb, poisson, bernoulli (detection) or gaussian. auto "
+        "chooses the simplest that explains held-out counts as well as any.",
+        panel=MODEL,
+        metavar="NAME",
+    ),
+]
+LatentDim = Annotated[
+    str,
+    _option(
+        "Width of the latent space. auto chooses the smallest that explains held-out counts as well.",
+        panel=MODEL,
+        metavar="N",
+    ),
+]
+HiddenDims = Annotated[
+    list[int] | None,
+    _option(
+        "Width of a hidden layer; repeat for more layers.  [default: 128]", "--hidden-dim", panel=MODEL, metavar="N"
+    ),
+]
+Prior = Annotated[str, _option("normal, conditional, mixture:20 or vamp:100.", panel=MODEL, metavar="NAME")]
+Interactions = Annotated[
+    list[str] | None,
+    _option(
+        "Two conditions whose effects depend on each other, as batch:treatment; repeat for more.",
+        "--interaction",
+        panel=MODEL,
+        metavar="A:B",
+    ),
+]
+Dispersion = Annotated[
+    str,
+    _option(
+        "Theta per gene, gene-condition or gene-cell (nb, zinb); fixed for sigma = 1 (gaussian).",
+        panel=MODEL,
+        metavar="NAME",
+    ),
+]
+Objective = Annotated[str, _option("vae, or autoencoder (no KL, no sampling).", panel=MODEL, metavar="NAME")]
+Norm = Annotated[str, _option("Normalisation of hidden layers: none, layer or batch.", panel=MODEL, metavar="NAME")]
+Dropout = Annotated[float, _option("Share of hidden units set to zero in training.", panel=MODEL, metavar="SHARE")]
+
+# How `celbo fit` trains the model.
+Epochs = Annotated[
+    int | None,
+    _option(
+        "Most passes over the cells.  [default: 100; 10 to 200 by the number of cells]", panel=TRAINING, metavar="N"
+    ),
+]
+Patience = Annotated[
+    int, _option("Epochs without a better held-out ELBO before training stops.", panel=TRAINING, metavar="N")
+]
+BatchSize = Annotated[int, _option("Cells in a minibatch.", panel=TRAINING, metavar="N")]
+LearningRate = Annotated[
+    float, _option("Learning rate of Adam. It rises over the first 100 steps.", panel=TRAINING, metavar="RATE")
+]
+WarmupFraction = Annotated[
+    float,
+    _option(
+        "Share of the planned training over which the KL weight rises, at most half.", panel=TRAINING, metavar="SHARE"
+    ),
+]
+ValidationFraction = Annotated[float, _option("Share of the cells to hold out.", panel=TRAINING, metavar="SHARE")]
+Remedies = Annotated[
+    list[str] | None,
+    _option(
+        "Remedy for posterior collapse, e.g. free_bits:0.1; repeat for more. 'list' shows them all.",
+        "--remedy",
+        panel=TRAINING,
+        metavar="NAME",
+    ),
+]
+AutoRemedy = Annotated[
+    bool, _flag("If the latent space collapsed, apply remedies as celbo cure does.", "--auto-remedy", panel=TRAINING)
+]
+Device = Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", panel=TRAINING, metavar="NAME")]
+Threads = Annotated[int | None, _option("Number of processor threads.", panel=TRAINING, metavar="N")]
+EncodeContext = Annotated[bool, _flag("Give the conditions to the encoder too.  [default: yes]", panel=MORE)]
+KeepReference = Annotated[
+    bool,
+    _flag("Keep the cells' latent positions in the model folder (no counts, no names).  [default: yes]", panel=MORE),
+]
+
+# What the commands ask of a fitted model.
+ModelToCheck = Annotated[
+    Path | None, _option("Run, or its model folder, that will read these cells.", "--model", metavar="FOLDER")
+]
+TypesColumn = Annotated[
+    str | None,
+    _option("Column of obs with known types, to search z for conditions within each.", "--groupby", metavar="COLUMN"),
+]
+Tolerance = Annotated[float, _option("Nats per cell of held-out log p(x) that a remedy may cost.", metavar="NATS")]
+Tries = Annotated[int, _option("Most models to fit.", metavar="N")]
+CompareData = Annotated[
+    Path, _option("Cells to compare the models on: those they were fitted to, or others.", "--data", metavar="FILE")
+]
+NewConditions = Annotated[
+    list[str],
+    _option("Condition and its new value, as stim=treated; repeat for more.", "--set", metavar="NAME=VALUE"),
+]
+DrawCounts = Annotated[bool, _flag("Write counts drawn from the model in place of means.", "--sample")]
+Others = Annotated[
+    list[Path] | None,
+    _option(
+        "Run of the same cells with another seed, to combine with equal weight; repeat for more.",
+        "--other",
+        metavar="FOLDER",
+    ),
+]
+DrawsPerModel = Annotated[int, _option("Draws of z for each cell and model.", "--n-samples", panel=MORE, metavar="N")]
+NCells = Annotated[int, _option("Number of cells.", "-n", metavar="N")]
+GivenConditions = Annotated[
+    list[str] | None,
+    _option("Condition and its value, as stim=ctrl; repeat for more.", "--given", metavar="NAME=VALUE"),
+]
+Source = Annotated[
+    str,
+    _option(
+        "Distribution to draw z from: aggregated (posteriors of the cells of fit), mixture or prior.",
+        "--from",
+        metavar="NAME",
+    ),
+]
+Library = Annotated[float | None, _option("Library size of all cells.  [default: drawn]", metavar="COUNT")]
+Outliers = Annotated[bool, _flag("Score how unusual each cell is, given its depth and batch.", "--outliers")]
+Refine = Annotated[
+    bool, _flag("Fit the posterior of each cell separately first: slower, but more reliable.", "--refine")
+]
+DrawsPerCell = Annotated[
+    int | None,
+    _option("Draws of z for each cell, for log p(x).  [default: 500]", "--n-samples", panel=MORE, metavar="N"),
+]
+GroupBy = Annotated[str, _option("Column of obs with the groups of cells.", "--groupby", metavar="COLUMN")]
+Group = Annotated[str | None, _option("Group to compare.  [default: each group]", metavar="NAME")]
+Reference = Annotated[str | None, _option("Group to compare it with.  [default: all other cells]", metavar="NAME")]
+LeastChange = Annotated[float, _option("Smallest log2 fold change that matters.", metavar="X")]
+PairBy = Annotated[
+    str | None,
+    _option("Column of obs, e.g. donor: compare groups within each of its levels.", metavar="COLUMN"),
+]

@@ -1,4 +1,4 @@
-"""Progress on stderr while a model trains: a bar on a terminal, elsewhere a line about every half minute."""
+"""Show the progress of training on stderr: a bar on a terminal, elsewhere a line every half minute."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Track]:
-    """Show how far training is, minibatch by minibatch, with the time it may still take."""
+    """Show after each minibatch how far training is, and the most time that it can still take."""
     if not console.is_terminal:
         yield _lines(console)
         return
@@ -35,15 +35,15 @@ def shown_progress(console: Console) -> Iterator[Track]:
 
 
 def _lines(console: Console) -> Track:
-    started = said = time.monotonic()
+    started = last_line = time.monotonic()
 
     def track(minibatches: Iterable[Rows], plan: Plan, history: list[Epoch]) -> Iterator[Rows]:
-        nonlocal said
+        nonlocal last_line
         for step, rows in enumerate(minibatches, start=1):
             yield rows
             now = time.monotonic()
-            if now - said >= _SECONDS_BETWEEN_LINES:
-                said = now
+            if now - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line = now
                 done = (len(history) * plan.steps_per_epoch + step) / (plan.epochs * plan.steps_per_epoch)
                 left = (now - started) * (1 - done) / done
                 line = f"{_describe(plan, history)}, {done:.0%} of the plan, at most {left / 60:.1f} min left"

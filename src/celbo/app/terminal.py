@@ -1,4 +1,4 @@
-"""Talk to a person at a terminal: messages, warnings, signals, and failures that end in a message and an exit code."""
+"""Messages, warnings and signals at a terminal. Every failure ends in a message and an exit code."""
 
 import errno
 import io
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from celbo.fit.train import Epoch, Plan, Track
     from celbo.minibatch import Rows
 
-__all__ = ["ending_when_told", "guarded", "plain", "say", "shown_warnings"]
+__all__ = ["guarded", "plain", "say", "shown_warnings", "stop_on_signal"]
 
-# Disk full, quota, read-only, permission: what the person, not celbo, can mend.
+# Disk full, quota, read-only, permission: the user can repair these, celbo cannot.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 def say(text: str) -> None:
-    """Tell the person, not the pipe; names in data cannot control the terminal, nor can a full one stop the work."""
+    """Print a message to stderr, without control characters. A failure to print does not stop the work."""
     with suppress(OSError):
         typer.echo(plain(text), err=True)
 
 
 def plain(text: str) -> str:
-    """The text, without what could control a terminal."""
+    """Replace characters that could control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager
 def shown_warnings() -> Iterator[list[str]]:
-    """Say warnings in a line each, each once, and keep them all."""
+    """Print each warning once, in one line, and collect them all."""
     notes: list[str] = []
 
     def show(message: Warning | str, *_: Any) -> None:
@@ -52,10 +52,10 @@ def shown_warnings() -> Iterator[list[str]]:
         yield notes
 
 
-_OUT_OF_MEMORY = "out of memory: use fewer cells, genes or hidden units, or a machine with more of it."
+_OUT_OF_MEMORY = "out of memory: use fewer cells, genes or hidden units, or a machine with more memory."
 
 _signals: list[int] = []
-"""Numbers of the signals received; like signals themselves, one list for the process."""
+"""Numbers of the signals that this process received."""
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
@@ -65,32 +65,32 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _left_behind(found: "sys.UnraisableHookArgs") -> None:
-    """Say nothing of a `_stop` that came while C called Python, which cannot pass it on: training ends by itself."""
-    if not (_signals and isinstance(found.exc_value, SystemExit)):
-        sys.__unraisablehook__(found)
+def _ignore_stop(dropped: "sys.UnraisableHookArgs") -> None:
+    """Print no traceback for an exit that Python dropped because C code called it: `stop_on_signal` ends training."""
+    if not (_signals and isinstance(dropped.exc_value, SystemExit)):
+        sys.__unraisablehook__(dropped)
 
 
-def ending_when_told(track: "Track") -> "Track":
-    """End at the next minibatch if a signal came; Python drops what `_stop` raises while it runs a destructor."""
+def stop_on_signal(track: "Track") -> "Track":
+    """End at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
 
-    def ending(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
+    def stopping(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
         for rows in track(minibatches, plan, history):
             if _signals:
                 sys.exit(128 + _signals[0])
             yield rows
 
-    return ending
+    return stopping
 
 
 def guarded(app: Callable[[], None]) -> None:
-    """Run a command line; every failure ends in a message and its exit code, never in a traceback."""
+    """Run a command line. Every failure ends in a message and an exit code, never in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    sys.unraisablehook = _left_behind
+    sys.unraisablehook = _ignore_stop
     try:
         app()
     except CelboError as error:
@@ -102,7 +102,7 @@ def guarded(app: Callable[[], None]) -> None:
             _bug(error)
         _fail(f"{error.filename or 'a file'}: {error.strerror}.", StorageError.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence
-        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's own ways to say it
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # errors of torch
             _fail(_OUT_OF_MEMORY, 137)
         _bug(error)
 
@@ -116,7 +116,7 @@ def _bug(error: Exception) -> NoReturn:
     if os.environ.get("CELBO_DEBUG"):
         traceback.print_exc()
     _fail(
-        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please report it "
-        "with what CELBO_DEBUG=1 shows when set before the same command.",
+        f"{type(error).__name__}: {error}. This is a fault in celbo, not in your data or command. Please set "
+        "CELBO_DEBUG=1, run the same command again, and report what it prints.",
         CelboError.exit_code,
     )

@@ -1,12 +1,16 @@
-"""A run's folder belongs to one process at a time, and is not taken for one where other files have the names."""
+"""Let one process at a time write into a run's folder, and keep other programs' files there."""
 
+import errno
 import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from celbo import checkpoint
 from celbo.errors import StorageError, UsageError
@@ -25,30 +29,51 @@ WRITTEN = (
     "latent.png",
     "report.html",
 )
-"""What a run writes into its folder."""
+"""Names of the files and folders that a run may write into its folder."""
+
 _LOCK = ".celbo-lock"
+_MARKER = ".celbo-lock-marker"
+"""File that stands for the lock on file systems that cannot lock files."""
+_CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_SECONDS_TO_WAIT = 0.2
+"""A lock that is being released, or a marker of a dead process, is free after the first or second try."""
 
 
 @contextmanager
 def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
-    """Make a run's folder, find out before training that it can be written to, and keep others from writing there.
+    """Make a run's folder, check before training that it can be written to, and lock it.
 
-    A lock file names the process that writes. One left on this host by a process that is gone is taken over.
+    The operating system frees the lock when its process ends, even if that process is killed.
 
     Parameters
     ----------
     path
         The folder.
     data
-        What is read meanwhile, which nothing may overwrite.
+        The file that the run reads. The run must not overwrite it.
 
     Raises
     ------
     UsageError
-        If the path is a file, or the data are what the run would write.
+        If the path is a file, if the run would overwrite the data, or if the folder has files of another program.
     StorageError
         If the folder cannot be made or written to, or another process writes there.
     """
+    _check_folder(path, data)
+    with ExitStack() as undo:
+        try:
+            if not path.exists():
+                undo.callback(_remove_if_empty, path)
+            path.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(_locked(path))
+        except OSError as error:
+            reason = error.strerror or error
+            raise StorageError(f"{path} cannot be written to: {reason}. Name another folder with -o.") from error
+        yield path
+
+
+def _check_folder(path: Path, data: Path | None) -> None:
+    """Check that a run may write into a folder without a loss to anybody."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder to write to.")
     if any(checkpoint.is_model_folder(folder) for folder in (path.resolve(), *path.resolve().parents)):
@@ -59,76 +84,73 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
             raise UsageError(f"{data} would be overwritten by this run; name another folder with -o.")
     if (path / "model").exists():
         checkpoint.refuse_to_replace(path / "model")
-    there = [name for name in WRITTEN if (path / name).exists()]
-    is_ours = _is_record(path / "run.json") if "run.json" in there else "model" in there
-    if there and not is_ours:
-        raise UsageError(f"{path} has {', '.join(there)} that celbo did not write; name another folder with -o.")
-    lock, was_made = path / _LOCK, not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        _take_lock(lock)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written to: {error.strerror}. Name another folder with -o.") from error
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            lock.unlink()
-        if was_made:
-            with suppress(OSError):  # which is raised if there is something in it, as there should be
-                path.rmdir()
-        _HELD.discard(lock.resolve())
+    names = [name for name in WRITTEN if (path / name).exists()]
+    is_ours = _is_record(path / "run.json") if "run.json" in names else "model" in names
+    if names and not is_ours:
+        raise UsageError(f"{path} has {', '.join(names)} that celbo did not write; name another folder with -o.")
 
 
 def _is_record(path: Path) -> bool:
-    """Whether this is the record of a run of celbo's, and not another program's file of that name."""
+    """Return whether a file is the record of a celbo run, and not another program's file of the same name."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return "celbo" in found["versions"]
+        return "celbo" in json.loads(path.read_text(encoding="utf-8"))["versions"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-_HELD: set[Path] = set()
-"""Locks of this process."""
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
-def _take_lock(lock: Path) -> None:
-    """Make the lock file, or a `StorageError` that says whose it is."""
-    for _ in range(2):  # once more, if the lock's owner is gone
-        with suppress(FileExistsError), lock.open("x") as file:
-            json.dump({"pid": os.getpid(), "host": platform.node()}, file)
-            _HELD.add(lock.resolve())
-            return
-        try:
-            owner = json.loads(lock.read_text())
-            pid, host = int(owner["pid"]), str(owner["host"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pid, host = None, None
-        if pid is not None and host == platform.node() and not _holds(pid, lock):
-            lock.unlink(missing_ok=True)
-            continue
-        whose = "another process" if pid is None else f"process {pid} on {host}"
-        raise StorageError(
-            f"{lock.parent} is being written by {whose}. Wait for it, or name another folder with -o. If nobody "
-            f"writes there for certain, delete {lock}."
-        )
-    raise StorageError(f"{lock.parent} is being written by another process. Name another folder with -o.")
-
-
-def _holds(pid: int, lock: Path) -> bool:
-    """Whether this process holds the lock; in a container a killed one often had the same number as its successor."""
-    return lock.resolve() in _HELD if pid == os.getpid() else _runs(pid)
-
-
-def _runs(pid: int) -> bool:
-    """Whether there is a process of this number on this host."""
-    if sys.platform == "win32":  # no way to ask without harm
-        return True
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. A `StorageError` names the process that holds it already."""
+    path = folder / _LOCK
+    lock = _acquire(folder)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        if sys.platform != "win32":  # where no other process could read it
+            path.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # before the release: after it, another process may hold a lock of this name
+        lock.release()
+
+
+def _acquire(folder: Path) -> BaseFileLock:
+    """Lock a folder, with a marker file where the file system has no locks."""
+    path, marker = folder / _LOCK, folder / _MARKER
+    lock: BaseFileLock = FileLock(path, timeout=_SECONDS_TO_WAIT, fallback_to_soft=False)
+    try:
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise StorageError(f"{_in_use(folder, path)}.") from None
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        reason = error.strerror
+    warnings.warn(
+        f"{folder} is on a file system that cannot lock files ({reason}). The file {_MARKER} marks the folder as in "
+        "use instead. If a run is killed on another computer, delete that file.",
+        stacklevel=2,
+    )
+    lock = SoftFileLock(marker, timeout=_SECONDS_TO_WAIT)
+    try:
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise StorageError(
+            f"{_in_use(folder, marker)}. If you are sure that no process writes there, delete {marker}."
+        ) from None
+
+
+def _in_use(folder: Path, lock: Path) -> str:
+    """Say which process writes into a folder; its number and host are in the lock file."""
+    try:
+        pid, host = lock.read_text(encoding="utf-8").split("\n")[:2]
+        owner = f"process {int(pid)} on {host}"
+    except (OSError, ValueError):
+        owner = "another process"
+    return f"{folder} is being written by {owner}. Wait for it, or name another folder with -o"

@@ -1,4 +1,4 @@
-"""Files that commands write: in one step or not at all, and never over what celbo did not write."""
+"""Write the files of commands in one step or not at all, and never over a file that celbo did not write."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from celbo.ask.counterfactual import Counterfactual
 from celbo.errors import DataError, StorageError, UsageError
 
 __all__ = [
-    "refuse_no_counterfactual",
-    "refuse_no_embedding",
-    "refuse_no_sample",
-    "refuse_no_table",
+    "check_counterfactual_path",
+    "check_embedding_path",
+    "check_sample_path",
+    "check_table_path",
     "write_counterfactual",
     "write_embedding",
     "write_file",
@@ -24,141 +24,135 @@ __all__ = [
 ]
 
 
-_TABLES = (
-    "cell,label,probability,p_known,",
-    "cell,log_p,se,ess,",
-    "cell,log_p,score,p_value,",
-    "gene,group,reference,",
-)
-"""How the tables of each command begin; a person's own seldom has the same first columns."""
+_TABLES = {
+    "predict": ("cell,label,probability,p_known,",),
+    "score": ("cell,log_p,se,ess,", "cell,log_p,score,p_value,"),
+    "de": ("gene,group,reference,",),
+}
+"""First columns of the tables of each command. A file of another program rarely begins in the same way."""
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
-    """Write an embedding as ``.h5ad``, in one step or not at all; what is no embedding is not replaced."""
-    refuse_no_embedding(path)
+    """Write an embedding as ``.h5ad``. Only another embedding may be replaced."""
+    check_embedding_path(path)
     _write_cells(cells, path)
 
 
-def write_counterfactual(found: Counterfactual, cells: AnnData, path: Path, *, sample: bool, seed: int) -> None:
-    """Write cells as they would be as ``.h5ad``, in one step or not at all; no other file is replaced.
+def write_counterfactual(answer: Counterfactual, cells: AnnData, path: Path, *, sample: bool, seed: int) -> None:
+    """Write cells under other conditions as ``.h5ad``. Only another counterfactual may be replaced.
 
     X is the mean, ``layers["lower"]`` and ``layers["upper"]`` its 90 % interval; or, with ``sample``, drawn counts.
     obs has the conditions asked for and the support (``celbo_share``, ``celbo_distance``, ``celbo_verdict``), var the
-    changed genes, ``uns["celbo_counterfactual"]`` what X is: "mean" or "drawn".
+    changed genes, ``uns["celbo_counterfactual"]`` the kind of X: "mean" or "drawn".
     """
-    refuse_no_counterfactual(path)
+    check_counterfactual_path(path)
     if sample:
-        adata = found.sample(seed)
+        adata = answer.sample(seed)
     else:
-        adata = AnnData(X=found.mean, obs=found.obs.copy(), layers={"lower": found.lower, "upper": found.upper})
-        adata.var_names = found.genes.index
+        adata = AnnData(X=answer.mean, obs=answer.obs.copy(), layers={"lower": answer.lower, "upper": answer.upper})
+        adata.var_names = answer.genes.index
     adata.obs_names = cells.obs_names
     adata.uns["celbo_counterfactual"] = "drawn" if sample else "mean"
-    for name, column in found.support.items():
+    for name, column in answer.support.items():
         adata.obs[f"celbo_{name}"] = column.to_numpy()
-    for name, column in found.genes.items():
+    for name, column in answer.genes.items():
         adata.var[str(name)] = column.to_numpy()
     _write_cells(adata, path)
 
 
 def write_sample(cells: AnnData, path: Path) -> None:
-    """Write drawn cells as ``.h5ad``, in one step or not at all; no other file is replaced."""
-    refuse_no_sample(path)
+    """Write drawn cells as ``.h5ad``. Only another file of drawn cells may be replaced."""
+    check_sample_path(path)
     _write_cells(cells, path)
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, in one step or not at all; a file that is no such table is not replaced."""
-    refuse_no_table(path)
-    rows = table.index.name if table.index.name == "gene" else "cell"
-    ours = [start for start in _TABLES if start.startswith(f"{rows},{table.columns[0]},")]
+def write_table(table: pd.DataFrame, path: Path, command: str) -> None:
+    """Write the table of a command as CSV. Only a table of the same command may be replaced."""
+    check_table_path(path, command)
+    write_file(path, table.to_csv(index_label=_TABLES[command][0].partition(",")[0]))
+
+
+def check_table_path(path: Path, command: str) -> None:
+    """Check that the table of a command can have this name, and that no other file has it."""
+    _check_name(path, ".csv")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(tuple(map(str.encode, ours))))
+        is_ours = not path.exists() or path.read_text(errors="replace").startswith(_TABLES[command])
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}. Name another place with -o.") from error
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Name another file with -o.") from error
     if not is_ours:
         raise UsageError(f"{path} exists, and is no table that celbo wrote; name another file with -o.")
-    write_file(path, table.to_csv(index_label=rows))
 
 
-def refuse_no_table(path: Path) -> None:
-    """Refuse a name that no table can be written to."""
+def check_embedding_path(path: Path) -> None:
+    """Check that an embedding can have this name, and that no other file has it."""
+    _check_cells_path(path, lambda cells: "X_celbo" in cells.obsm and not cells.n_vars, "embedding that celbo wrote")
+
+
+def check_counterfactual_path(path: Path) -> None:
+    """Check that a counterfactual can have this name, and that no other file has it."""
+    _check_cells_path(path, lambda cells: "celbo_counterfactual" in cells.uns, "counterfactual that celbo wrote")
+
+
+def check_sample_path(path: Path) -> None:
+    """Check that drawn cells can have this name, and that no other file has it."""
+    _check_cells_path(path, lambda cells: "celbo_sample" in cells.uns, "sample that celbo drew")
+
+
+def _check_name(path: Path, ending: str) -> None:
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a .csv file to write.")
-    if path.suffix != ".csv":
-        raise UsageError(f"{path} is to be a .csv file; name it so.")
+        raise UsageError(f"{path} is a folder; name a file that ends in {ending}.")
+    if path.suffix != ending:
+        raise UsageError(f"{path} does not end in {ending}; name a file that does.")
 
 
-def refuse_no_embedding(path: Path) -> None:
-    """Refuse a name that no embedding can be written to."""
-    _refuse_other_cells(
-        path, lambda found: "X_celbo" in found.obsm and not found.n_vars, "no embedding that celbo wrote"
-    )
-
-
-def refuse_no_counterfactual(path: Path) -> None:
-    """Refuse a name that no counterfactual can be written to."""
-    _refuse_other_cells(path, lambda found: "celbo_counterfactual" in found.uns, "no counterfactual that celbo wrote")
-
-
-def refuse_no_sample(path: Path) -> None:
-    """Refuse a name that no drawn cells can be written to."""
-    _refuse_other_cells(path, lambda found: "celbo_sample" in found.uns, "no sample that celbo drew")
-
-
-def _write_cells(cells: AnnData, path: Path) -> None:
-    path = Path(os.path.realpath(path))  # where a link leads
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with settings.override(allow_write_nullable_strings=True):  # which all text is in pandas 3
-            cells.write_h5ad(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}. Name another place with -o."
-        ) from error
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def _refuse_other_cells(path: Path, is_ours: Callable[[AnnData], bool], else_it_is: str) -> None:
+def _check_cells_path(path: Path, is_ours: Callable[[AnnData], bool], kind: str) -> None:
+    """Check the name, and that a file that has it satisfies ``is_ours``."""
     path = Path(os.path.realpath(path))
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name an .h5ad file to write.")
-    if path.suffix != ".h5ad":
-        raise UsageError(f"{path} is to be an .h5ad file; name it so.")
+    _check_name(path, ".h5ad")
     if path.exists() and not _holds_cells(path, is_ours):
-        raise UsageError(f"{path} is there, and is {else_it_is}; name another file with -o.")
+        raise UsageError(f"{path} exists, and is no {kind}; name another file with -o.")
 
 
 def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
     if not path.is_file():
         return False
     try:
-        found = read_h5ad(path, backed="r")
-    except Exception:  # noqa: BLE001 - whatever it is, it is not ours
+        cells = read_h5ad(path, backed="r")
+    except Exception:  # noqa: BLE001 - celbo did not write a file that anndata cannot read
         return False
-    ours = is_ours(found)
-    found.file.close()
-    return ours
+    answer = is_ours(cells)
+    cells.file.close()
+    return answer
+
+
+def _write_cells(cells: AnnData, path: Path) -> None:
+    try:
+        with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
+            _write(path, cells.write_h5ad)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file in one step or not at all."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    # A file name that is no text in this locale keeps its bytes.
+    raw = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    _write(path, lambda temporary: temporary.write_bytes(raw))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, then rename. Follow a link, so that it stays a link."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        # A file name that is no text in this locale keeps its bytes.
-        beside.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
-        beside.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
     except OSError as error:
+        reason = error.strerror or error
         raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space, or name another place."
+            f"{path} cannot be written: {reason}. Free some space, or name another place with -o."
         ) from error
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
