@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 import torch
+from sklearn.base import clone
 
 import celbo
 from celbo import DataError, ExpressionVAE, ModelFileError, NotFittedError, TrainConfig, UsageError, checkpoint
@@ -356,3 +357,55 @@ def test_warnings_name_the_callers_line(cells):
     with pytest.warns(UserWarning, match="'batch' is 'only'") as said:
         celbo.ExpressionVAE(conditions=["batch"], n_top_genes=20, train=train).fit(odd)
     assert {str(warning.filename) for warning in said} == {__file__}
+
+
+def test_a_model_shows_what_differs_from_the_defaults_and_whether_it_is_fitted(cells, fitted, tmp_path):
+    plain = ExpressionVAE()
+    assert repr(plain) == "ExpressionVAE(not fitted)"
+    options = "latent_dim=4, hidden_dims=(16,), conditions=['batch'], train=TrainConfig(max_epochs=4)"
+    assert repr(fitted) == f"ExpressionVAE({options}; fitted: 300 cells x 60 genes, 4 epochs)"
+    fitted.save(tmp_path / "model")
+    assert repr(celbo.load(tmp_path / "model")).endswith("; fitted: 60 genes, 4 epochs)")
+    assert repr(fitted.history_).startswith("History(4 epochs, held-out ELBO -")
+    html = ExpressionVAE(conditions=["<batch>"])._repr_html_()
+    assert html.startswith("<table><caption>ExpressionVAE (not fitted)</caption>")
+    assert "&lt;batch&gt;" in html
+    assert "<batch>" not in html
+
+
+def test_scikit_learns_manners(cells, fitted):
+    copied = clone(fitted)
+    assert copied.get_params() == fitted.get_params()
+    assert repr(copied).endswith("; not fitted)")
+    assert copied.set_params(latent_dim=7, prior="vamp:5") is copied
+    assert (copied.latent_dim, copied.prior, fitted.latent_dim) == (7, "vamp:5", 4)
+    with pytest.raises(UsageError, match=r"'latent_dims' is no option of ExpressionVAE; it has 'latent_dim'"):
+        copied.set_params(latent_dims=3)
+    copied.set_params(latent_dim=4, prior="normal").fit(cells)
+    np.testing.assert_array_equal(copied.embed(cells), fitted.embed(cells))
+
+
+def test_a_fit_that_is_interrupted_leaves_the_model_as_it_was(cells):
+    model = ExpressionVAE(latent_dim=2, train=QUICK).fit(cells)
+    before = model.embed(cells)
+
+    def stop(minibatches, plan, history):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(cells, track=stop)
+    np.testing.assert_array_equal(model.embed(cells), before)
+    with pytest.raises(KeyboardInterrupt):
+        (new := ExpressionVAE()).fit(cells, track=stop)
+    assert repr(new) == "ExpressionVAE(not fitted)"
+
+
+def test_cells_that_were_prepared_once_give_the_same_fits_and_answers(cells, fitted):
+    prepared = fitted.prepare(cells)
+    again = clone(fitted).fit(prepared)
+    np.testing.assert_array_equal(again.embed(prepared), fitted.embed(cells))
+    other = ExpressionVAE(latent_dim=2, hidden_dims=(8,), conditions=["batch"], train=QUICK).fit(prepared)
+    assert other.embed(prepared).shape == (300, 2)
+    np.testing.assert_array_equal(again.embed(prepared), fitted.embed(cells))
+    with pytest.raises(UsageError, match="opened for a model of other genes"):
+        ExpressionVAE(train=QUICK).fit(cells[:, :20]).embed(prepared)

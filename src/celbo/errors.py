@@ -13,8 +13,9 @@ A message says what was found (where, how many), what was expected, and what to 
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
+from typing import TypeVar
 
 __all__ = [
     "CelboError",
@@ -26,9 +27,13 @@ __all__ = [
     "UsageError",
     "check_count",
     "check_seed",
+    "chosen_row",
     "listed",
     "warn",
 ]
+
+
+Row = TypeVar("Row")
 
 
 class CelboError(Exception):
@@ -77,6 +82,20 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "celbo":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def chosen_row(option: str, name: object, table: Mapping[str, Row]) -> Row:
+    """Return the row of a table that an option names, or raise a `UsageError` that lists the names.
+
+    Examples
+    --------
+    >>> chosen_row("likelihood", "normal", {"gaussian": 1, "nb": 2})
+    Traceback (most recent call last):
+    celbo.errors.UsageError: likelihood is 'normal'; choose one of gaussian, nb.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise UsageError(f"{option} is {name!r}; choose one of {', '.join(table)}.")
+    return table[name]
 
 
 def check_count(name: str, value: object, least: int) -> None:

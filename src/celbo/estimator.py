@@ -1,59 +1,44 @@
 """ExpressionVAE, for people with an AnnData: its options, `fit`, `save`, and a method for each question."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields, replace
-from html import escape
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo import checkpoint
 from celbo.ask import counterfactual, differential, generate, labels, mapping, outliers, readings, scoring
 from celbo.ask.counterfactual import Counterfactual
+from celbo.checkpoint import read_folder
 from celbo.data.checks import Check
 from celbo.data.conditions import UNLABELLED
 from celbo.data.read import read_adata
-from celbo.data.schema import Schema
-from celbo.errors import ModelFileError, NotFittedError, UsageError, listed, warn
+from celbo.errors import ModelFileError, NotFittedError, UsageError, chosen_row, listed, warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted, fit_model
+from celbo.fit.history import History
 from celbo.fit.older import modern_options
-from celbo.fit.reference import Reference, reference_arrays, reference_from
-from celbo.fit.remedies import Recipe, combine, contradictions, refuse_unfit
-from celbo.fit.start import Architecture, cells_to_fit, check_to_fit, make_vae
-from celbo.fit.train import Epoch, Split, Track, TrainConfig, settle_device
-from celbo.model.likelihoods import LIKELIHOODS, Likelihood
-from celbo.model.objective import OBJECTIVES, Objective
-from celbo.model.vae import VAE
+from celbo.fit.remedies import Recipe, recipe_for
+from celbo.fit.saved import read_fitted, take_weights, write_fitted
+from celbo.fit.shown import shown_state, shown_table, shown_value
+from celbo.fit.start import Architecture, cells_to_fit, check_to_fit
+from celbo.fit.train import Track, TrainConfig, settle_device
+from celbo.model.likelihoods import LIKELIHOODS
+from celbo.model.objective import OBJECTIVES
 from celbo.trust import diagnosing
 from celbo.trust.advice import Diagnosis
 
-__all__ = ["ExpressionVAE", "History", "load"]
+__all__ = ["ExpressionVAE", "load"]
+
+CellsLike: TypeAlias = AnnData | str | Path | Cells
+"""Cells in memory, their path, or cells that were checked and aligned before."""
+Array = NDArray[np.float32]
 
 _MADE_BY_FIT = ("fitted_", "schema_", "vae_", "history_", "split_", "reference_")
-
-
-class History(list[Epoch]):
-    """One `celbo.fit.train.Epoch` per pass over the training cells."""
-
-    def to_frame(self) -> pd.DataFrame:
-        """Make a table with a row per epoch; ``kl_per_dim`` is spread over columns ``kl_0``, ``kl_1``, ..."""
-        frame = pd.DataFrame([asdict(epoch) for epoch in self]).drop(columns="kl_per_dim")
-        kl = pd.DataFrame([epoch.kl_per_dim for epoch in self]).add_prefix("kl_")
-        return pd.concat([frame, kl], axis=1)
-
-    def __repr__(self) -> str:
-        last = self[-1] if self else None
-        if last is None or last.validation_elbo is None:
-            return f"History({len(self)} epochs)"
-        return f"History({len(self)} epochs, held-out ELBO {last.validation_elbo:,.1f} nats per cell at the end)"
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -129,13 +114,8 @@ class ExpressionVAE:
     """How to train."""
 
     fitted_: Fitted = field(init=False)
-    schema_: Schema = field(init=False)
-    vae_: VAE = field(init=False)
-    history_: History = field(init=False)
-    split_: Split = field(init=False)
-    reference_: Reference | None = field(init=False)
 
-    def fit(self, adata: AnnData | str | Path | Cells, *, track: Track | None = None) -> "ExpressionVAE":
+    def fit(self, adata: CellsLike, *, track: Track | None = None) -> "ExpressionVAE":
         """Learn from cells with raw counts.
 
         Parameters
@@ -194,7 +174,9 @@ class ExpressionVAE:
         names = ("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer")
         options = {name: getattr(self, name) for name in (*names, "size_factor", "allow_noninteger", "remedies")}
         adata = read_adata(adata, layer=self.layer)
-        return check_to_fit(adata, self._likelihood(), fingerprint=fingerprint, **options)
+        return check_to_fit(
+            adata, chosen_row("likelihood", self.likelihood, LIKELIHOODS), fingerprint=fingerprint, **options
+        )
 
     def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
         """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.
@@ -217,15 +199,11 @@ class ExpressionVAE:
         check = self.check(adata, fingerprint=fingerprint)
         return cells_to_fit(adata, check, n_top_genes=self.n_top_genes, labels=self.labels, unlabelled=self.unlabelled)
 
-    def embed(
-        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
-    ) -> NDArray[np.float32]:
+    def embed(self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8) -> Array:
         """Return the posterior means of z, ``(cells, latent_dim)``: the latent space. Options as in `posterior`."""
         return self.posterior(adata, unseen=unseen, genes_present=genes_present)[0]
 
-    def posterior(
-        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def posterior(self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Array, Array]:
         """Return the position of each cell in the latent space, with its uncertainty: mean and sd of q(z | x, c).
 
         Parameters
@@ -246,7 +224,7 @@ class ExpressionVAE:
         """
         return scoring.posterior(*self._open(adata, unseen, genes_present))
 
-    def elbo(self, adata: AnnData | str | Path | Cells, *, seed: int = 0) -> pd.DataFrame:
+    def elbo(self, adata: CellsLike, *, seed: int = 0) -> pd.DataFrame:
         """Return the evidence lower bound of each cell and its terms, in nats, with one sample of z.
 
         The sample of a cell depends on its place among the cells. Another seed, or another order of the cells, gives
@@ -261,7 +239,7 @@ class ExpressionVAE:
 
     def log_prob(
         self,
-        adata: AnnData | str | Path | Cells,
+        adata: CellsLike,
         *,
         n_samples: int = 500,
         refine: bool = False,
@@ -315,12 +293,7 @@ class ExpressionVAE:
         return scoring.log_prob(fitted, cells, n_samples=n_samples, refine=refine, seed=seed)
 
     def outliers(
-        self,
-        adata: AnnData | str | Path | Cells,
-        *,
-        unseen: str = "refuse",
-        genes_present: float = 0.8,
-        seed: int = 0,
+        self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8, seed: int = 0
     ) -> pd.DataFrame:
         """Say how unusual each cell is, compared with held-out cells of the same depth and batch.
 
@@ -365,12 +338,12 @@ class ExpressionVAE:
 
     def expected_expression(
         self,
-        adata: AnnData | str | Path | Cells,
+        adata: CellsLike,
         *,
         given: Mapping[str, Any] | None = None,
         over: Sequence[str] = (),
         library: float | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> Array:
         """Return denoised expression: the mean of p(x | mu_z, c), for each cell and gene of the model.
 
         Parameters
@@ -398,7 +371,7 @@ class ExpressionVAE:
 
     def differential_expression(
         self,
-        adata: AnnData | str | Path | Cells,
+        adata: CellsLike,
         *,
         groupby: str,
         group: str | None = None,
@@ -467,7 +440,7 @@ class ExpressionVAE:
 
     def counterfactual(
         self,
-        adata: AnnData | str | Path | Cells,
+        adata: CellsLike,
         given: Mapping[str, Any],
         *,
         others: "Sequence[ExpressionVAE]" = (),
@@ -519,13 +492,12 @@ class ExpressionVAE:
         others = list(others) if isinstance(others, Iterable) else [others]
         if not all(isinstance(other, ExpressionVAE) for other in others):
             raise UsageError("others is a list of fitted models, as celbo.load reads them: others=[model].")
-        self._refuse_single_levels(given)
-        models = [other.fitted_ for other in others]
-        return counterfactual.counterfactual(*self._open(adata), given, others=models, n_samples=n_samples, seed=seed)
+        fitted, cells = self._open(adata)
+        options: dict[str, Any] = {"others": [other.fitted_ for other in others], "n_samples": n_samples, "seed": seed}
+        counterfactual.refuse_single_levels(fitted.schema, (*self.conditions, *self.nuisance), given)
+        return counterfactual.counterfactual(fitted, cells, given, **options)
 
-    def predict(
-        self, adata: AnnData | str | Path | Cells, *, unseen: str = "refuse", genes_present: float = 0.8
-    ) -> pd.DataFrame:
+    def predict(self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8) -> pd.DataFrame:
         """Predict cell labels, and which cells match none of the known labels.
 
         Parameters
@@ -602,7 +574,9 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.schema_.layer)
         fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, track=track)
-        return self if fitted is self.fitted_ else self._with(fitted)
+        model = self if fitted is self.fitted_ else copy(self)
+        model.fitted_ = fitted
+        return model
 
     def sample(
         self,
@@ -610,7 +584,7 @@ class ExpressionVAE:
         *,
         conditions: Mapping[str, Any] | None = None,
         source: str = "aggregated",
-        around: AnnData | str | Path | Cells | None = None,
+        around: CellsLike | None = None,
         library: float | None = None,
         seed: int = 0,
     ) -> AnnData:
@@ -664,8 +638,8 @@ class ExpressionVAE:
 
     def interpolate(
         self,
-        start: AnnData | str | Path | Cells,
-        end: AnnData | str | Path | Cells,
+        start: CellsLike,
+        end: CellsLike,
         *,
         n_points: int = 11,
         given: Mapping[str, Any] | None = None,
@@ -700,7 +674,7 @@ class ExpressionVAE:
         ends = [self._open(cells)[1] for cells in (start, end)]
         return generate.interpolate(self.fitted_, ends, n_points=n_points, given=given, library=library)
 
-    def diagnose(self, adata: AnnData | str | Path | Cells, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
+    def diagnose(self, adata: CellsLike, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
         """Look for posterior collapse and related faults: a latent without information, a condition that is ignored.
 
         If these are the cells of fit, everything is measured on the cells that were held out; else on all cells (at
@@ -732,17 +706,8 @@ class ExpressionVAE:
 
     def recipe(self) -> Recipe:
         """Combine `remedies` into one training recipe; raise a `UsageError` with their table if they cannot be used."""
-        recipe = combine(self.remedies)
-        refuse_unfit(
-            self.remedies,
-            objective=self.objective,
-            likelihood=self.likelihood,
-            prior=recipe.options.get("prior", self.prior),
-            has_conditions=bool((*self.conditions, *self.nuisance)),
-        )
-        if clashes := contradictions(self.remedies, self.get_params(), _defaults()):
-            raise UsageError(" ".join(clashes))
-        return recipe
+        options = {**self.get_params(), "has_conditions": bool((*self.conditions, *self.nuisance))}
+        return recipe_for(self.remedies, options, _defaults())
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
@@ -759,26 +724,17 @@ class ExpressionVAE:
         StorageError
             If the folder cannot be written. An older model there stays whole.
         """
-        fitted = self.fitted_
-        document = {
-            "options": self.options(),
-            "schema": fitted.schema.to_json(),
-            "history": [_without_nan(asdict(epoch)) for epoch in fitted.history],
-        }
-        weights = {name: value.cpu().numpy() for name, value in fitted.vae.state_dict().items()}
-        reference = fitted.reference if keep_reference else None
-        checkpoint.write_folder(path, document, weights, None if reference is None else reference_arrays(reference))
+        write_fitted(path, self.fitted_, self.options(), keep_reference=keep_reference)
 
     def options(self) -> dict[str, Any]:
         """Return the options of this model as plain values."""
         chosen = self.get_params(deep=False)
-        lists = {name: list(chosen[name]) for name in ("conditions", "nuisance", "interactions", "remedies")}
-        widths = {
-            name: None if chosen[name] is None else [int(width) for width in chosen[name]]
-            for name in ("hidden_dims", "decoder_dims")
-        }
-        plain = {"unlabelled": str(self.unlabelled), "n_top_genes": self.n_top_genes and int(self.n_top_genes)}
-        return {**chosen, **lists, **widths, **plain, "train": asdict(self.train)}
+        for name in ("conditions", "nuisance", "interactions", "remedies"):
+            chosen[name] = list(chosen[name])
+        for name in ("hidden_dims", "decoder_dims"):
+            chosen[name] = None if chosen[name] is None else [int(width) for width in chosen[name]]
+        chosen["n_top_genes"] = self.n_top_genes and int(self.n_top_genes)
+        return {**chosen, "unlabelled": str(self.unlabelled), "train": asdict(self.train)}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the options by name, as scikit-learn's estimators do; ``deep`` changes nothing."""
@@ -796,14 +752,12 @@ class ExpressionVAE:
 
     def __repr__(self) -> str:
         """Show the options that differ from the defaults, and what the model was fitted to."""
-        chosen = [f"{name}={_shown(value)}" for name, value in self._chosen().items()]
-        return f"ExpressionVAE({', '.join(chosen)}{'; ' if chosen else ''}{self._state()})"
+        chosen = ", ".join(f"{name}={shown_value(value)}" for name, value in self._chosen().items())
+        return f"ExpressionVAE({chosen}{'; ' * bool(chosen)}{shown_state(self.__dict__.get('fitted_'))})"
 
     def _repr_html_(self) -> str:
         """Show the same as a small table in a notebook."""
-        rows = [(name, _shown(value)) for name, value in self._chosen().items()]
-        cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-        return f"<table><caption>ExpressionVAE ({escape(self._state())})</caption>{cells}</table>"
+        return shown_table(self._chosen(), shown_state(self.__dict__.get("fitted_")))
 
     def __getattr__(self, name: str) -> Any:
         """Give access to what `fit` made; say what to do if the model is not fitted."""
@@ -821,24 +775,7 @@ class ExpressionVAE:
         defaults = _defaults()
         return {name: value for name, value in self.get_params().items() if value != defaults[name]}
 
-    def _state(self) -> str:
-        """Say whether the model is fitted, and to what."""
-        if "fitted_" not in self.__dict__:
-            return "not fitted"
-        fitted = self.fitted_
-        n_cells = None if fitted.split is None else sum(map(len, fitted.split))
-        cells = "" if n_cells is None else f"{n_cells:,} cells x "
-        return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
-
-    def _with(self, fitted: Fitted) -> "ExpressionVAE":
-        """Return a model with the same options, fitted so."""
-        model = copy(self)
-        model.fitted_ = fitted
-        return model
-
-    def _open(
-        self, adata: AnnData | str | Path | Cells, unseen: str = "refuse", genes_present: float = 0.8
-    ) -> tuple[Fitted, Cells]:
+    def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:
         """Open cells for this model; options as in `posterior`."""
         fitted = self.fitted_
         if not isinstance(adata, Cells):
@@ -852,8 +789,8 @@ class ExpressionVAE:
         if not isinstance(self.train, TrainConfig):
             raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
         return {
-            "likelihood": self._likelihood(),
-            "objective": self._objective(),
+            "likelihood": chosen_row("likelihood", self.likelihood, LIKELIHOODS),
+            "objective": chosen_row("objective", self.objective, OBJECTIVES),
             "config": self.train,
             "recipe": self.recipe(),
             "remedies": self.remedies,
@@ -864,24 +801,6 @@ class ExpressionVAE:
         names = ("latent_dim", "hidden_dims", "dispersion", "encode_context", "norm", "dropout", "decoder_dims")
         options = {name: getattr(self, name) for name in (*names, "prior", "embedding_dim", "interactions")}
         return Architecture(**{**options, **self.recipe().options})
-
-    def _likelihood(self) -> Likelihood:
-        if self.likelihood not in LIKELIHOODS:
-            raise UsageError(f"likelihood is {self.likelihood!r}; choose one of {', '.join(LIKELIHOODS)}.")
-        return LIKELIHOODS[self.likelihood]
-
-    def _objective(self) -> Objective:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective is {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
-        return OBJECTIVES[self.objective]
-
-    def _refuse_single_levels(self, given: Mapping[str, Any]) -> None:
-        """Refuse conditions that had a single level in fit, and so are not in the schema."""
-        known = {condition.name for condition in self.schema_.conditions}
-        if single := [name for name in given if name in {*self.conditions, *self.nuisance} - known]:
-            raise UsageError(
-                f"{listed(single)} had a single level in fit and was left out: nothing can be asked about it."
-            )
 
 
 def load(path: str | Path) -> ExpressionVAE:
@@ -902,60 +821,19 @@ def load(path: str | Path) -> ExpressionVAE:
     ModelFileError
         If the folder is damaged, forged, or written by a newer celbo.
     """
-    folder = checkpoint.read_folder(path)
+    folder = read_folder(path)
     try:
         options = modern_options(folder.document["options"], _defaults())
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
-        model.fitted_ = _fitted_from(model, folder)
+        model.fitted_ = read_fitted(folder, architecture=model._architecture(), **model._parts())
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."
         ) from error
-    expected = {name: (tuple(value.shape), value.dtype) for name, value in model.vae_.state_dict().items()}
-    weights = {name: torch.from_numpy(value) for name, value in folder.weights.items()}
-    saved = {name: (tuple(value.shape), value.dtype) for name, value in weights.items()}
-    if expected != saved:
-        names = sorted(set(expected) ^ set(saved)) or [name for name in expected if expected[name] != saved[name]]
-        raise ModelFileError(
-            f"{path}: the weights do not fit the model that model.json describes ({', '.join(names[:5])}); "
-            "save the model again."
-        )
-    model.vae_.load_state_dict(weights, assign=True)
+    take_weights(model.fitted_, folder, path)
     return model
-
-
-def _fitted_from(model: ExpressionVAE, folder: checkpoint.ModelFolder) -> Fitted:
-    """Make what fit made from a model folder; the weights are not allocated yet."""
-    schema, parts, architecture = Schema.from_json(folder.document["schema"]), model._parts(), model._architecture()
-    if len(model.hidden_dims) > len(folder.weights):
-        raise ValueError(f"{len(model.hidden_dims)} hidden layers, but {len(folder.weights)} tensors")
-    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit
-        vae = make_vae(architecture, schema, parts["likelihood"])
-    history = [Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]]
-    fitted = Fitted(vae=vae.eval(), schema=schema, architecture=architecture, history=history, **parts)
-    if folder.reference is None:
-        return fitted
-    n_readings = readings.n_readings(fitted.is_counts)
-    reference = reference_from(folder.reference, model.latent_dim, len(schema.conditions), n_readings)
-    return replace(fitted, reference=reference)
 
 
 def _defaults() -> dict[str, Any]:
     """Defaults of the options of `ExpressionVAE`."""
     return {option.name: option.default for option in fields(ExpressionVAE) if option.init}
-
-
-def _shown(value: Any) -> str:
-    """Show a value of an option; of a training configuration only what differs from its defaults."""
-    if not isinstance(value, TrainConfig):
-        return repr(value)
-    changed = [f"{part.name}={getattr(value, part.name)!r}" for part in fields(value)
-               if getattr(value, part.name) != part.default]  # fmt: skip
-    return f"TrainConfig({', '.join(changed)})"
-
-
-def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace numbers that JSON lacks by None; an epoch without a single good step has them."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }

@@ -243,11 +243,7 @@ def simulate_cells(
     depth = np.linspace(-batch_depth, batch_depth, n_batches) if n_batches > 1 else np.zeros(1)
     noise = _rng(seed, "library").normal(0.0, library_sd, n_cells)
     library = median_library * np.exp(depth[cells.batches] + noise)
-    if library.max() > _LARGEST_LIBRARY:
-        raise UsageError(
-            f"the largest library is {library.max():.3g} counts, expected at most {_LARGEST_LIBRARY:.0e} so that "
-            f"counts are exact in float32; lower median_library ({median_library}), library_sd or batch_depth"
-        )
+    _check_largest_library(library, median_library)
     mean = np.empty((n_cells, n_genes), np.float32) if keep_mean else None
     counts = _draw_counts(seed, genes, cells, library, options["gate"], threads, mean)
     return AnnData(
@@ -259,6 +255,14 @@ def simulate_cells(
         layers={} if mean is None else {"mean": mean},
         uns={"simulation": options},
     )
+
+
+def _check_largest_library(library: FloatArray, median_library: float) -> None:
+    if library.max() > _LARGEST_LIBRARY:
+        raise UsageError(
+            f"the largest library is {library.max():.3g} counts, expected at most {_LARGEST_LIBRARY:.0e} so that "
+            f"counts are exact in float32; lower median_library ({median_library}), library_sd or batch_depth"
+        )
 
 
 def true_share(adata: AnnData, *, treatment: str | None = None, batch: str | None = None) -> FloatArray:

@@ -14,6 +14,7 @@ from celbo.ask.decoding import Draws, carried_effects, decode_under, draw_counts
 from celbo.ask.labels import label_codes
 from celbo.ask.scoring import doubts_of_values
 from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
+from celbo.data.schema import Schema
 from celbo.errors import UsageError, check_count, check_seed, listed, warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
@@ -22,7 +23,7 @@ from celbo.kernels.threads import threads
 from celbo.model.inference import false_share
 from celbo.streams import Stream, random_stream
 
-__all__ = ["LEAST_CHANGE", "Counterfactual", "changed_genes", "counterfactual"]
+__all__ = ["LEAST_CHANGE", "Counterfactual", "changed_genes", "counterfactual", "refuse_single_levels"]
 
 LEAST_CHANGE = 0.25
 """Change of log2 of a mean from which a gene counts as changed; for a gaussian, in standard deviations."""
@@ -197,6 +198,13 @@ def counterfactual(
         obs=cells.obs.assign(**given),
         layer=schema.layer,
     )
+
+
+def refuse_single_levels(schema: Schema, asked_for: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` for conditions that had a single level in fit, and so are not in the schema."""
+    known = [condition.name for condition in schema.conditions]
+    if single := [name for name in given if name in asked_for and name not in known]:
+        raise UsageError(f"{listed(single)} had a single level in fit and was left out: nothing can be asked about it.")
 
 
 def _check_question(fitted: Fitted, given: Mapping[str, Any], others: Sequence[Fitted], n_samples: int) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "contradictions",
     "known_remedies",
     "linear_warmup",
+    "recipe_for",
     "refuse_unfit",
     "remedy_table",
 ]
@@ -380,6 +381,31 @@ def combine(remedies: Sequence[str]) -> Recipe:
             options |= row.options(number)
     is_bound = all(row.is_bound or (row.name == "beta" and number == 1) for row, number in chosen.values())
     return Recipe(**changed, options=options, is_bound=is_bound)
+
+
+def recipe_for(remedies: Sequence[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Recipe:
+    """Combine the remedies of a model; raise a `UsageError` if they do not go with its other options.
+
+    Parameters
+    ----------
+    remedies
+        As `combine` takes them.
+    options
+        Options of `celbo.ExpressionVAE`, and ``has_conditions``: whether there is a condition or a nuisance.
+    defaults
+        Defaults of the options.
+    """
+    recipe = combine(remedies)
+    refuse_unfit(
+        remedies,
+        objective=options["objective"],
+        likelihood=options["likelihood"],
+        prior=recipe.options.get("prior", options["prior"]),
+        has_conditions=options["has_conditions"],
+    )
+    if clashes := contradictions(remedies, options, defaults):
+        raise UsageError(" ".join(clashes))
+    return recipe
 
 
 def known_remedies(remedies: Sequence[str]) -> tuple[str, ...]:

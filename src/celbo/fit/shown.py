@@ -1,0 +1,43 @@
+"""Options and states of models as people read them: a line of text, and a small table for notebooks."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from html import escape
+from typing import Any
+
+from celbo.fit.fitted import Fitted
+from celbo.fit.train import TrainConfig
+
+__all__ = ["shown_state", "shown_table", "shown_value"]
+
+
+def shown_value(value: Any) -> str:
+    """Show the value of an option; of a training configuration only what differs from its defaults.
+
+    Examples
+    --------
+    >>> shown_value(TrainConfig(seed=3))
+    'TrainConfig(seed=3)'
+    """
+    if not isinstance(value, TrainConfig):
+        return repr(value)
+    values = {option.name: getattr(value, option.name) for option in fields(value)}
+    defaults = {option.name: option.default for option in fields(value)}
+    changed = [f"{name}={part!r}" for name, part in values.items() if part != defaults[name]]
+    return f"TrainConfig({', '.join(changed)})"
+
+
+def shown_state(fitted: Fitted | None) -> str:
+    """Say whether a model is fitted, and to what."""
+    if fitted is None:
+        return "not fitted"
+    cells = "" if fitted.split is None else f"{sum(map(len, fitted.split)):,} cells x "
+    return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
+
+
+def shown_table(options: Mapping[str, Any], state: str) -> str:
+    """Make an HTML table of options, with the state as its caption."""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(shown_value(value))}</td></tr>" for name, value in options.items()
+    )
+    return f"<table><caption>ExpressionVAE ({escape(state)})</caption>{rows}</table>"
