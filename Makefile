@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 DATA :=
 SCVI :=
 
-.PHONY: demo test check bench bench-full docs clean
+.PHONY: demo test test-long check bench bench-full docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/celbo demo -o celbo-demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q -m "not long"
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -q -m long
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

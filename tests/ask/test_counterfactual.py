@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import celbo
-from celbo.ask.counterfactual import one_more_draw
+from celbo.ask.counterfactual import changed_genes, one_more_draw
 from celbo.ask.decoding import carried_effects, decode_under
+from celbo.ask.support import Known, support
 from celbo.fit.cells import open_cells
 from celbo.simulate import true_share
 
@@ -566,3 +568,29 @@ def test_a_library_size_may_be_a_number_of_numpy(cells, whole):
     np.testing.assert_array_equal(whole.expected_expression(some, library=np.float32(1000)), at)
     with pytest.raises(celbo.UsageError, match="library=True"):
         whole.expected_expression(some, library=True)
+
+
+def test_distance_and_share_of_support_by_hand():
+    rng = np.random.default_rng(0)
+    mu_z, has_it = rng.normal(size=(300, 3)).astype(np.float32), rng.random(300) < 0.4
+    cells, no_levels = rng.normal(size=(20, 3)).astype(np.float32) * 2, np.zeros((300, 1), np.float32)
+    table = support(cells, no_levels[:20], Known(mu_z, has_it, no_levels), pd.RangeIndex(20))
+    to_with = np.sqrt(np.square(cells[:, None] - mu_z[has_it]).sum(-1))
+    among_with = np.sqrt(np.square(mu_z[has_it][:, None] - mu_z[has_it]).sum(-1))
+    usual = np.quantile(np.sort(among_with, 1)[:, 15], 0.95)  # the nearest is the cell itself
+    np.testing.assert_allclose(table["distance"], np.sort(to_with, 1)[:, 14] / usual, rtol=1e-5)
+    without = mu_z[~has_it]
+    to_all = np.sqrt(np.square(without[:, None] - mu_z).sum(-1))
+    share = has_it[np.argsort(to_all, 1)[:, :50]].mean(1)
+    to_without = np.sqrt(np.square(cells[:, None] - without).sum(-1))
+    np.testing.assert_allclose(table["share"], share[np.argsort(to_without, 1)[:, :30]].mean(1), rtol=1e-5)
+
+
+def test_the_error_of_a_changed_gene_is_in_units_of_log2():
+    """Draws of z agree, so that the interval is the error of two means of 50 and 20 counts alone."""
+    before, after = np.full((4000, 1), 2.0, np.float32), np.full((4000, 1), 8.0, np.float32)
+    noise = np.array([[3.0], [40.0]])
+    table = changed_genes(before, after, noise, (50, 20), pd.Index(["g"]), np.array([True]), seed=0)
+    error = np.sqrt(3 / 50 / 2**2 + 40 / 20 / 8**2) / np.log(2)
+    assert table["log2_fold_change"].item() == pytest.approx(2.0)
+    assert (table["upper"] - table["lower"]).item() == pytest.approx(2 * 1.645 * error, rel=0.05)

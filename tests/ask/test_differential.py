@@ -200,3 +200,12 @@ def test_groups_are_no_numbers_and_cells_without_one_are_counted(known):
     cells.obs["known"] = cells.obs["cell_type"].astype(object).where(np.arange(cells.n_obs) >= 7, None)
     with pytest.warns(UserWarning, match="7 cells have no 'known'"):
         model.differential_expression(cells, groupby="known", n_samples=1)
+
+
+def test_fold_changes_are_shrunk_to_their_median_and_not_to_zero():
+    rng = np.random.default_rng(0)
+    change, variance = 0.1 * rng.standard_normal(200), np.full(200, 0.01)
+    change[:5] += 3
+    around_zero, shifted = (shrink(change + middle, variance, 0.25, seed=1) for middle in (0.0, 1.0))
+    np.testing.assert_allclose(shifted["log2_fold_change"], around_zero["log2_fold_change"] + 1, atol=1e-6)
+    assert abs(shifted["log2_fold_change"].iloc[5:].mean() - 1) < 0.02

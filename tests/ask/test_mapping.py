@@ -8,8 +8,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import celbo
+from celbo.ask.mapping import _copy_weights
+from celbo.data.conditions import Condition
+from celbo.data.schema import Schema
+from celbo.fit.start import make_vae
 from celbo.fit.train import split_cells
 
 TRAIN = celbo.TrainConfig(max_epochs=30, seed=0)
@@ -326,3 +331,22 @@ def test_levels_that_read_nearly_as_known_ones_are_doubted(many):
             model.map_query(query)
         doubts = [str(each.message) for each in caught if "taken for a new level" in str(each.message)]
         assert [f"if {like!r} is meant" in doubt for doubt in doubts] == ([True] if like else [])
+
+
+@pytest.mark.parametrize("n_levels", [3, 60])
+def test_a_new_level_starts_as_the_mean_of_the_known_ones(n_levels):
+    """One-hot levels have columns of weights; of very many levels each has a row of learned numbers."""
+    known = tuple(f"level_{number}" for number in range(n_levels))
+    before = Schema(("a", "b"), (Condition("batch", known, embedded=n_levels > 50),))
+    after = before.with_levels_of(pd.DataFrame({"batch": [*known, "new"]}))
+    architecture = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(5,), embedding_dim=3)._architecture()
+    old, new = (make_vae(architecture, schema, celbo.LIKELIHOODS["nb"]) for schema in (before, after))
+    learned = _copy_weights(old, new, before, after)
+    if n_levels > 50:
+        name, weights = "embed_context.levels.0", (old.embed_context.levels[0], new.embed_context.levels[0].detach())
+        known_rows, new_row = weights[0].detach(), weights[1][-1]
+    else:
+        name = "encoder.0.weight"
+        known_rows, new_row = old.encoder[0].weight.detach()[:, 2:].T, new.encoder[0].weight.detach()[:, -1]
+    torch.testing.assert_close(new_row, known_rows.mean(0))
+    assert learned[name].sum() == new_row.numel()

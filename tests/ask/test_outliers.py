@@ -219,3 +219,16 @@ def test_cells_that_lack_genes_are_as_usual_as_they_are(known, which):
     assert (np.abs(found[["distance", "mixture", "ambient"]].mean()) < 0.6).all()
     assert (found["kind"] == "usual").mean() > 0.95
     assert area(found["score"], new["score"]) > 0.75
+
+
+def test_a_held_out_cell_is_not_compared_with_itself():
+    """Each fifth is standardised by the other four, as if it were new cells."""
+    rng = np.random.default_rng(0)
+    held_out, library = rng.normal(size=(200, 2)) * [1, 3], np.exp(rng.normal(7, 1, 200)).astype(np.float32)
+    batch, fold = rng.integers(2, size=200), np.arange(200) % 5
+    usual, _ = standardised(held_out, held_out[:1], library=(library, library[:1]), batch=(batch, batch[:1]))
+    for own in (fold == number for number in range(5)):
+        _, as_new = standardised(
+            held_out[~own], held_out[own], library=(library[~own], library[own]), batch=(batch[~own], batch[own])
+        )
+        np.testing.assert_allclose(usual[own], as_new)

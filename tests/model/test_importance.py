@@ -9,8 +9,8 @@ import torch
 
 import celbo
 from celbo.fit.cells import open_cells
-from celbo.model.importance import log_prob
-from celbo.model.inference import cell_terms
+from celbo.model.importance import _refine, log_prob
+from celbo.model.inference import cell_terms, encoded_blocks
 from celbo.model.objective import log_prob_of_cells
 
 
@@ -126,3 +126,19 @@ def test_it_is_the_integral_over_two_latent_dimensions(cells):
             density = -0.5 * grid.double().square().sum(1) - math.log(2 * math.pi)
             truth = torch.logsumexp(ll + density, 0) + 2 * math.log(step)
             assert abs(found.log_p[row] - truth) < max(0.01, 4 * found.se[row])
+
+
+def test_refinement_steps_are_those_of_adam_and_get_smaller(cells):
+    """Adam's first step is the learning rate itself, .03 for means and .06 for log-variances; the rate falls to 0."""
+    model = fitted(cells, latent_dim=2)
+    (block,) = encoded_blocks(model.vae_, open_cells(model.fitted_, cells).source, np.arange(30), 30)
+
+    def refined(steps):
+        noise = [np.random.default_rng(cell) for cell in range(30)]
+        return _refine(model.vae_.requires_grad_(False), block.cells, block.mu_z, block.logvar_z, steps, noise)
+
+    mu_z, logvar_z = refined(1)
+    torch.testing.assert_close((mu_z - block.mu_z).abs(), torch.full((30, 2), 0.03), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close((logvar_z - block.logvar_z).abs(), torch.full((30, 2), 0.06), rtol=1e-3, atol=1e-5)
+    assert (refined(2)[0] - block.mu_z).abs().max() < 0.03 + 0.5 * 0.03 + 1e-3
+    model.vae_.requires_grad_(True)

@@ -73,10 +73,10 @@ def use_of_latent(
     mu_z, logvar_z = (np.empty((len(rows), vae.latent_dim), np.float32) for _ in range(2))
     contexts = dict[int, sparse.csr_matrix]()  # of very many levels hardly any is not 0
 
-    def encode(cells: Minibatch, here: slice) -> None:
-        found = vae.encode(cells.x, context_of(vae, cells))
-        mu_z[here], logvar_z[here] = found[0].cpu().numpy(), found[1].cpu().numpy()
-        contexts[here.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
+    def encode(cells: Minibatch, chunk: slice) -> None:
+        mu, logvar = vae.encode(cells.x, context_of(vae, cells))
+        mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
+        contexts[chunk.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
 
     for_chunks(vae, source, rows, encode)
     context = sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
@@ -90,24 +90,24 @@ def use_of_latent(
         np.empty((len(of_z) + len(of_context), len(rows)), np.float32),
     )
 
-    def decode(cells: Minibatch, here: slice) -> None:
+    def decode(cells: Minibatch, chunk: slice) -> None:
         def log_prob(z: NDArray[np.float32], context: NDArray[np.float32]) -> NDArray[np.float32]:
             parts = (torch.from_numpy(part).to(cells.x.device) for part in (z, context))
             p = vae.likelihood(next(parts), context=next(parts) if vae.context_dim else None, library=cells.library)
             values: NDArray[np.float32] = log_prob_of_cells(p, cells.x, cells.observed).cpu().numpy()
             return values
 
-        own, of_other = context[here].toarray(), context[among[here]].toarray()
-        reconstruction[here] = log_prob(z[here], own)
+        own, of_other = context[chunk].toarray(), context[among[chunk]].toarray()
+        reconstruction[chunk] = log_prob(z[chunk], own)
         for number, columns in enumerate([*of_z, *of_context]):
-            z_there, context_there = z[here].copy(), own.copy()
+            z_there, context_there = z[chunk].copy(), own.copy()
             if number < len(of_z):
-                z_there[:, columns] = z[within[here]][:, columns]
+                z_there[:, columns] = z[within[chunk]][:, columns]
             else:
                 context_there[:, columns] = of_other[:, columns]
-            lost[number, here] = reconstruction[here] - log_prob(z_there, context_there)
+            lost[number, chunk] = reconstruction[chunk] - log_prob(z_there, context_there)
             if number >= len(of_z):
-                lost[number, here][(context_there == own).all(1)] = np.nan
+                lost[number, chunk][(context_there == own).all(1)] = np.nan
 
     for_chunks(vae, source, rows, decode)
     return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
@@ -140,8 +140,8 @@ def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[n
                 slope: Tensor = torch.func.jvp(mean, (z,), (along,))[1]
                 total[j] += (slope.double().square() / variance.double().clamp(min=1e-30)).sum().cpu()
     vae.train(was_training)
-    found: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
-    return found
+    moved: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
+    return moved
 
 
 def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:

@@ -1,7 +1,6 @@
-"""Compare fitted models by how likely they find the same cells; choose the simplest that is as good as any."""
+"""Compare fitted models by log p(x) of the same cells, and choose the simplest model that is as good as the best."""
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -13,13 +12,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo.data.read import read_adata
-from celbo.errors import UsageError, check_count, check_seed, listed
+from celbo.errors import UsageError, check_count, check_seed, listed, warn
 from celbo.estimator import ExpressionVAE
-from celbo.fit.cells import open_cells
+from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import split_again
 from celbo.fit.train import Track, plan_run
 from celbo.kernels.threads import threads
-from celbo.minibatch import Rows
 from celbo.model.importance import log_prob
 from celbo.model.likelihoods import LIKELIHOODS
 from celbo.streams import Stream, random_stream
@@ -60,7 +58,7 @@ class Comparison:
     """Share of resampled sets of cells in which the same model would be chosen."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the comparison as plain values."""
         models = [{"model": name, **row} for name, row in self.table.to_dict("index").items()]
         facts = {"n_cells": self.n_cells, "held_out": self.held_out, "chosen": self.chosen, "sure": self.sure}
         return {"models": models, **facts}
@@ -132,10 +130,18 @@ def compare(
     if len(set(kinds.values())) > 1 and not (
         set(kinds.values()) <= {"counts", "detected"} and _is_binary(first, adata)
     ):
-        told = listed(f"{name} ({kind})" for name, kind in kinds.items())
-        raise UsageError(f"the models are of values of other kinds: {told}; log p(x) of those cannot be compared.")
-    splits = [split_again(model.fitted_, open_cells(model.fitted_, adata)) for model in models.values()]
-    every: Rows = np.arange(adata.n_obs)
+        listing = listed(f"{name} ({kind})" for name, kind in kinds.items())
+        raise UsageError(f"the models are of values of other kinds: {listing}; their log p(x) cannot be compared.")
+    opened = {name: open_cells(model.fitted_, adata) for name, model in models.items()}
+    return _compare_opened(models, opened, n_samples, seed)
+
+
+def _compare_opened(
+    models: Mapping[str, ExpressionVAE], opened: Mapping[str, Cells], n_samples: int, seed: int
+) -> Comparison:
+    """Compare models on cells that were opened for each; on those that all models held out, if there are any."""
+    splits = [split_again(model.fitted_, opened[name]) for name, model in models.items()]
+    every = next(iter(opened.values())).rows
     held_out = reduce(np.intersect1d, [every if split is None else split.validation for split in splits])
     all_held_out = len(held_out) >= 2 and all(split is not None for split in splits)
     rows = held_out if len(held_out) >= 2 else every
@@ -143,28 +149,20 @@ def compare(
         raise UsageError(f"{len(rows)} cell to compare models on; give at least 2, better {_FEW_CELLS} or more.")
     if len(rows) < _FEW_CELLS:
         why = "were held out by every model; those fitted with the same seed hold out the same" if all_held_out else ""
-        warnings.warn(
-            f"only {len(rows)} cells {why or 'to compare models on'}: a difference may be chance.", stacklevel=2
-        )
+        warn(f"only {len(rows)} cells {why or 'to compare models on'}: a difference may be chance.")
     rows = np.sort(random_stream(seed, Stream.COMPARED_CELLS).permutation(rows)[:_CELLS])
-    return _compared(models, adata, rows, n_samples, seed, held_out=all_held_out)
-
-
-def _compared(
-    models: Mapping[str, ExpressionVAE], adata: AnnData, rows: Rows, n_samples: int, seed: int, *, held_out: bool
-) -> Comparison:
     refined, table = {}, {}
     for name, model in models.items():
-        source = open_cells(model.fitted_, adata).source
+        source = opened[name].source
         with threads(model.train.threads):
             plain = log_prob(model.vae_, source, rows, n_samples=n_samples, refine_steps=0, seed=seed)
-            found = log_prob(model.vae_, source, rows, n_samples=n_samples, seed=seed)
-        refined[name] = found.log_p
+            estimates = log_prob(model.vae_, source, rows, n_samples=n_samples, seed=seed)
+        refined[name] = estimates.log_p
         table[name] = {
-            "log_p": found.log_p.mean(),
+            "log_p": estimates.log_p.mean(),
             "unrefined": plain.log_p.mean(),
-            "ess": np.median(found.ess),
-            "few": (found.ess < _FEW).mean(),
+            "ess": np.median(estimates.ess),
+            "few": (estimates.ess < _FEW).mean(),
         }
     frame = pd.DataFrame.from_dict(table, orient="index")
     log_p = np.array([refined[name] for name in models])
@@ -173,11 +171,11 @@ def _compared(
     frame.insert(2, "se", lost.std(1, ddof=1) / np.sqrt(len(rows)))
     rng, chosen = random_stream(seed, Stream.BOOTSTRAP), simplest(log_p)
     again = [simplest(log_p[:, rng.integers(len(rows), size=len(rows))]) for _ in range(_DRAWS)]
-    return Comparison(frame, len(rows), held_out, list(models)[chosen], float(np.mean(np.equal(again, chosen))))
+    return Comparison(frame, len(rows), all_held_out, list(models)[chosen], float(np.mean(np.equal(again, chosen))))
 
 
 def simplest(log_p: NDArray[np.float64]) -> int:
-    """Number of the first model, of ``(models, cells)``, that is within 2 paired standard errors of the best.
+    """Return the number of the first model, of ``(models, cells)``, within 2 paired standard errors of the best.
 
     Examples
     --------
@@ -206,7 +204,7 @@ def choose(
     Parameters
     ----------
     model
-        Not fitted; its other options are those of all variants.
+        A model that is not fitted. All variants have its other options.
     adata
         The cells.
     likelihood
@@ -214,7 +212,7 @@ def choose(
     latent_dim
         Whether to choose among `LATENT_DIMS`.
     track
-        Watches the minibatches go by; see `celbo.fit.train.epochs`.
+        Watches the minibatches; see `celbo.fit.train.epochs`.
 
     Returns
     -------
@@ -229,42 +227,64 @@ def choose(
     adata = read_adata(adata, layer=model.layer)
     if (likelihood or latent_dim) and (n := round(adata.n_obs * model.train.validation_fraction)) < _FEW_CELLS:
         raise UsageError(f"{n} cells would be held out, too few to choose by; give {_FEW_CELLS}, or choose yourself.")
-    compared = []
+    compared, prepare = [], _prepared_once(adata)
     if likelihood:
         binary = _is_binary(model, adata)
         names = [name for name in SIMPLEST_FIRST if binary or LIKELIHOODS[name].values == "counts"]
-        model, found = _best(model, "likelihood", names, adata, track)
-        compared.append(found)
+        model, comparison = _best(model, "likelihood", names, prepare, track)
+        compared.append(comparison)
     if latent_dim:
         widths = [width for width in LATENT_DIMS if width < min(adata.shape)]
-        model, found = _best(model, "latent_dim", widths, adata, track)
-        compared.append(found)
+        model, comparison = _best(model, "latent_dim", widths, prepare, track)
+        compared.append(comparison)
     if not compared:
         model.fit(adata, track=track)
     return model, compared
 
 
+def _prepared_once(adata: AnnData) -> Callable[[ExpressionVAE], Cells]:
+    """Return a function that prepares the cells for a model: once for all models that see the same kind of values."""
+    prepared: dict[str, Cells] = {}
+
+    def prepare(model: ExpressionVAE) -> Cells:
+        values = LIKELIHOODS[model.likelihood].values
+        if values not in prepared:
+            prepared[values] = model.prepare(adata)
+        return prepared[values]
+
+    return prepare
+
+
 def _best(
-    model: ExpressionVAE, option: str, values: Sequence[Any], adata: AnnData, track: Track | None
+    model: ExpressionVAE,
+    option: str,
+    values: Sequence[Any],
+    prepare: Callable[[ExpressionVAE], Cells],
+    track: Track | None,
 ) -> tuple[ExpressionVAE, Comparison]:
-    """Fit the model with each value of an option; the simplest that is as good as the best."""
-    n_train = adata.n_obs - round(adata.n_obs * model.train.validation_fraction)
+    """Fit the model with each value of an option; return the simplest that is as good as the best."""
+    variants = {str(value): replace(model, **{option: value}) for value in values}
+    cells = {name: prepare(variant) for name, variant in variants.items()}
+    if len(variants) == 1:
+        raise UsageError(f"there is nothing to choose {option} from: only {values[0]!r} can be fitted to these cells.")
+    n_cells = len(next(iter(cells.values())))
+    n_train = n_cells - round(n_cells * model.train.validation_fraction)
     planned = plan_run(max(n_train, 1), model.train, model.recipe()).epochs
     few = replace(model.train, max_epochs=max(1, planned // _EARLY))
-    variants = {str(value): replace(model, **{option: value}) for value in values}
-    fitted = {name: replace(each, train=few).fit(adata, track=track) for name, each in variants.items()}
-    if len(fitted) == 1:
-        raise UsageError(f"there is nothing to choose {option} from: only {values[0]!r} can be fitted to these cells.")
-    early = compare(fitted, adata)
+
+    def fit_and_compare(models: Mapping[str, ExpressionVAE]) -> tuple[Mapping[str, ExpressionVAE], Comparison]:
+        fitted = {name: variant.fit(cells[name], track=track) for name, variant in models.items()}
+        return fitted, _compare_opened(fitted, {name: cells[name] for name in fitted}, _SAMPLES, 0)
+
+    _, early = fit_and_compare({name: replace(variant, train=few) for name, variant in variants.items()})
     left = early.table.index[early.table["difference"] >= -_HOPELESS * early.table["se"]]
     if len(left) == 1:
-        return variants[left[0]].fit(adata, track=track), early
-    found = {name: variants[name].fit(adata, track=track) for name in left}
-    late = compare(found, adata)
-    return found[late.chosen], late
+        return variants[left[0]].fit(cells[left[0]], track=track), early
+    fitted, late = fit_and_compare({name: variants[name] for name in left})
+    return fitted[late.chosen], late
 
 
 def _is_binary(model: ExpressionVAE, adata: AnnData) -> bool:
-    """Whether no value is above 1."""
+    """Test whether no value is above 1."""
     stored = model.check(adata).stored
     return stored is not None and all(block.nnz == 0 or block.max() <= 1 for block in stored.blocks())
