@@ -1,7 +1,7 @@
 """Cells opened for a model: checked and aligned once, and encoded once. They live for one question, or for one run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ class Cells:
     fingerprint: Mapping[str, Any] | None = None
     """Shape and hashes of the values and names, if they were asked for."""
 
+    _view: "Cells | None" = field(default=None, init=False, repr=False)
+
     def __len__(self) -> int:
         return self.source.n_cells
 
@@ -73,9 +75,9 @@ class Cells:
             return encode(self.vae, self.source)
 
     def encoded_at(self, rows: Rows) -> Encoded:
-        """Posteriors and library sizes of the cells at these positions; nothing else is read."""
+        """Posteriors and library sizes of the cells at these positions; if these are most cells, all are encoded."""
         assert self.vae is not None
-        if "encoded" in self.__dict__:
+        if "encoded" in self.__dict__ or 2 * len(rows) > len(self):
             return Encoded(*(part[rows] for part in self.encoded))
         with threads(self.n_threads):
             return encode(self.vae, self.source, rows)
@@ -90,8 +92,12 @@ class Cells:
         return lambda rows: self.schema.expand(codes[rows])
 
     def seen_by(self, fitted: "Fitted") -> "Cells":
-        """Return the same cells, to be encoded by this model."""
-        return replace(self, vae=fitted.vae, schema=fitted.schema, n_threads=fitted.threads)
+        """Return the same cells, to be encoded by this model: the same object as long as the model is the same."""
+        if self.vae is fitted.vae:
+            return self
+        if self._view is None or self._view.vae is not fitted.vae:
+            self._view = replace(self, vae=fitted.vae, schema=fitted.schema, n_threads=fitted.threads)
+        return self._view
 
 
 def open_cells(
