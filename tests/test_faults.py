@@ -33,6 +33,7 @@ from celbo.app import cli
 from celbo.data.checks import check_adata, check_query
 from celbo.data.read import read_adata
 from celbo.errors import StorageError
+from celbo.fit.cells import open_cells
 from celbo.runs.claims import claimed_folder
 from celbo.runs.outputs import write_embedding, write_table
 from celbo.runs.writing import embedding
@@ -791,7 +792,7 @@ def test_33_a_link_stays_a_link_to_the_new_file(fitted, cells, tmp_path):
     table = pd.DataFrame({"label": ["a"], "probability": [1.0], "p_known": [1.0], "a": [1.0]}, index=["cell_0"])
     for name, write in (
         ("labels.csv", lambda path: write_table(table, path, "predict")),
-        ("z.h5ad", lambda path: write_embedding(embedding(fitted, cells), path)),
+        ("z.h5ad", lambda path: write_embedding(embedding(fitted.fitted_, open_cells(fitted.fitted_, cells)), path)),
     ):
         target, link = tmp_path / "elsewhere" / name, tmp_path / name
         link.symlink_to(target)

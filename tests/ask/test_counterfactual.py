@@ -180,7 +180,7 @@ def test_of_a_cell_without_a_count_support_tells_nothing(cells, whole):
 
 def test_others_need_reference_cells_too(cells, whole, tmp_path):
     whole.save(tmp_path / "model", keep_reference=False)
-    with pytest.raises(celbo.UsageError, match="or one of others, keeps no reference cells"):
+    with pytest.raises(celbo.UsageError, match="one of others keeps no reference cells"):
         whole.counterfactual(cells[:5].copy(), {"treatment": "treated"}, others=[celbo.load(tmp_path / "model")])
 
 

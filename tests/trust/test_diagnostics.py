@@ -30,7 +30,7 @@ from celbo.trust.diagnostics import (
     latent_information,
     types_kept,
 )
-from celbo.trust.evidence import expected_dim, gene_mean_log_prob
+from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
 TRAIN = celbo.TrainConfig(seed=0)
 
@@ -164,14 +164,14 @@ def test_expected_dimensions_are_those_that_were_planted():
         warnings.simplefilter("ignore")
         model.fit(counts)
         source, _, _ = cells_to_measure(model, counts)
-    assert expected_dim(source, np.arange(2000), is_counts=True) in (
+    assert expected_dim(read_sample(source, np.arange(2000), is_counts=True)) in (
         3,
         4,
     )  # four types span three dimensions, and bend them a little
     rng = np.random.default_rng(0)
     counts.X = rng.poisson(3.0, counts.shape).astype(np.float32)
     source, _, _ = cells_to_measure(model, counts)
-    assert expected_dim(source, np.arange(2000), is_counts=True) == 0
+    assert expected_dim(read_sample(source, np.arange(2000), is_counts=True)) == 0
 
 
 # What is asked of a model, against the definition.

@@ -9,6 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from celbo.data.normalise import log_normalise
 from celbo.estimator import ExpressionVAE
 from celbo.fit.train import TrainConfig
 from celbo.simulate import simulate_cells
@@ -106,8 +107,7 @@ def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed
 def _components(adata: AnnData, n: int = 10) -> NDArray[np.float64]:
     """Compute principal components of log-normalised counts, the usual method without a model."""
     counts = adata.X.toarray()
-    log_normalised = np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1)))
-    return PCA(n, random_state=0).fit_transform(log_normalised)
+    return PCA(n, random_state=0).fit_transform(log_normalise(counts, counts.sum(1, keepdims=True)))
 
 
 def _treatment_correlation(model: ExpressionVAE, adata: AnnData) -> float:

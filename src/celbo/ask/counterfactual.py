@@ -14,6 +14,7 @@ from celbo.ask.decoding import Draws, carried_effects, decode_under, draw_counts
 from celbo.ask.labels import label_codes
 from celbo.ask.scoring import doubts_of_values
 from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
+from celbo.data.normalise import log_normalise
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, check_count, check_seed, listed, warn
 from celbo.fit.cells import Cells
@@ -130,9 +131,9 @@ class Counterfactual:
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
             draws, weight = self.draws[number // 2 % n_models], float(number % 2)
             counts = draw_counts(draws, again, seed * n_draws + number, weight).astype(np.float64)
-            library = np.maximum(np.asarray(counts.sum(1)), 1)
             rows = rng.integers(n, size=n if n_cells is None else n_cells)
-            means.append(np.asarray(counts.multiply(1e4 / library).tocsr().log1p()[rows].mean(0)).ravel())
+            log_normalised = log_normalise(counts, np.asarray(counts.sum(1)))
+            means.append(np.asarray(log_normalised[rows].mean(0)).ravel())
         mean, half = one_more_draw(np.array(means).reshape(-1, n_models, 2, len(self.genes)))
         columns = {"mean": mean, "lower": np.maximum(mean - half, 0), "upper": mean + half}
         return pd.DataFrame(columns, index=self.genes.index)
@@ -218,6 +219,11 @@ def _check_question(fitted: Fitted, given: Mapping[str, Any], others: Sequence[F
         raise UsageError("others have another objective than this model; fit them the same way.")
     if len({id(model) for model in (fitted, *others)}) <= len(others):
         raise UsageError("others name a model twice, or this one; give models of other seeds, each once.")
+    if any(other.reference is None for other in others):
+        raise UsageError(
+            "one of others keeps no reference cells, and support is measured with them. Fit it again, and save it with "
+            "them (keep_reference=True; --keep-reference)."
+        )
     check_count("n_samples", n_samples, 2)
 
 

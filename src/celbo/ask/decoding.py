@@ -86,7 +86,7 @@ def carried_effects(
             library = z.new_ones(len(chunk), 1)
             own, other = (
                 _decode(vae, z, context.to(device), library).mean.view(*z.shape[:2], -1).mean(1)
-                for context in (cells.own_contexts(rows[chunk]), contexts(rows[chunk]))
+                for context in (cells.source.contexts(rows[chunk]), contexts(rows[chunk]))
             )
             smallest = torch.finfo(own.dtype).tiny
             log_effect[chunk] = (other.clamp(min=smallest).log() - own.clamp(min=smallest).log()).cpu().numpy()

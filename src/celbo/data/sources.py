@@ -14,14 +14,12 @@ from torch import Tensor
 
 from celbo.data.checks import Check, check_query
 from celbo.data.conditions import size_factors
+from celbo.data.normalise import COUNTS_PER_CELL, log_normalise
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored
 from celbo.minibatch import Minibatch, Rows, csr_tensor
 
 __all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
-
-_COUNTS_PER_CELL = 1e4
-"""Library size to which counts are scaled before the logarithm, as is customary for single cells."""
 
 
 class CellSource:
@@ -60,7 +58,7 @@ class CellSource:
         self.codes = codes
         self.labels: NDArray[np.int32] | None = None
         self.library_is_sum = library_is_sum
-        self.scaled_to = _COUNTS_PER_CELL if values == "log_normalised" else None
+        self.scaled_to = COUNTS_PER_CELL if values == "log_normalised" else None
         self.measured = columns >= 0
         self._observed = None if self.measured.all() else torch.from_numpy(self.measured)
         self.expand = expand
@@ -87,8 +85,11 @@ class CellSource:
         starts, columns, values = (torch.from_numpy(array) for array in (block.indptr, block.indices, data))
         x = csr_tensor(starts, columns, values, block.shape)
         labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
-        context, library = self.expand(self.codes[rows]), torch.from_numpy(self.library[rows, None])
-        return Minibatch(x, context, library, self._observed, labels)
+        return Minibatch(x, self.contexts(rows), torch.from_numpy(self.library[rows, None]), self._observed, labels)
+
+    def contexts(self, rows: Rows) -> Tensor:
+        """Return the contexts of these cells, ``(cells, context_dim)``; their values are not read."""
+        return self.expand(self.codes[rows])
 
 
 def open_source(
@@ -174,6 +175,6 @@ def _model_values(block: sp.csr_matrix, library: NDArray[np.float32], values: st
     if values == "detected":
         return (block.data > 0).astype(np.float32)
     if values == "log_normalised":
-        per_count = _COUNTS_PER_CELL / np.repeat(np.maximum(library, 1.0), np.diff(block.indptr))
-        return np.log1p(block.data.astype(np.float64) * per_count).astype(np.float32)  # the same for any dtype
+        of_values = np.repeat(library, np.diff(block.indptr))
+        return log_normalise(block.data.astype(np.float64), of_values).astype(np.float32)  # the same for any dtype
     return block.data.astype(np.float32)

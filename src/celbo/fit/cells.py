@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from celbo.data.read import read_adata
 from celbo.data.schema import Schema
@@ -81,10 +80,6 @@ class Cells:
             return Encoded(*(part[rows] for part in self.encoded))
         with threads(self.n_threads):
             return encode(self.vae, self.source, rows)
-
-    def own_contexts(self, rows: Rows) -> Tensor:
-        """Contexts of the cells at these positions, under their own conditions; no values are read."""
-        return self.source.expand(self.source.codes[rows])
 
     def contexts(self, given: Mapping[str, Any]) -> Contexts:
         """Contexts of these cells by position, with the conditions of ``given`` set to its values."""

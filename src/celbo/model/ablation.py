@@ -10,12 +10,12 @@ from scipy import sparse
 from torch import Tensor
 
 from celbo.minibatch import Minibatch, Rows, Source
-from celbo.model.inference import CHUNK, for_chunks, posterior
+from celbo.model.inference import CHUNK, Encoded, encode, evaluating, for_chunks
 from celbo.model.objective import log_prob_of_cells
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
-__all__ = ["UseOfLatent", "in_brief", "sensitivity", "use_of_latent"]
+__all__ = ["UseOfLatent", "encode_with_contexts", "in_brief", "sensitivity", "use_of_latent"]
 
 _MOST_COLUMNS = 64
 """Of a context that is compared as it is."""
@@ -39,6 +39,7 @@ def use_of_latent(
     source: Source,
     rows: Rows | None = None,
     *,
+    known: tuple[Encoded, sparse.csr_matrix] | None = None,
     by_dimension: bool = False,
     of_context: Sequence[slice] = (),
     sample: bool = True,
@@ -56,6 +57,8 @@ def use_of_latent(
         The cells.
     rows
         Which of them; all if None.
+    known
+        Posteriors and contexts of these cells, if they are known: what `encode_with_contexts` returns.
     by_dimension
         Whether to permute each dimension of z by itself, too.
     of_context
@@ -70,16 +73,7 @@ def use_of_latent(
     UseOfLatent
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    mu_z, logvar_z = (np.empty((len(rows), vae.latent_dim), np.float32) for _ in range(2))
-    contexts = dict[int, sparse.csr_matrix]()  # of very many levels hardly any is not 0
-
-    def encode(cells: Minibatch, chunk: slice) -> None:
-        mu, logvar = vae.encode(cells.x, context_of(vae, cells))
-        mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
-        contexts[chunk.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
-
-    for_chunks(vae, source, rows, encode)
-    context = sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
+    (mu_z, logvar_z, _), context = known or encode_with_contexts(vae, source, rows)
     rng = random_stream(seed, Stream.ABLATION)
     eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
     z = mu_z + np.exp(0.5 * logvar_z) * eps
@@ -113,19 +107,35 @@ def use_of_latent(
     return UseOfLatent(mu_z, logvar_z, reconstruction, lost)
 
 
-def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[np.float64]:
+def encode_with_contexts(vae: VAE, source: Source, rows: Rows) -> tuple[Encoded, sparse.csr_matrix]:
+    """Encode these cells, and return their contexts too, ``(cells, context_dim)``: most are 0 if levels are many."""
+    mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
+    encoded = Encoded(mu_z, logvar_z, np.empty(len(rows), np.float32))
+    contexts = dict[int, sparse.csr_matrix]()
+
+    def encode(cells: Minibatch, chunk: slice) -> None:
+        parts = (*vae.encode(cells.x, context_of(vae, cells)), cells.library[:, 0])
+        for array, part in zip(encoded, parts, strict=True):
+            array[chunk] = part.cpu().numpy()
+        contexts[chunk.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
+
+    for_chunks(vae, source, rows, encode)
+    return encoded, sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
+
+
+def sensitivity(
+    vae: VAE, source: Source, rows: Rows | None = None, *, encoded: Encoded | None = None
+) -> NDArray[np.float64]:
     """How far each latent dimension moves the decoded mean, against the likelihood's own noise; ``(latent_dim,)``.
 
     ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information about z_j that
     its genes carry, in units of what z_j varies. Forward-mode derivatives.
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    mu_z, _ = posterior(vae, source, rows)
+    mu_z = (encode(vae, source, rows) if encoded is None else encoded).mu_z
     total = torch.zeros(vae.latent_dim, dtype=torch.float64)
     device = next(vae.parameters()).device
-    was_training = vae.training
-    vae.eval()
-    with torch.no_grad():
+    with evaluating(vae), torch.no_grad():
         for start in range(0, len(rows), CHUNK):
             cells = source.take(rows[start : start + CHUNK]).to(device)
             z = torch.from_numpy(mu_z[start : start + CHUNK]).to(device)
@@ -139,7 +149,6 @@ def sensitivity(vae: VAE, source: Source, rows: Rows | None = None) -> NDArray[n
                 along[:, j] = 1
                 slope: Tensor = torch.func.jvp(mean, (z,), (along,))[1]
                 total[j] += (slope.double().square() / variance.double().clamp(min=1e-30)).sum().cpu()
-    vae.train(was_training)
     moved: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
     return moved
 

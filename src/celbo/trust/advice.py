@@ -1,7 +1,7 @@
-"""What all findings together come to: a verdict in one line, the findings, worst first, and remedies in order."""
+"""Draw conclusions from evidence: a verdict in one line, the findings, worst first, and remedies in order."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from celbo.trust.diagnostics import (
     types_kept,
 )
 
-__all__ = ["Advice", "Diagnosis", "Evidence", "diagnose"]
+__all__ = ["Advice", "Diagnosis", "Evidence", "Settings", "diagnose"]
 
 _SCHEDULES = {"linear", "sigmoid", "cosine", "cyclical", "autoencoder_start"}
 _GRAVITY = {"good": 0, "watch": 1, "bad": 2}
@@ -47,15 +47,15 @@ class Advice(NamedTuple):
     keyword: str
     """The same for `celbo.ExpressionVAE`."""
     is_cause: bool = False
-    """Whether it takes away what is known to collapse models, rather than working against it."""
+    """Whether it removes a known cause of collapse; else it works against the collapse."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in a fitted model, and what to do about it."""
+    """Findings about a fitted model, and remedies."""
 
     collapsed: bool
-    """Whether the decoder makes next to nothing of z."""
+    """Whether the decoder hardly uses z."""
     active_units: int
     """Dimensions of z that vary and that the decoder listens to."""
     verdict: str
@@ -66,37 +66,63 @@ class Diagnosis:
     """The one to try first comes first."""
 
     def finding(self, name: str) -> Finding:
-        """The finding of this name; `KeyError` if it was not measured."""
-        return {each.name: each for each in self.findings}[name]
+        """Return the finding of this name; raise a `KeyError` if it was not measured."""
+        return {finding.name: finding for finding in self.findings}[name]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         document = asdict(self)
         document["remedies"] = [advice._asdict() for advice in self.remedies]
         plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain), parse_constant=lambda _: None)
         return plain
 
     def __str__(self) -> str:
-        """Verdict, findings, remedies, in lines."""
+        """Print the verdict, the findings and the remedies."""
         lines = [self.verdict, ""]
-        for each in self.findings:
-            lines.append(f"{each.verdict:<6}{each.name}: {each.meaning}")
-            if each.try_next:
-                lines.append(f"      try: {each.try_next}")
+        for finding in self.findings:
+            lines.append(f"{finding.verdict:<6}{finding.name}: {finding.meaning}")
+            if finding.try_next:
+                lines.append(f"      try: {finding.try_next}")
         if self.remedies:
             lines += ["", "What to try, in this order:"]
             lines += [f"{n}. {advice.command}  ({advice.why})" for n, advice in enumerate(self.remedies, start=1)]
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of a model on which advice depends; the defaults advise nothing."""
+
+    likelihood: str = "nb"
+    objective: str = "vae"
+    warmup_fraction: float = 1.0
+    remedies: Sequence[str] = ()
+    nuisance: Sequence[str] = ()
+    """Names of the conditions that are removed."""
+    beta: float = 1.0
+    kl_weight: float = 1.0
+    """Weight of the KL at the end of training."""
+    n_hidden: tuple[int, int] = (1, 1)
+    """Hidden layers of the encoder and of the decoder."""
+    dispersion: str = "gene"
+    norm: str = "layer"
+    norm_mu: bool = False
+    prior: str = "normal"
+
+    @property
+    def samples_z(self) -> bool:
+        """Whether z has a posterior; not in a plain autoencoder."""
+        return self.objective != "autoencoder"
+
+
 class Evidence(NamedTuple):
-    """What is measured on a model and its cells, best on cells that it did not learn from."""
+    """Measurements of a model on cells; best on cells that it did not learn from."""
 
     mu_z: Floats
     """``(cells, latent_dim)``."""
     logvar_z: Floats
     anchors: tuple[Floats, Floats]
-    """``mu_z, logvar_z`` of as many cells as there are, for what is measured between cells: `ANCHORS` at most."""
+    """``mu_z, logvar_z`` of at most `ANCHORS` cells, for measurements between cells."""
     kl: Floats
     """``(cells, latent_dim)``."""
     lost: Floats
@@ -117,23 +143,18 @@ class Evidence(NamedTuple):
     conditions: Mapping[str, NDArray[Any]]
     """Each cell's level, or value, ``(cells,)``."""
     types: NDArray[Any] | None = None
-    """Known types of the cells, within which leakage is looked for."""
+    """Known types of the cells. Leakage is measured within types."""
     principal: Floats | None = None
     """Principal components of log-normalised values, ``(cells, n)``, where types are known."""
-    settings: Mapping[str, Any] = {}
-    """What matters of how the model was trained: see `diagnose`."""
+    settings: Settings = Settings()
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
-    """Ask everything of the evidence, and rank what was found and what to do.
-
-    ``settings`` may hold ``likelihood, dispersion, norm, n_hidden, warmup_fraction, remedies, beta, kl_weight,
-    objective, prior, context_dim``: what the advice depends on.
-    """
-    e = evidence
+    """Make all findings, worst first, and rank the remedies."""
+    e, settings = evidence, evidence.settings
     variance_alive = e.mu_z.var(0, dtype=np.float64) > ACTIVE
     alive = int((variance_alive & listens(e.lost[1:]) & (e.kl.mean(0) >= DEAD)).sum())
-    if e.settings.get("objective") == "autoencoder":
+    if not settings.samples_z:
         alive = int((variance_alive & listens(e.lost[1:])).sum())
     ablation = latent_ablation(e.lost, e.elbo, e.gene_means)
     findings = [
@@ -142,12 +163,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         decoder_sensitivity(e.sensitivity),
         gain("gain over gene means", e.elbo, e.gene_means, "gene means x library size"),
     ]
-    if e.settings.get("objective") != "autoencoder":
-        prior = str(e.settings.get("prior", "normal"))
-        if prior in ("normal", "conditional"):  # else the KL of a cell is an estimate, and its quantiles are of noise
+    if settings.samples_z:
+        if settings.prior in ("normal", "conditional"):  # the KL to other priors is an estimate, with noise
             findings += [kl_by_dimension(e.kl), lasting_collapse(e.kl)]
         findings.append(latent_information(*e.anchors))
-        if prior == "normal":
+        if settings.prior == "normal":
             findings.append(aggregated_gap(*e.anchors))
     if e.components is not None:
         than = "as many principal components (reconstruction)"
@@ -155,7 +175,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if e.expected_dim is not None:
         findings.append(expected_dimensions(alive, e.expected_dim, e.mu_z.shape[1]))
     for name, lost in e.lost_by_condition.items():
-        nuisance = name in e.settings.get("nuisance", ())
+        nuisance = name in settings.nuisance
         findings.append(condition_ablation(name, lost, nuisance=nuisance))
         findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
     if e.types is not None and e.principal is not None:
@@ -164,17 +184,17 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             np.unique(removed, axis=1, return_inverse=True)[1].reshape(-1) if removed else np.zeros(len(e.mu_z), int)
         )
         findings.append(types_kept(e.mu_z, e.principal, e.types, batch))
-    if (weight := e.settings.get("kl_weight", 1.0)) != 1 and e.settings.get("objective") != "autoencoder":
-        meaning = f"the KL weight ended at {weight:.3g}: what was trained is not the ELBO; the terms here are"
-        findings.append(Finding("KL weight", weight, "1", "watch", meaning))
+    if settings.kl_weight != 1 and settings.samples_z:
+        meaning = f"the KL weight ended at {settings.kl_weight:.3g}: training did not maximise the ELBO reported here"
+        findings.append(Finding("KL weight", settings.kl_weight, "1", "watch", meaning))
     collapsed = ablation.verdict == "bad" or alive == 0
-    findings.sort(key=lambda each: -_GRAVITY[each.verdict])  # stable: within a verdict as above
+    findings.sort(key=lambda finding: -_GRAVITY[finding.verdict])  # stable: within a verdict as above
     return Diagnosis(
         collapsed=collapsed,
         active_units=alive,
         verdict=_verdict(e, collapsed, alive),
         findings=findings,
-        remedies=_advise(e, collapsed, alive, {each.name: each for each in findings}),
+        remedies=_advise(e, collapsed, alive, {finding.name: finding for finding in findings}),
     )
 
 
@@ -198,11 +218,11 @@ def _verdict(e: Evidence, collapsed: bool, alive: int) -> str:
             f"Collapsed: the decoder loses {nats:.1f} nats per cell without z, {alive} of {total} dimensions {carries} "
             "information; the latent space shows a blob without separation."
         )
-    said = f"{alive} of {total} dimensions {carries} information; the decoder loses {nats:.0f} nats per cell "
-    said += f"without {them}."
+    information = f"{alive} of {total} dimensions {carries} information; the decoder loses {nats:.0f} nats per cell "
+    information += f"without {them}."
     if e.expected_dim is not None and falls_short(alive, e.expected_dim, total):
-        return f"Partly collapsed: {said} The data show {e.expected_dim} above their noise."
-    return said
+        return f"Partly collapsed: {information} The data show {e.expected_dim} above their noise."
+    return information
 
 
 def _little_to_find(e: Evidence) -> bool:
@@ -212,42 +232,40 @@ def _little_to_find(e: Evidence) -> bool:
 
 
 def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Finding]) -> list[Advice]:
-    """Remedies in the order in which to try them; what a run has already is not advised again."""
+    """List remedies in the order in which to try them, without those that the model has."""
     settings, advice = e.settings, list[Advice]()
-    had = {str(remedy).partition(":")[0] for remedy in settings.get("remedies", ())} - {"beta"}
-
-    prior, norm = str(settings.get("prior", "normal")), settings.get("norm")
-    no_batch_norm = norm != "batch" and not settings.get("norm_mu")
+    had = {remedy.partition(":")[0] for remedy in settings.remedies} - {"beta"}
+    may_have_vamp = settings.norm != "batch" and not settings.norm_mu and settings.n_hidden[0] > 0
 
     def add(remedy: str, why: str, is_cause: bool = False) -> None:
-        if remedy == "vamp_prior" and (not no_batch_norm or settings.get("n_hidden", (1, 1))[0] == 0):
+        if remedy == "vamp_prior" and not may_have_vamp:
             remedy = "mixture_prior"
-        if remedy == "norm_mu" and prior.startswith("vamp"):
-            return  # which batch norms do not allow
-        if remedy.partition(":")[0] not in had | {each.remedy.partition(":")[0] for each in advice}:
+        if remedy == "norm_mu" and settings.prior.startswith("vamp"):
+            return  # this prior excludes batch norms
+        if remedy.partition(":")[0] not in had | {other.remedy.partition(":")[0] for other in advice}:
             advice.append(Advice(remedy, why, f"--remedy {remedy}", f"remedies=[{remedy!r}]", is_cause))
 
     latent_dim, expected = e.mu_z.shape[1], e.expected_dim
     is_short = expected is not None and falls_short(alive, expected, latent_dim)
-    if settings.get("objective") == "autoencoder" or _little_to_find(e):
+    if not settings.samples_z or _little_to_find(e):
         return advice
     if collapsed or (expected is not None and alive < min(expected, latent_dim)):
-        if settings.get("likelihood") == "gaussian" and settings.get("dispersion") == "fixed":
+        if settings.likelihood == "gaussian" and settings.dispersion == "fixed":
             add(
                 "learned_sigma",
                 "sigma is fixed at 1, which hides what z could say; leave out dispersion='fixed'",
                 is_cause=True,
             )
-        if settings.get("beta", 1.0) > 1:
-            add("beta:1", f"the KL weighs {settings['beta']:g} times what the ELBO gives it", is_cause=True)
-        if max(settings.get("n_hidden", (1, 1))) > 1:
+        if settings.beta > 1:
+            add("beta:1", f"the KL weighs {settings.beta:g} times what the ELBO gives it", is_cause=True)
+        if max(settings.n_hidden) > 1:
             why = (
                 "deep stacks learn to do without z, and one hidden layer explains cells as well; leave out hidden_dims"
             )
             add("shallow", why, is_cause=True)
-        if settings.get("warmup_fraction", 1.0) == 0 and not had & _SCHEDULES:
+        if settings.warmup_fraction == 0 and not had & _SCHEDULES:
             add("linear", "the KL weighs in full from the first step, before the encoder says anything", is_cause=True)
-        if settings.get("norm") == "none":
+        if settings.norm == "none":
             add(
                 "layer_norm",
                 "without a norm, training settles before the encoder says anything; leave out norm='none'",
@@ -269,7 +287,7 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
     for name in e.lost_by_condition:
         if findings[f"ablation of {name}"].verdict == "bad":
             add("conditional_prior", f"the decoder ignores {name!r}")
-            if settings.get("n_hidden", (1, 1))[1] >= 2:
+            if settings.n_hidden[1] >= 2:
                 add("context_skip", f"the decoder ignores {name!r}")
     return advice
 

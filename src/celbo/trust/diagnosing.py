@@ -1,16 +1,26 @@
 """Diagnose a fitted model on cells: choose the cells, gather the evidence, and draw conclusions."""
 
-from typing import Any
+import numpy as np
 
 from celbo.data.conditions import column_of
 from celbo.errors import DataError, UsageError, check_seed, listed
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted, cells_to_measure
 from celbo.kernels.threads import threads
-from celbo.trust import advice, evidence
+from celbo.model.ablation import UseOfLatent, use_of_latent
+from celbo.model.inference import cell_terms
+from celbo.model.information import ACTIVE
+from celbo.streams import Stream, random_stream
+from celbo.trust import advice
 from celbo.trust.advice import Diagnosis
+from celbo.trust.diagnostics import condition_ablation, enough_ablation, falls_short
+from celbo.trust.evidence import dispersion_of_simpler, gather, settings_of
+from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
 __all__ = ["diagnose", "doubts_of_fit"]
+
+_CELLS_AFTER_FIT = 1000
+"""Cells on which a model is measured after each fit."""
 
 
 def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
@@ -18,65 +28,62 @@ def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: 
     check_seed(seed)
     if groupby is not None and groupby not in cells.obs.columns:
         raise UsageError(f"groupby={groupby!r} is no column of obs; it has {listed(cells.obs.columns)}.")
-    types = None if groupby is None else column_of(cells.obs, groupby).astype(str).to_numpy()
     rows, training = cells_to_measure(fitted, cells)
     if len(rows) < 2:
         raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
-    schema, codes = fitted.schema, cells.codes
-    conditions = {
-        condition.name: (columns, codes[rows, number] if condition.levels is None else codes[rows, number].astype(int))
-        for number, (condition, columns) in enumerate(zip(schema.conditions, schema.context_columns, strict=True))
-    }
+    types = None if groupby is None else column_of(cells.obs, groupby).astype(str).to_numpy()[rows]
     with threads(fitted.threads):
-        gathered = evidence.gather(
-            fitted.vae,
-            cells.source,
-            rows,
-            training,
-            fitted.likelihood,
-            objective=fitted.objective,
-            conditions=conditions,
-            settings=settings_of(fitted),
-            types=None if types is None else types[rows],
-            seed=seed,
-        )
-    return advice.diagnose(gathered)
+        return advice.diagnose(gather(fitted, cells, rows, training, types=types, seed=seed))
 
 
 def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
-    """Say what must be known about a model that was just fitted; empty if there is nothing."""
+    """Look at 1,000 cells of a model that was just fitted; return warnings, or an empty list.
+
+    A warning says that the decoder ignores z, or a condition that is not a nuisance, or that z has far fewer dimensions
+    in use than the data show.
+    """
     split = fitted.split
     assert split is not None
+    held_out = split.validation if len(split.validation) >= 2 else split.train
+    if len(held_out) < 2:
+        return []
+    rng = random_stream(fitted.seed, Stream.DOUBTS)
+    rows, learned = (
+        np.sort(rng.permutation(part)[:n])
+        for part, n in ((held_out, _CELLS_AFTER_FIT), (split.train, 3 * _CELLS_AFTER_FIT))
+    )
+    vae, source, schema = fitted.vae, cells.source, fitted.schema
+    sample = fitted.objective.samples_z
     with threads(fitted.threads):
-        return evidence.doubts_of_fit(
-            fitted.vae,
-            cells.source,
-            split.validation if len(split.validation) >= 2 else split.train,
-            split.train,
-            fitted.likelihood,
-            objective=fitted.objective,
-            conditions=fitted.schema.conditions,
-            columns=fitted.schema.context_columns,
-            settings=settings_of(fitted),
-            seed=fitted.seed,
-        )
+        use = use_of_latent(vae, source, rows, of_context=schema.context_columns, sample=sample, seed=fitted.seed)
+        elbo = cell_terms(vae, source, rows, seed=fitted.seed, objective=fitted.objective).elbo
+        dispersion = dispersion_of_simpler(settings_of(fitted))
+        gained = elbo - gene_mean_log_prob(source, rows, learned, fitted.likelihood, dispersion)
+        doubts = _doubts_of_latent(fitted, cells, use, float(gained.mean()), learned)
+    for condition, lost in zip(schema.conditions, use.lost[1:], strict=True):
+        ablation = condition_ablation(condition.name, lost[~np.isnan(lost)])
+        if ablation.verdict == "bad" and not condition.nuisance:
+            doubts.append(ablation.meaning)
+    return [f"{doubt}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for doubt in doubts]
 
 
-def settings_of(fitted: Fitted) -> dict[str, Any]:
-    """Collect what advice depends on."""
-    built = fitted.architecture
-    hidden, decoder = built.hidden_dims, built.decoder_dims
-    return {
-        "likelihood": fitted.likelihood.name,
-        "objective": fitted.objective.name,
-        "warmup_fraction": fitted.config.warmup_fraction,
-        "remedies": list(fitted.remedies),
-        "nuisance": [condition.name for condition in fitted.schema.conditions if condition.nuisance],
-        "beta": fitted.recipe.beta,
-        "kl_weight": fitted.history[-1].kl_weight,
-        "n_hidden": (len(hidden), len(hidden if decoder is None else decoder)),
-        "dispersion": built.dispersion,
-        "norm": built.norm,
-        "norm_mu": built.norm_mu,
-        "prior": built.prior,
-    }
+def _doubts_of_latent(
+    fitted: Fitted, cells: Cells, use: UseOfLatent, gained: float, learned: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> list[str]:
+    """Return at most one doubt: all of z is ignored, or most of its dimensions are."""
+    nats, latent_dim = float(use.lost[0].mean()), fitted.vae.latent_dim
+    if nats < enough_ablation(gained):
+        return [
+            f"posterior collapse: the decoder loses {max(0.0, nats):.2f} nats per cell without z, so that the "
+            "latent space shows a blob without separation"
+        ]
+    active = int((use.mu_z.var(0) > ACTIVE).sum())
+    if 2 * active >= latent_dim:  # the spectrum of the data takes time, and would change nothing
+        return []
+    expected = expected_dim(read_sample(cells.source, learned, is_counts=fitted.is_counts))
+    if not falls_short(active, expected, latent_dim):
+        return []
+    return [
+        f"posterior collapse in part: {active} of {latent_dim} latent dimensions vary between cells, "
+        f"where the data show {expected} above their noise"
+    ]

@@ -9,6 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
+from celbo.data.normalise import log_normalise
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed
 from celbo.streams import Stream, random_stream
 
@@ -172,7 +173,8 @@ def check_realism(
         one, other = ("counts", "not") if is_count else ("not counts", "are")
         raise UsageError(f"generated cells are {one}, and real cells {other}; name the layer of their counts.")
     generated_cells, real_cells, one_half, other_half = (
-        _Cells(part, _logged(part) if is_count else part) for part in (x, y[:n], y[:half], y[half : 2 * half])
+        _Cells(part, log_normalise(part, part.sum(1, keepdims=True)) if is_count else part)
+        for part in (x, y[:n], y[:half], y[half : 2 * half])
     )
     aucs = _aucs(generated_cells, real_cells, seed)
     auc, auc_real = max(aucs.values()), max(_aucs(one_half, other_half, seed).values())
@@ -209,10 +211,6 @@ class _Cells(NamedTuple):
 def _dense(x: Any, rows: NDArray[np.intp]) -> Floats:
     some = x[rows]
     return np.asarray(some.toarray() if sparse.issparse(some) else some, np.float64)
-
-
-def _logged(counts: Floats) -> Floats:
-    return np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1)))
 
 
 def _principal(a: _Cells, b: _Cells, seed: int) -> Floats:
