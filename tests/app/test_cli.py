@@ -479,6 +479,7 @@ def test_a_fault_of_ours_asks_for_a_report(monkeypatch, capsys):
     assert "This is a fault in celbo" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_demo_recovers_the_truth_and_names_a_picture(tmp_path):
     done = run("demo", "-o", tmp_path / "demo")
     assert done.returncode == 0, done.stderr

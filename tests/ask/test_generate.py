@@ -122,6 +122,7 @@ def test_libraries_are_those_of_the_condition_or_as_given(cells, model, source):
     assert fixed.X.sum(1).mean() == pytest.approx(3000, rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["aggregated", "mixture"])
 def test_samples_are_like_cells_never_seen_and_cover_all_types(held_out, model, source):
     found = celbo.check_realism(model.sample(400, source=source), held_out, labels="cell_type")
@@ -148,6 +149,7 @@ def test_cells_around_others_are_like_each_of_them(cells, model):
     assert set(asked.obs.loc[only.obs["around"], "batch"]) == {"batch_0"}
 
 
+@pytest.mark.long
 def test_a_plain_autoencoder_cannot_be_sampled_from_the_prior(cells, held_out):
     found = {}
     for objective in ("vae", "autoencoder"):
@@ -158,6 +160,7 @@ def test_a_plain_autoencoder_cannot_be_sampled_from_the_prior(cells, held_out):
     assert found["autoencoder"].auc > found["vae"].auc + 0.1
 
 
+@pytest.mark.long
 def test_a_prior_of_pseudo_cells_is_closer_than_the_normal(cells, held_out):
     auc = {}
     for prior in ("normal", "vamp:50"):

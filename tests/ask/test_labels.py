@@ -61,6 +61,7 @@ def test_of_a_type_that_was_never_labelled_far_more_is_none_of_these_than_of_oth
     assert told > 20 * wrong
 
 
+@pytest.mark.long
 def test_labels_pull_types_apart(many, model):
     """Beside a model without them: silhouettes of the cells whose label was not known."""
     from sklearn.metrics import silhouette_score

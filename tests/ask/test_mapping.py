@@ -290,6 +290,7 @@ def test_a_mapped_level_of_many_learns_its_own_numbers(many):
     assert (after[60] != before.mean(0)).any()
 
 
+@pytest.mark.long
 def test_23_ten_thousand_levels_cost_memory_by_level_and_not_by_level_and_cell():
     """10,000 cells of as many donors and 30 genes, in a process of its own: all of it below a one-hot matrix alone."""
     program = """

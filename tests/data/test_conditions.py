@@ -44,6 +44,7 @@ def embedded():
     return found
 
 
+@pytest.mark.long
 def test_a_batch_effect_is_removed_as_if_there_had_been_none(embedded):
     without_effect = mixing(embedded[0.0, False][2], embedded[0.0, False][0])
     cells, _, z = embedded[1.0, True]
@@ -70,6 +71,7 @@ def test_expression_corrected_over_batches_forgets_them(embedded):
     assert apart(corrected) < 0.25 * apart(own)
 
 
+@pytest.mark.long
 def test_a_type_that_a_batch_lacks_is_not_merged_into_another():
     cells = simulated(1.0)
     rare = (cells.obs["cell_type"] == "type_3").to_numpy() & (cells.obs["batch"] == "batch_1").to_numpy()
@@ -113,6 +115,7 @@ def log_fold_changes(model, cells):
     return [shares[batch, "treated"] - shares[batch, "ctrl"] for batch in "ab"]
 
 
+@pytest.mark.long
 def test_an_interaction_is_what_a_combination_does_beyond_its_parts():
     """A linear decoder adds up what its conditions do: it cannot say otherwise without the interaction."""
     cells = with_an_interaction()

@@ -126,6 +126,7 @@ def test_levels_are_matched_by_the_mmd_of_each_against_the_others():
     assert found.item() == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.long
 def test_matched_levels_lie_nearer_to_each_other():
     cells = celbo.simulate_cells(
         n_cells=1000, n_genes=100, n_batches=2, batch_strength=1.5, median_library=1500, seed=0

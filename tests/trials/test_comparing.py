@@ -35,6 +35,7 @@ def options(**more):
     return {"latent_dim": 3, "hidden_dims": (32,), "train": celbo.TrainConfig(max_epochs=60), **more}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("likelihood", ["bernoulli", "poisson", "nb", "zinb"])
 def test_the_generating_likelihood_is_chosen(likelihood):
     model, compared = celbo.choose(celbo.ExpressionVAE(**options()), planted(likelihood, 0), likelihood=True)
@@ -44,6 +45,7 @@ def test_the_generating_likelihood_is_chosen(likelihood):
     assert model.embed(planted(likelihood, 0)).shape == (1500, 3)
 
 
+@pytest.mark.long
 def test_no_more_dimensions_are_chosen_than_the_data_have():
     adata = planted("nb", 1)
     model, (found,) = celbo.choose(celbo.ExpressionVAE(**options()), adata, latent_dim=True)

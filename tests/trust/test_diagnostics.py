@@ -307,6 +307,7 @@ def test_a_decoder_that_ignores_its_condition_is_called_so(healthy, many):
     assert any(advice.remedy == "conditional_prior" for advice in found.remedies)
 
 
+@pytest.mark.long
 def test_a_latent_that_carries_its_condition_is_called_so(many):
     """A strong batch effect, kept from encoder and decoder, lands in z; given to the model later it is told from z."""
     cells = celbo.simulate_cells(n_cells=1200, n_genes=120, n_types=3, batch_strength=1.0, median_library=1500, seed=3)
@@ -400,6 +401,7 @@ def test_diagnostics_need_neither_torch_nor_anndata():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["zeisel_1464", "pbmc_3tech"])
 def test_models_of_real_cells_are_called_healthy(name, real_data):
     cells = real_data(name)

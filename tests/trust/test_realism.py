@@ -29,6 +29,7 @@ def test_real_cells_are_not_told_from_real_cells(alike):
     assert min(alike.agreement[:3]) > 0.9
 
 
+@pytest.mark.long
 def test_nonsense_is_told_with_certainty(cells):
     """Each gene shuffled over cells: the same means, variances and zeros, and no cell that makes sense."""
     rng, x = np.random.default_rng(0), cells.X.toarray()
@@ -71,6 +72,7 @@ def test_depth_alone_gives_cells_away(cells):
     assert celbo.check_realism(deep, cells[300:]).aucs["trees, depth and components"] > 0.8
 
 
+@pytest.mark.long
 def test_genes_are_matched_by_name_and_results_repeat(cells, alike):
     again = celbo.check_realism(cells[:300], cells[300:][:, ::-1].copy(), labels="cell_type")
     assert again == alike
