@@ -367,6 +367,8 @@ def test_a_model_shows_what_differs_from_the_defaults_and_whether_it_is_fitted(c
     fitted.save(tmp_path / "model")
     assert repr(celbo.load(tmp_path / "model")).endswith("; fitted: 60 genes, 4 epochs)")
     assert repr(fitted.history_).startswith("History(4 epochs, held-out ELBO -")
+    assert repr(fitted.split_) == "Split(270 training cells, 30 held out)"
+    assert repr(fitted.schema_) == "Schema(60 genes, batch (2 levels); counts of X)"
     html = ExpressionVAE(conditions=["<batch>"])._repr_html_()
     assert html.startswith("<table><caption>ExpressionVAE (not fitted)</caption>")
     assert "&lt;batch&gt;" in html

@@ -44,6 +44,15 @@ class Schema:
     labels: Condition | None = None
     """The labels that a classifier tells apart."""
 
+    def __repr__(self) -> str:
+        """Show the number of genes, the conditions with their levels, and which values the model takes."""
+        conditions = [
+            f"{condition.name} ({'continuous' if condition.levels is None else f'{len(condition.levels):,} levels'})"
+            for condition in (*self.conditions, *([] if self.labels is None else [self.labels]))
+        ]
+        place = "X" if self.layer is None else f"layers[{self.layer!r}]"
+        return f"Schema({', '.join([f'{len(self.genes):,} genes', *conditions])}; {self.values} of {place})"
+
     @property
     def context_dim(self) -> int:
         """Width of the encoded conditions together."""

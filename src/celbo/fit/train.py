@@ -105,6 +105,10 @@ class Split(NamedTuple):
     train: Rows
     validation: Rows
 
+    def __repr__(self) -> str:
+        """Show how many cells there are of each kind."""
+        return f"Split({len(self.train):,} training cells, {len(self.validation):,} held out)"
+
 
 class Plan(NamedTuple):
     """Plan of a run, fixed before its first step."""

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
 
@@ -67,7 +68,7 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
         )
     if z.shape[1] == 2:
         return Layout(rows, z, "the two latent dimensions")
-    plane = principal_plane(z)
+    plane = _principal_plane(z)
     spread = np.ptp(plane[:, 0]) if len(plane) else 0.0
     if len(z) < MIN_CELLS or spread == 0:
         return Layout(rows, plane, "the first two principal components")
@@ -82,29 +83,10 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
         return Layout(rows, tsne.fit_transform(z / spread).astype(np.float64), "t-SNE")
 
 
-def principal_plane(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Coordinates along the two directions of largest variance.
-
-    Parameters
-    ----------
-    z
-        ``(cells, latent_dim)``, at least two dimensions.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(cells, 2)``; each direction's largest coordinate is positive.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> principal_plane(np.array([[3.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [-2.0, 0.0, 0.0]]))[:, 0]
-    array([ 3., -1., -2.])
-    """
+def _principal_plane(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the first two principal components, ``(cells, 2)``; zeros where there are fewer than two cells."""
     if len(z) < 2:
         return np.zeros((len(z), 2))
-    centred = z - z.mean(axis=0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    plane = centred @ directions[:2].T
-    signs = np.sign(plane[np.abs(plane).argmax(axis=0), np.arange(plane.shape[1])])
-    return plane * np.where(signs == 0, 1, signs)
+    with np.errstate(invalid="ignore"):  # cells that do not differ have no share of variance
+        plane: NDArray[np.float64] = PCA(2, svd_solver="full").fit_transform(z)
+    return plane

@@ -1,7 +1,7 @@
-"""Posterior collapse and its relatives: numpy arrays in, findings out. No torch, no AnnData.
+"""Find posterior collapse and related faults: numpy arrays in, findings out. No torch, no AnnData.
 
 Layout of every array: cells first, ``(cells, latent_dim)``; nats. Each function measures one thing and returns a
-`Finding` that says what was seen, what a healthy model shows, and what to try. `celbo.trust.advice` asks them all.
+`Finding`: the value, what a healthy model shows, and what to try. `celbo.trust.advice` calls all of them.
 """
 
 import math
@@ -38,35 +38,34 @@ __all__ = [
 Floats = NDArray[np.floating[Any]]
 
 DEAD, WEAK = 0.01, 0.1
-"""KL of a dimension, nats, below which it is called dead, or weak."""
+"""A dimension is called dead, or weak, if its KL is below this, nats."""
 EPSILON = DELTA = 0.01
 """(epsilon, delta)-collapse: KL below epsilon in a share of at least 1 - delta of the cells (Lucas 2019)."""
 LEAST_ABLATION = 1.0
-"""Nats per cell that a decoder which listens to z loses without it, at least."""
+"""A decoder that uses z loses at least this many nats per cell without it."""
 HEALTHY_SHARE = 0.05
-"""And at least this share of what the model gains over one that knows only gene means and library sizes."""
+"""It also loses at least this share of what the model gains over gene means and library sizes."""
 LITTLE_INFORMATION = 0.5
-"""Mutual information of cells and z, nats, below which little is known of a cell."""
+"""Below this mutual information of cells and z, nats, z says little about a cell."""
 WIDE_GAP = 1.0
-"""KL less mutual information, nats, above which samples from the prior are not like cells."""
+"""Above this difference of KL and mutual information, nats, samples from the prior are not like cells."""
 LEAKS = 0.3
-"""Share of the way from chance to certainty at which a condition, told from z, is called leaking."""
+"""A condition leaks if z predicts it by more than this share of the way from chance to certainty."""
 DECODER_LISTENS = 0.01
-"""Nats per cell that a condition, or a dimension of z, is worth at least where the decoder makes use of it."""
+"""A decoder that uses a condition, or a dimension of z, loses at least this many nats per cell without it."""
 IN_USE = 0.6
-"""Share of the dimensions that the data show which a healthy z uses, at least."""
+"""A healthy z uses at least this share of the dimensions that the data show."""
 HARDLY = 0.5
-"""Nats per cell that a condition is worth at most where it is called ignored."""
-
+"""A condition is called ignored only if the decoder loses at most this many nats per cell without it."""
 
 KEPT = 0.8
-"""Of the share of neighbours of its own type in the counts, what a type keeps in z, at least."""
+"""A type is kept apart if its share of own neighbours in z is at least this share of that in the counts."""
 _NEIGHBOURS, _ENOUGH_OF_TYPE = 10, 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was measured."""
+    """One measurement, and what it means."""
 
     name: str
     value: Any
@@ -76,13 +75,13 @@ class Finding:
     verdict: str
     """"good", "watch" or "bad"."""
     meaning: str
-    """In words, with the figures."""
+    """One sentence with the figures."""
     try_next: str = ""
-    """What to do about it; empty where nothing need be done."""
+    """What to do about it; empty if nothing needs to be done."""
 
 
 def active_units(mu_z: Floats) -> Finding:
-    """``Var_x(E_q[z_j | x])`` of each dimension (Burda 2016, arXiv 1509.00519): active above 0.01."""
+    """Compute ``Var_x(E_q[z_j | x])`` of each dimension (Burda 2016, arXiv 1509.00519): active above 0.01."""
     variance = mu_z.var(0, dtype=np.float64)
     n, total = int((variance > ACTIVE).sum()), len(variance)
     dead = [int(j) for j in np.flatnonzero(variance <= ACTIVE)]
@@ -93,7 +92,7 @@ def active_units(mu_z: Floats) -> Finding:
 
 
 def kl_by_dimension(kl: Floats) -> Finding:
-    """KL of each dimension with its 5, 50 and 95 % over cells: dead below .01, weak below .1 nats."""
+    """Compute the KL of each dimension and its quantiles over cells: dead below 0.01, weak below 0.1 nats."""
     mean = kl.mean(0, dtype=np.float64)
     low, middle, high = np.quantile(kl, [0.05, 0.5, 0.95], axis=0)
     dead, weak = np.flatnonzero(mean < DEAD), np.flatnonzero((mean >= DEAD) & (mean < WEAK))
@@ -107,7 +106,7 @@ def kl_by_dimension(kl: Floats) -> Finding:
 
 
 def lasting_collapse(kl: Floats) -> Finding:
-    """Share of cells with ``KL_j < epsilon``: collapsed where it is ``1 - delta`` (Lucas 2019, arXiv 1911.02469)."""
+    """Compute the share of cells with ``KL_j < epsilon``; from ``1 - delta`` on it is a collapse (Lucas 2019)."""
     share = (kl < EPSILON).mean(0, dtype=np.float64)
     collapsed = [int(j) for j in np.flatnonzero(share >= 1 - DELTA)]
     verdict = "bad" if len(collapsed) == len(share) else "watch" if collapsed else "good"
@@ -116,7 +115,7 @@ def lasting_collapse(kl: Floats) -> Finding:
 
 
 def latent_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
-    """`mutual_information`, called capped within 3 nats of log of the number of cells it is measured among."""
+    """Estimate `mutual_information`; within 3 nats of the log of the number of cells it is called capped."""
     n = min(len(mu_z), ANCHORS)
     value, cap = mutual_information(mu_z, logvar_z, seed=seed), math.log(n)
     capped = value > cap - 3
@@ -128,10 +127,10 @@ def latent_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Find
 
 
 def aggregated_gap(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
-    """``KL(q(z) || N(0, I)) = E KL - I(x; z)``: how far all cells together are from the prior.
+    """Compute ``KL(q(z) || N(0, I)) = E KL - I(x; z)``: how far all cells together are from the prior.
 
-    Where the KL is within 3 nats of the cap of `mutual_information` the difference says nothing; then it is the energy
-    distance of z ~ q(z) to as many draws of N(0, I), and the largest 1-D divergence of a dimension.
+    If the KL is within 3 nats of the cap of `mutual_information`, the difference says nothing. Then the finding is the
+    energy distance of z ~ q(z) to as many draws of N(0, I), and the largest 1-D divergence of a dimension.
     """
     kl = 0.5 * (mu_z.astype(np.float64) ** 2 + np.expm1(logvar_z.astype(np.float64)) - logvar_z)
     total, cap = float(kl.sum(1).mean()), math.log(min(len(mu_z), ANCHORS))
@@ -148,20 +147,19 @@ def aggregated_gap(mu_z: Floats, logvar_z: Floats, *, seed: int = 0) -> Finding:
     rows = rng.permutation(len(mu_z))[:2000]
     z = mu_z[rows] + np.exp(0.5 * logvar_z[rows]) * rng.standard_normal((len(rows), mu_z.shape[1]))
     apart = energy_distance(z, rng.standard_normal(z.shape))
-    # What two samples of the prior itself show, and its spread.
-    none = [energy_distance(*rng.standard_normal((2, *z.shape))) for _ in range(5)]
+    of_prior = [energy_distance(*rng.standard_normal((2, *z.shape))) for _ in range(5)]
     worst = float(_divergence_1d(z).max())
-    bad = apart > 0.1 and apart > max(none) * 2
+    bad = apart > 0.1 and apart > max(of_prior) * 2
     meaning = (
         f"the KL of {total:.1f} nats is too near the cap for a difference; the energy distance of all cells together "
-        f"to the prior is {apart:.3f} (two samples of the prior: {np.mean(none):.3f}), the worst dimension "
+        f"to the prior is {apart:.3f} (two samples of the prior: {np.mean(of_prior):.3f}), the worst dimension "
         f"{worst:.2f} nats from it"
     )
     return Finding("gap to the prior", apart, "below 0.1", "watch" if bad else "good", meaning, advice * bad)
 
 
 def energy_distance(a: Floats, b: Floats) -> float:
-    """``sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`` of two samples, each ``(n, dimensions)``; 0 for one distribution.
+    """Compute ``sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`` of two samples, each ``(n, dimensions)``.
 
     Examples
     --------
@@ -176,40 +174,42 @@ def energy_distance(a: Floats, b: Floats) -> float:
 
 
 def latent_ablation(lost: Floats, elbo: Floats, gene_means: Floats) -> Finding:
-    """Reconstruction lost, nats per cell, when all of z, and each dimension, is that of another cell; paired s.e."""
+    """Compute the reconstruction lost, nats per cell, when z, or one of its dimensions, is that of another cell."""
     mean, se = lost.mean(1, dtype=np.float64), _se(lost)
     enough = enough_ablation(float((elbo - gene_means).mean(dtype=np.float64)))
     verdict = "bad" if mean[0] < enough else "good"
     meaning = f"the decoder loses {mean[0]:.2f} +- {se[0]:.2f} nats per cell without z"
-    deaf = [int(j) for j in np.flatnonzero(~listens(lost[1:]))]
+    ignored = [int(j) for j in np.flatnonzero(~listens(lost[1:]))]
     if verdict == "bad":
-        meaning += ": it does not listen to z, which shows a blob dominated by the prior"
-    elif deaf:
-        verdict, meaning = "watch", f"{meaning}; it does not hear {_named(deaf)}"
+        meaning += ": it does not use z, which shows a blob dominated by the prior"
+    elif ignored:
+        verdict, meaning = "watch", f"{meaning}; it does not use {_named(ignored)}"
     values = [{"nats": float(m), "se": float(s)} for m, s in zip(mean, se, strict=True)]
     expected = f"above {enough:.2f} nats for all of z"
     return Finding("latent ablation", values, expected, verdict, meaning)
 
 
 def enough_ablation(gained: float) -> float:
-    """Nats per cell that a decoder which listens to z loses without it, of a model that gained this over gene means."""
+    """Compute the nats per cell that a decoder loses without z if it uses z, given the gain over gene means."""
     return max(LEAST_ABLATION, HEALTHY_SHARE * gained)
 
 
 def decoder_sensitivity(sensitivity: Floats) -> Finding:
-    """Fisher information of the genes about z_j times the variance of mu_z_j: near 0 where the decoder is deaf."""
+    """Judge Fisher information of the genes about z_j times the variance of mu_z_j; near 0 the decoder ignores z_j."""
     silent = [int(j) for j in np.flatnonzero(sensitivity < 0.01 * max(sensitivity.max(initial=0), 1e-12))]
     none = bool(sensitivity.max(initial=0) < WEAK)
     verdict = "bad" if none else "watch" if silent else "good"
-    of = f"; next to nothing moves with {_named(silent)}" if silent and not none else ""
+    exceptions = f"; next to nothing moves with {_named(silent)}" if silent and not none else ""
     meaning = (
-        "no dimension moves the decoded cells" if none else f"the liveliest dimension has {sensitivity.max():.1f}{of}"
+        "no dimension moves the decoded cells"
+        if none
+        else f"the most sensitive dimension has {sensitivity.max():.1f}{exceptions}"
     )
     return Finding("decoder sensitivity", sensitivity.tolist(), "well above 0 in each", verdict, meaning)
 
 
 def gain(name: str, model: Floats, other: Floats, than: str) -> Finding:
-    """Nats per cell that a model is ahead of a simpler one on the same cells, with the paired s.e."""
+    """Compute how many nats per cell a model is ahead of a simpler one on the same cells, with the paired s.e."""
     difference = (model - other)[None]
     mean, se = float(difference.mean(dtype=np.float64)), float(_se(difference)[0])
     verdict = "good" if mean > 2 * se else "watch"
@@ -219,28 +219,28 @@ def gain(name: str, model: Floats, other: Floats, than: str) -> Finding:
     return Finding(name, mean, "above 0", verdict, meaning)
 
 
-def falls_short(found: int, expected: int, latent_dim: int) -> bool:
-    """Whether far fewer dimensions are in use than the data show."""
+def falls_short(in_use: int, expected: int, latent_dim: int) -> bool:
+    """Return whether far fewer dimensions are in use than the data show."""
     reachable = min(expected, latent_dim)
-    return found + 1 < reachable and found < IN_USE * reachable
+    return in_use + 1 < reachable and in_use < IN_USE * reachable
 
 
-def expected_dimensions(found: int, expected: int, latent_dim: int) -> Finding:
-    """Number of active dimensions beside what the data show above their noise (`expected`), z's width at most."""
+def expected_dimensions(in_use: int, expected: int, latent_dim: int) -> Finding:
+    """Compare the number of dimensions in use with those that the data show above their noise (``expected``)."""
     reachable = min(expected, latent_dim)
-    meaning = f"{expected} dimensions of the data stand out of their noise; {found} of {latent_dim} in z are in use"
-    if falls_short(found, expected, latent_dim):
-        return Finding("expected dimensions", found, f"{reachable}", "watch", meaning, "the remedies below")
-    if expected <= found < latent_dim:
-        return Finding("expected dimensions", found, f"{reachable}", "good", f"{meaning}: fine, fewer would do")
-    return Finding("expected dimensions", found, f"{reachable}", "good", meaning)
+    meaning = f"{expected} dimensions of the data stand out of their noise; {in_use} of {latent_dim} in z are in use"
+    if falls_short(in_use, expected, latent_dim):
+        return Finding("expected dimensions", in_use, f"{reachable}", "watch", meaning, "the remedies below")
+    if expected <= in_use < latent_dim:
+        return Finding("expected dimensions", in_use, f"{reachable}", "good", f"{meaning}: fine, fewer would do")
+    return Finding("expected dimensions", in_use, f"{reachable}", "good", meaning)
 
 
 def condition_ablation(name: str, lost: Floats, *, nuisance: bool = False) -> Finding:
-    """Reconstruction lost when a condition is another: near 0, a counterfactual is void.
+    """Compute the reconstruction lost when a condition is another one; near 0, a counterfactual has no effect.
 
-    ``lost`` is of the cells whose level did change, ``(cells,)``; of none, nothing can be said. Of a nuisance, near 0
-    means that there is nothing to remove, or that z carries it: `condition_leakage` tells.
+    ``lost`` is that of the cells whose level changed, ``(cells,)``. For a nuisance, near 0 means that there is nothing
+    to remove, or that z carries it; `condition_leakage` says which.
     """
     if len(lost) < 2:
         meaning = f"cannot be measured: these cells hardly differ in {name!r}"
@@ -255,8 +255,8 @@ def condition_ablation(name: str, lost: Floats, *, nuisance: bool = False) -> Fi
     if mean + 2 * se > HARDLY:
         return Finding(f"ablation of {name}", mean, expected, "watch", f"{meaning}: too few cells to say more")
     meaning += ": it ignores it, and asking for another level changes nothing"
-    what = "remedy conditional_prior, or context_skip with two hidden layers"
-    return Finding(f"ablation of {name}", mean, expected, "bad", meaning, what)
+    try_next = "remedy conditional_prior, or context_skip with two hidden layers"
+    return Finding(f"ablation of {name}", mean, expected, "bad", meaning, try_next)
 
 
 def condition_leakage(
@@ -268,17 +268,17 @@ def condition_leakage(
     nuisance: bool = False,
     seed: int = 0,
 ) -> Finding:
-    """How well a condition is told from mu_z, within types where they are known; 0 at chance, 1 with certainty.
+    """Measure how well mu_z predicts a condition, within types if they are known; 0 at chance, 1 with certainty.
 
-    Balanced accuracy of 15 nearest neighbours over 5 folds, ``(accuracy - 1/L) / (1 - 1/L)``; of a continuous
-    condition the share of its variance that they explain.
+    The predictors are 15 nearest neighbours, over 5 folds. The score is the balanced accuracy,
+    ``(accuracy - 1/L) / (1 - 1/L)``; for a continuous condition, the share of its variance that is explained.
     """
     rows = random_stream(seed, Stream.LEAKAGE).permutation(len(mu_z))[:3000]
     groups = np.zeros(len(rows), int) if types is None else np.unique(types[rows].astype(str), return_inverse=True)[1]
     scores, sizes = [], []
     for group in np.unique(groups):
         members = rows[groups == group]
-        score = _told(mu_z[members], levels[members], seed)
+        score = _predicted(mu_z[members], levels[members], seed)
         if score is not None:
             scores.append(score)
             sizes.append(len(members))
@@ -288,20 +288,22 @@ def condition_leakage(
         return Finding(f"leakage of {name}", None, f"below {LEAKS / 2}", "watch", meaning)
     value = float(np.average(scores, weights=sizes))
     verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
-    meaning = f"{name!r} is told from z{where} {max(value, 0):.0%} of the way from chance to certainty"
+    meaning = f"z predicts {name!r}{where} {max(value, 0):.0%} of the way from chance to certainty"
     if verdict == "bad" and nuisance:
         meaning += ": it is not removed, and cells lie apart by it"
     elif verdict == "bad":
         meaning += ": z carries it, so that decoding under another level will not move the whole cell"
-    what = "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
-    return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, what)
+    look_within = (
+        "" if types is not None or verdict == "good" else "look within types (groupby=...) if levels differ in them"
+    )
+    return Finding(f"leakage of {name}", value, f"below {LEAKS / 2}", verdict, meaning, look_within)
 
 
 def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDArray[Any], *, seed: int = 0) -> Finding:
-    """Whether known types lie as far apart in z as they do in the counts of one batch: removing a batch may merge them.
+    """Test whether known types lie as far apart in z as in the counts of one batch; removing a batch may merge them.
 
-    For each type the share of a cell's 10 nearest neighbours that are of it: in z among all cells, and in principal
-    components among cells of its own batch. Each type weighs the same there, so that a rare one is not lost among many.
+    The measure is the share of a cell's 10 nearest neighbours that have its type: in z among all cells, and in
+    principal components among cells of its own batch. Each type has the same weight, so that rare types count.
 
     Parameters
     ----------
@@ -318,9 +320,9 @@ def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDA
     in_counts = _own_neighbours(components[rows], codes, batch[rows])
     value, merged = [], []
     for number in np.flatnonzero(sizes >= _ENOUGH_OF_TYPE):
-        here = codes == number
+        members = codes == number
         shares = [
-            float(np.nanmean(part[here])) if not np.isnan(part[here]).all() else 0.0 for part in (in_z, in_counts)
+            0.0 if np.isnan(part[members]).all() else float(np.nanmean(part[members])) for part in (in_z, in_counts)
         ]
         value.append({"type": str(names[number]), "cells": int(sizes[number]), "z": shares[0], "counts": shares[1]})
         if shares[0] < KEPT * shares[1]:
@@ -329,49 +331,50 @@ def types_kept(mu_z: Floats, components: Floats, types: NDArray[Any], batch: NDA
             )
     expected = f"at least {KEPT:g} of the share in the counts"
     if not value:
-        few = f"no type has {_ENOUGH_OF_TYPE} cells here: whether types are kept apart cannot be told"
-        return Finding("types kept apart", value, expected, "watch", few)
+        meaning = f"cannot be measured: no type has {_ENOUGH_OF_TYPE} cells here"
+        return Finding("types kept apart", value, expected, "watch", meaning)
     if not merged:
         meaning = f"{len(value)} types lie as far apart in z as in the counts of a batch"
         return Finding("types kept apart", value, expected, "good", meaning)
     meaning = f"z merges {', '.join(merged[:5])}"
-    what = "more latent dimensions, or labels=... for these types; if a batch lacks them, look at them batch by batch"
-    return Finding("types kept apart", value, expected, "bad", meaning, what)
+    try_next = "more latent dimensions, or labels=... for these types; if a batch lacks them, look batch by batch"
+    return Finding("types kept apart", value, expected, "bad", meaning, try_next)
 
 
 def _own_neighbours(where: Floats, codes: NDArray[np.intp], batch: NDArray[Any]) -> NDArray[np.float64]:
-    """Weighted share of the nearest neighbours in the batch that are of a cell's own type; NaN in a batch too small."""
+    """Compute the weighted share of a cell's nearest neighbours in its batch of its type; NaN in small batches."""
     from sklearn.neighbors import NearestNeighbors
 
-    found = np.full(len(where), np.nan)
-    for each in np.unique(batch):
-        here = np.flatnonzero(batch == each)
-        if len(here) <= _NEIGHBOURS:
+    share = np.full(len(where), np.nan)
+    for level in np.unique(batch):
+        members = np.flatnonzero(batch == level)
+        if len(members) <= _NEIGHBOURS:
             continue
-        near = here[NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(where[here]).kneighbors(return_distance=False)]
-        weight = 1 / np.bincount(codes[here])[codes[near]]
-        own = (weight * (codes[near] == codes[here][:, None])).sum(1)
-        found[here] = own / weight.sum(1)
-    return found
+        nearest = NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(where[members]).kneighbors(return_distance=False)
+        neighbours = members[nearest]
+        weight = 1 / np.bincount(codes[members])[codes[neighbours]]
+        own = (weight * (codes[neighbours] == codes[members][:, None])).sum(1)
+        share[members] = own / weight.sum(1)
+    return share
 
 
 def listens(lost: Floats) -> NDArray[np.bool_]:
-    """Whether each row of what was lost is above nothing, beyond doubt and to any effect."""
+    """Return for each row whether its mean is above 0, significantly and by at least `DECODER_LISTENS`."""
     mean: NDArray[np.float64] = lost.mean(1, dtype=np.float64)
     return mean > np.maximum(DECODER_LISTENS, 2 * _se(lost))
 
 
 def _se(values: Floats) -> NDArray[np.float64]:
-    """Standard error of the mean of each row."""
+    """Compute the standard error of the mean of each row."""
     n = values.shape[1]
-    found: NDArray[np.float64] = (
-        values.std(1, ddof=1, dtype=np.float64) / math.sqrt(n) if n > 1 else np.zeros(len(values))
-    )
-    return found
+    if n < 2:
+        return np.zeros(len(values))
+    error: NDArray[np.float64] = values.std(1, ddof=1, dtype=np.float64) / math.sqrt(n)
+    return error
 
 
 def _divergence_1d(z: Floats) -> NDArray[np.float64]:
-    """KL of each dimension's histogram over 40 equal parts of N(0, 1) from that; nats."""
+    """Compute the KL of each dimension's histogram, over 40 parts of equal mass under N(0, 1), to N(0, 1); nats."""
     from scipy.stats import norm
 
     parts = 40
@@ -380,8 +383,9 @@ def _divergence_1d(z: Floats) -> NDArray[np.float64]:
     return np.sum(np.where(share > 0, share * np.log(np.maximum(share, 1e-12) * parts), 0.0), axis=1)
 
 
-def _told(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
-    """How well neighbours in z tell the level, or the value; None where there is nothing to tell."""
+def _predicted(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
+    """Score how well neighbours in z predict the level, or the value; None if there is nothing to predict."""
+    from sklearn.metrics import balanced_accuracy_score, r2_score
     from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
@@ -389,18 +393,15 @@ def _told(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
         if len(levels) < 50 or np.ptp(levels) == 0:
             return None
         folds = KFold(5, shuffle=True, random_state=seed)
-        found = cross_val_predict(KNeighborsRegressor(15), mu_z, levels, cv=folds)
-        return float(1 - np.mean((found - levels) ** 2) / levels.var())
+        return float(r2_score(levels, cross_val_predict(KNeighborsRegressor(15), mu_z, levels, cv=folds)))
     names, counts = np.unique(levels.astype(str), return_counts=True)
     keep = np.isin(levels.astype(str), names[counts >= 10])
     if len(names[counts >= 10]) < 2:
         return None
     truth = levels.astype(str)[keep]
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    found = cross_val_predict(KNeighborsClassifier(15), mu_z[keep], truth, cv=folds)
-    each = [(found[truth == name] == name).mean() for name in np.unique(truth)]
-    chance = 1 / len(each)
-    return float((np.mean(each) - chance) / (1 - chance))
+    predicted = cross_val_predict(KNeighborsClassifier(15), mu_z[keep], truth, cv=folds)
+    return float(balanced_accuracy_score(truth, predicted, adjusted=True))
 
 
 def _named(dimensions: Sequence[int], most: int = 6) -> str:

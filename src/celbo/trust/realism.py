@@ -1,4 +1,4 @@
-"""Are generated cells like real ones? What a classifier can tell, what genes do, and whether types are missing."""
+"""Compare generated cells with real ones: by classifiers, by statistics of genes, and by the types of cells."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ __all__ = ["Agreement", "Realism", "check_realism"]
 Floats = NDArray[np.float64]
 
 _HARD, _EASY = 0.65, 0.8
-"""AUC up to which generated cells are called hard to tell from real ones, and above which easy."""
+"""Generated cells are called hard to tell from real ones up to the first AUC, and easy above the second."""
 _FOLDS = 5
 _COMPONENTS = 50
 _CLUSTERS = 12
@@ -26,60 +26,60 @@ _NEIGHBOURS = 15
 _GENES_OF_CORRELATION = 200
 _GENES_SHOWN = 10
 _FEWEST = 20
-"""Cells of each kind below which nothing is said."""
+"""Fewer cells of a kind are refused."""
 _MISSING = 0.25
-"""Share of the cells expected of a type below which it is missing, where chance is no explanation."""
+"""A type is missing if fewer than this share of its expected cells are there, and chance does not explain it."""
 _CHANCE = 0.01
 _PENALTY = 0.01
-"""Inverse strength of the linear classifier's ridge: far more genes than cells call for a strong one."""
+"""Inverse strength of the linear classifier's ridge; it is strong because genes outnumber cells."""
 
 
 class Agreement(NamedTuple):
-    """How well genes of generated cells agree with those of real ones: R2 around identity, 1 where they are equal."""
+    """Agreement of the genes of generated and of real cells: R2 around identity, 1 if they are equal."""
 
     means: float
-    """Of ``log(1 + 10,000 x / library)``, over genes."""
+    """R2 of the means of ``log(1 + 10,000 x / library)``, over genes."""
     variances: float
-    """Logarithms of its variances."""
+    """R2 of the logarithms of its variances."""
     zeros: float
-    """Shares of cells without a count of the gene."""
+    """R2 of the shares of cells without a count of the gene."""
     correlations: float
-    """Between the 200 most abundant genes, over pairs."""
+    """R2 of the correlations between the 200 most abundant genes, over pairs."""
 
 
 @dataclass(frozen=True)
 class Realism:
-    """How generated cells compare with real ones."""
+    """Result of comparing generated cells with real ones."""
 
     verdict: str
     """One line."""
     auc: float
-    """The highest of ``aucs``: 0.5 where nothing tells generated cells from real ones, 1 where everything does."""
+    """The highest of ``aucs``: 0.5 if no classifier tells generated cells from real ones, 1 if one always does."""
     auc_real: float
     """The same between two halves of the real cells: what chance and the choice of the highest make of it."""
     aucs: dict[str, float]
-    """By classifier and what it sees."""
+    """AUC by classifier and its input."""
     agreement: Agreement
     agreement_real: Agreement
     """Between two halves of the real cells."""
     types: dict[str, tuple[float, float]]
     """Share of real and of generated cells, by type or cluster."""
     missing: tuple[str, ...]
-    """Types that are there among real cells, and not among generated ones."""
+    """Types of real cells that generated cells lack."""
     genes: dict[str, float]
-    """Genes that the linear classifier uses most, with what it adds to the log odds of being generated, by sd."""
+    """Genes that the linear classifier uses most, with their weights: log odds of being generated, per sd."""
     n_cells: int
-    """Of each kind."""
+    """Number of cells of each kind."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         document = asdict(self)
         document |= {name: getattr(self, name)._asdict() for name in ("agreement", "agreement_real")}
         plain: dict[str, Any] = json.loads(json.dumps(document))
         return plain
 
     def __str__(self) -> str:
-        """Verdict, then figures, in lines."""
+        """Print the verdict, then the figures."""
         lines = [self.verdict, "", f"{self.n_cells:,} cells of each kind; in brackets: real cells among themselves"]
         lines += [f"AUC {self.auc:.3f} ({self.auc_real:.3f})"]
         lines += [f"  {name}: {value:.3f}" for name, value in self.aucs.items()]
@@ -103,10 +103,10 @@ def check_realism(
 ) -> Realism:
     """Compare generated cells with real ones, best with cells that the model never saw.
 
-    As many cells of each kind are taken as there are of the rarer. A logistic regression and gradient-boosted trees
-    each try to tell them apart, by all genes (``log(1 + 10,000 x / library)``; values that are no counts as they are)
-    and by depth and 50 principal components, in 5-fold cross-validation (a classifier two-sample test; Lopez-Paz &
-    Oquab 2017, arXiv 1610.06545). The same is done with two halves of the real cells.
+    Both kinds have the same number of cells. A logistic regression and gradient-boosted trees try to tell them apart in
+    5-fold cross-validation (a classifier two-sample test; Lopez-Paz & Oquab 2017, arXiv 1610.06545). Their input is
+    all genes (``log(1 + 10,000 x / library)``; values that are not counts stay as they are), or depth and 50 principal
+    components. The same is done with two halves of the real cells.
 
     Parameters
     ----------
@@ -115,14 +115,14 @@ def check_realism(
     real
         Cells with the same genes, and maybe more, in any order.
     layer
-        Of the real cells' counts; X if None.
+        Layer of the real cells' counts; X if None.
     labels
-        Column of obs of the real cells with their types; generated ones get those of their real neighbours. Without
-        it, types are 12 clusters of both kinds together.
+        Column of obs of the real cells with their types; generated cells get the types of their real neighbours. If
+        None, types are 12 clusters of both kinds together.
     max_cells
-        Of each kind, taken at random: with more, smaller differences are seen, and it takes longer.
+        Largest number of cells of each kind, chosen at random. More cells show smaller differences, and take longer.
     seed
-        Of halves, folds and clusters.
+        Seed of halves, folds and clusters.
 
     Returns
     -------
@@ -132,16 +132,16 @@ def check_realism(
     Raises
     ------
     DataError
-        If real cells lack genes, or names of genes recur, or there are fewer than 20 of a kind (of real ones: 40).
+        If real cells lack genes, if gene names recur, or if there are fewer than 20 generated or 40 real cells.
     UsageError
-        If there is no such column or layer, or one side is counts and the other is not.
+        If there is no such column or layer, or only one kind of cells has counts.
 
     Examples
     --------
     >>> import celbo
     >>> cells = celbo.simulate_cells(n_cells=400, n_genes=50, seed=0)
-    >>> found = celbo.check_realism(cells[:200], cells[200:])
-    >>> found.auc < 0.65, found.missing
+    >>> realism = celbo.check_realism(cells[:200], cells[200:])
+    >>> realism.auc < 0.65, realism.missing
     (True, ())
     """
     check_seed(seed)
@@ -180,7 +180,7 @@ def check_realism(
     auc, auc_real = max(aucs.values()), max(_aucs(one_half, other_half, seed).values())
     types = None if labels is None else real.obs[labels].astype(str).to_numpy()[order][:n]
     shares = _shares(generated_cells, real_cells, types, seed)
-    missing = tuple(name for name, (expected, found) in shares.items() if _is_missing(found, expected, n))
+    missing = tuple(name for name, (expected, share) in shares.items() if _is_missing(share, expected, n))
     return Realism(
         verdict=_verdict(auc, auc_real, missing, len(shares), "cluster" if types is None else "type"),
         auc=auc,
@@ -190,13 +190,13 @@ def check_realism(
         agreement_real=_agreement(one_half, other_half),
         types=shares,
         missing=missing,
-        genes=_telling_genes(generated_cells, real_cells, names),
+        genes=_separating_genes(generated_cells, real_cells, names),
         n_cells=n,
     )
 
 
 class _Cells(NamedTuple):
-    """Cells of a kind, ``(cells, genes)``."""
+    """Cells of one kind, ``(cells, genes)``."""
 
     values: Floats
     logged: Floats
@@ -209,21 +209,22 @@ class _Cells(NamedTuple):
 
 
 def _dense(x: Any, rows: NDArray[np.intp]) -> Floats:
-    some = x[rows]
-    return np.asarray(some.toarray() if sparse.issparse(some) else some, np.float64)
+    chosen = x[rows]
+    return np.asarray(chosen.toarray() if sparse.issparse(chosen) else chosen, np.float64)
 
 
 def _principal(a: _Cells, b: _Cells, seed: int) -> Floats:
-    """Principal components of both kinds together, a first: ``(cells, 50 at most)``."""
+    """Compute principal components of both kinds together, ``a`` first: ``(cells, 50 at most)``."""
     from sklearn.decomposition import PCA
 
     x = np.concatenate([a.logged, b.logged])
-    found: Floats = PCA(min(_COMPONENTS, *x.shape), svd_solver="randomized", random_state=seed).fit_transform(x)
-    return found
+    pca = PCA(min(_COMPONENTS, *x.shape), svd_solver="randomized", random_state=seed)
+    components: Floats = pca.fit_transform(x)
+    return components
 
 
 def _aucs(a: _Cells, b: _Cells, seed: int) -> dict[str, float]:
-    """Area under the curve of each classifier, mean over folds, never below that of guessing."""
+    """Compute the area under the curve of each classifier and input, as a mean over folds."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -232,7 +233,7 @@ def _aucs(a: _Cells, b: _Cells, seed: int) -> dict[str, float]:
 
     is_a = np.repeat([1, 0], [len(a.values), len(b.values)])
     depth = np.concatenate([a.depth, b.depth])
-    seen = {
+    inputs = {
         "genes": np.concatenate([a.logged, b.logged]),
         "depth and components": np.hstack([depth, _principal(a, b, seed)]),
     }
@@ -242,9 +243,11 @@ def _aucs(a: _Cells, b: _Cells, seed: int) -> dict[str, float]:
     }
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     return {
-        f"{by}, {what}": float(cross_val_score(classifier, x, is_a, cv=folds, scoring="roc_auc").mean())
-        for what, x in seen.items()
-        for by, classifier in classifiers.items()
+        f"{classifier_name}, {input_name}": float(
+            cross_val_score(classifier, x, is_a, cv=folds, scoring="roc_auc").mean()
+        )
+        for input_name, x in inputs.items()
+        for classifier_name, classifier in classifiers.items()
     }
 
 
@@ -255,20 +258,21 @@ def _agreement(a: _Cells, b: _Cells) -> Agreement:
     pairs = np.triu_indices(len(both), 1)
     return Agreement(
         means=_r2(a.logged.mean(0), b.logged.mean(0)),
-        variances=_r2(*(np.log(each.logged.var(0)[varies]) for each in (a, b))),
-        zeros=_r2(*((each.values == 0).mean(0) for each in (a, b))),
-        correlations=_r2(*(np.atleast_2d(np.corrcoef(each.logged[:, both].T))[pairs] for each in (a, b))),
+        variances=_r2(*(np.log(kind.logged.var(0)[varies]) for kind in (a, b))),
+        zeros=_r2(*((kind.values == 0).mean(0) for kind in (a, b))),
+        correlations=_r2(*(np.atleast_2d(np.corrcoef(kind.logged[:, both].T))[pairs] for kind in (a, b))),
     )
 
 
-def _r2(found: Floats, truth: Floats) -> float:
-    """``1 - sum (found - truth)**2 / sum (truth - mean)**2``; 1 where nothing differs."""
-    left, there = float(((found - truth) ** 2).sum()), float(((truth - truth.mean()) ** 2).sum())
-    return 1 - left / there if there > 0 else float(left == 0)
+def _r2(values: Floats, truth: Floats) -> float:
+    """Compute R2 around identity; 1 if nothing differs, also for fewer than two values, which scikit-learn refuses."""
+    from sklearn.metrics import r2_score
+
+    return float(np.array_equal(values, truth)) if len(truth) < 2 else float(r2_score(truth, values))
 
 
 def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict[str, tuple[float, float]]:
-    """Share of b and of a in each type, told from the types of neighbours in b, or in each cluster of both."""
+    """Compute the share of b and of a in each type, by the types of neighbours in b, or in each cluster of both."""
     from sklearn.cluster import KMeans
     from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
@@ -276,25 +280,26 @@ def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict
     components = _principal(a, b, seed)
     if types is None:
         size = min(_CLUSTERS, len(components) // _FEWEST)
-        found = KMeans(size, n_init=3, random_state=seed).fit_predict(components)
-        of_a, of_b, names = found[: len(a.values)], found[len(a.values) :], list(range(size))
+        clusters = KMeans(size, n_init=3, random_state=seed).fit_predict(components)
+        of_a, of_b, names = clusters[: len(a.values)], clusters[len(a.values) :], list(range(size))
     else:
         of_real, by_neighbours = components[len(a.values) :], KNeighborsClassifier(_NEIGHBOURS)
         of_a = by_neighbours.fit(of_real, types).predict(components[: len(a.values)])
         folds = KFold(10, shuffle=True, random_state=seed)
-        of_b = cross_val_predict(by_neighbours, of_real, types, cv=folds)  # told as those of generated cells are
+        of_b = cross_val_predict(by_neighbours, of_real, types, cv=folds)  # as for generated cells
         names = sorted(set(types))
     return {str(name): (float((of_b == name).mean()), float((of_a == name).mean())) for name in names}
 
 
 def _is_missing(share: float, expected: float, n: int) -> bool:
-    """Whether so few are neither a quarter of what is expected nor chance."""
+    """Return whether a type has less than a quarter of its expected share, by more than chance."""
     from scipy.stats import poisson
 
     return share < _MISSING * expected and bool(poisson.cdf(round(share * n), expected * n) < _CHANCE)
 
 
-def _telling_genes(a: _Cells, b: _Cells, names: Any) -> dict[str, float]:
+def _separating_genes(a: _Cells, b: _Cells, names: Any) -> dict[str, float]:
+    """Return the genes that a linear classifier uses most to tell a from b, with their weights."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
