@@ -355,7 +355,7 @@ def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_
     found = anndata.read_h5ad(tmp_path / "treated.h5ad")
     counts = found.obs["celbo_verdict"].value_counts()
     assert f"{counts.get('supported', 0)} supported, {counts.get('edge', 0)} edge" in done.stderr
-    assert set(found.layers) == {"lower", "upper"}
+    assert set(found.layers) - {None} == {"lower", "upper"}
     assert {"celbo_share", "celbo_distance", "celbo_verdict"} <= set(found.obs)
     assert {"before", "after", "log2_fold_change", "lower", "upper"} <= set(found.var)
     assert set(found.obs["treatment"]) == {"treated"}

@@ -1,5 +1,6 @@
 """Drawing new cells: the likelihood's noise, the conditions asked for, all types, refusals, and the command."""
 
+from dataclasses import replace
 from functools import partial
 
 import anndata
@@ -162,11 +163,12 @@ def test_a_plain_autoencoder_cannot_be_sampled_from_the_prior(cells, held_out):
 
 @pytest.mark.long
 def test_a_prior_of_pseudo_cells_is_closer_than_the_normal(cells, held_out):
-    auc = {}
-    for prior in ("normal", "vamp:50"):
-        model = celbo.ExpressionVAE(latent_dim=5, prior=prior, train=TRAIN).fit(cells)
-        auc[prior] = celbo.check_realism(model.sample(400, source="prior"), held_out).auc
-    assert auc["vamp:50"] < auc["normal"] - 0.05
+    auc = {"normal": [], "vamp:50": []}
+    for prior in auc:
+        for seed in range(3):
+            model = celbo.ExpressionVAE(latent_dim=5, prior=prior, train=replace(TRAIN, seed=seed)).fit(cells)
+            auc[prior].append(celbo.check_realism(model.sample(400, source="prior", seed=seed), held_out).auc)
+    assert np.mean(auc["vamp:50"]) < np.mean(auc["normal"]) - 0.05, auc
 
 
 def test_a_conditional_prior_is_drawn_from_at_each_cells_condition(cells):

@@ -105,10 +105,9 @@ def unusual(
     >>> usual, cells = rng.normal(size=(500, 4)), np.array([[0.0, 0, 0, 0], [1, 2, 9, 3]])
     >>> depth, batch = np.full(502, 1000.0), np.zeros(502, int)
     >>> names = pd.Index(["usual", "two cells"])
-    >>> unusual(usual, cells, library=(depth[:500], depth[500:]), batch=(batch[:500], batch[500:]), index=names).kind
-    usual               usual
-    two cells    doublet-like
-    Name: kind, dtype: object
+    >>> of_cells = {"library": (depth[:500], depth[500:]), "batch": (batch[:500], batch[500:]), "index": names}
+    >>> unusual(usual, cells, **of_cells).kind.to_dict()
+    {'usual': 'usual', 'two cells': 'doublet-like'}
     """
     usual, readings = standardised(held_out, asked, library=library, batch=batch)
     names = READINGS[: readings.shape[1]]
