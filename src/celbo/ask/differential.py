@@ -21,6 +21,7 @@ from scipy.stats import norm
 
 from celbo.data.conditions import as_text, column_of
 from celbo.data.schema import MOST_COMBINATIONS
+from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed, warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
@@ -412,7 +413,7 @@ def pseudobulk(adata: AnnData, by: Sequence[str], *, layer: str | None = None) -
     codes, n_cells = grouped.ngroup().to_numpy(), grouped.size()
     which = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(n_cells), len(codes)))
     if layer is not None and layer not in adata.layers:
-        raise UsageError(f"layer={layer!r} is none of these cells; they have {listed(adata.layers) or 'none'}.")
+        raise UsageError(f"layer={layer!r} is none of these cells; they have {listed(layer_names(adata)) or 'none'}.")
     counts = adata.X if layer is None else adata.layers[layer]
     obs = n_cells.index.to_frame(index=False).assign(n_cells=n_cells.to_numpy())
     obs.index = pd.Index(obs[list(by)].astype(str).agg(" | ".join, axis=1))

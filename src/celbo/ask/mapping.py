@@ -14,6 +14,7 @@ from celbo.data.conditions import as_text, column_of, spelling
 from celbo.data.read import read_adata
 from celbo.data.schema import Schema
 from celbo.data.sources import open_source
+from celbo.data.stored import layer_names
 from celbo.errors import UsageError, listed, warn
 from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import Fitted
@@ -177,7 +178,7 @@ def _at_nearest_levels(fitted: Fitted, adata: AnnData, *, genes_present: float) 
             )
             column.iloc[rows] = nearest
         obs[condition.name] = column
-    return AnnData(X=adata.X, obs=obs, var=adata.var, layers=dict(adata.layers))
+    return AnnData(X=adata.X, obs=obs, var=adata.var, layers={name: adata.layers[name] for name in layer_names(adata)})
 
 
 def _doubt_new_levels(known: Schema, schema: Schema, adata: AnnData) -> list[str]:

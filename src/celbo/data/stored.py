@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError
 
-__all__ = ["Stored", "layer_values", "place_of", "refuse_layer", "stored_matrix", "stored_values"]
+__all__ = ["Stored", "layer_names", "layer_values", "place_of", "refuse_layer", "stored_matrix", "stored_values"]
 
 _BLOCK = 1 << 22
 """Values of a block of rows, about: what is held of data on disk at a time."""
@@ -90,8 +90,13 @@ def stored_matrix(matrix: Any, place: str) -> Stored:
 def layer_values(adata: AnnData, layer: str | None) -> Any:
     """X, or a layer, as it is stored; a `DataError` if there is none."""
     if layer not in adata.layers and (layer is not None or adata.X is None):
-        refuse_layer(layer, list(adata.layers))
+        refuse_layer(layer, layer_names(adata))
     return adata.X if layer is None else adata.layers[layer]
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Return the names of the layers; newer versions of anndata also list None, the key of X."""
+    return [name for name in adata.layers if name is not None]
 
 
 def refuse_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:

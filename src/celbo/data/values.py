@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from celbo.data.fingerprint import Fingerprint
 from celbo.data.read import ORIGIN, left_on_disk
-from celbo.data.stored import Stored, place_of, stored_matrix, stored_values
+from celbo.data.stored import Stored, layer_names, place_of, stored_matrix, stored_values
 from celbo.errors import DataError
 
 __all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
@@ -195,7 +195,7 @@ def find_counts(adata: AnnData, layer: str | None) -> str:
 
 
 def _find_counts(adata: AnnData, layer: str | None) -> str:
-    for name in adata.layers:
+    for name in layer_names(adata):
         if name != layer and _are_counts(adata, name):
             return f"layers[{name!r}] holds whole numbers: use layer={name!r} (--layer {name})."
     if layer is not None and adata.X is not None and _are_counts(adata, None):

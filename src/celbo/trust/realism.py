@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from celbo.data.normalise import log_normalise
+from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed
 from celbo.streams import Stream, random_stream
 
@@ -161,7 +162,7 @@ def check_realism(
     if labels is not None and labels not in real.obs.columns:
         raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
     if layer is not None and layer not in real.layers:
-        raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(real.layers) or 'none'}.")
+        raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(layer_names(real)) or 'none'}.")
     rng = random_stream(seed, Stream.REALISM)
     order, rows = (rng.permutation(adata.n_obs) for adata in (real, generated))
     n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
