@@ -13,13 +13,14 @@ import celbo
 from celbo.errors import UsageError
 from celbo.kernels import dispatch as kernels
 from celbo.kernels import reference
+from celbo.kernels.reference import DecodedCounts
 from celbo.kernels.threads import threads
 from celbo.minibatch import Minibatch, csr_tensor
 
 TIERS = {"cpu": "numba", "gpu": "triton"}
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the latter Triton's kernels are interpreted
 SHAPES = [(1, 1), (1, 7), (33, 2), (41, 1271), (130, 60)]
-FUSED = ["softmax_nb", "softmax_zinb", "softmax_poisson"]
+FUSED = ["nb", "zinb", "poisson"]
 
 
 @pytest.fixture(params=TIERS)
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
 
 def take(name, inputs):
     """Arguments of a fused function after x and h."""
-    n = {"softmax_poisson": 3, "softmax_nb": 4, "softmax_zinb": 6}[name]
+    n = {"poisson": 3, "nb": 4, "zinb": 6}[name]
     return inputs[:n]
 
 
@@ -78,7 +79,7 @@ def run(module, name, x, inputs, weight, dtype):
     device = where(module)
     leaves = [part.detach().clone().to(device, dtype).requires_grad_() for part in take(name, inputs)]
     h = torch.eye(len(x), dtype=dtype, device=device).requires_grad_()
-    value = getattr(module, name)(x.to(device), h, *leaves)
+    value = module.decoded_log_prob(DecodedCounts(x.to(device), h, *leaves))
     (value * weight.to(device, dtype)).sum().backward()
     return value.detach().cpu(), [leaf.grad.cpu() for leaf in (*leaves, h)]
 
@@ -136,8 +137,8 @@ def test_a_closed_gate_leaves_the_negative_binomial(tier):
     x = some_counts(20, 50)
     inputs = some_inputs(x)
     inputs = inputs._replace(gates=torch.full_like(inputs.gates, -1e8))
-    shut, _ = run(kernels, "softmax_zinb", x, inputs, torch.ones(20), torch.float32)
-    expected, _ = run(kernels, "softmax_nb", x, inputs, torch.ones(20), torch.float32)
+    shut, _ = run(kernels, "zinb", x, inputs, torch.ones(20), torch.float32)
+    expected, _ = run(kernels, "nb", x, inputs, torch.ones(20), torch.float32)
     torch.testing.assert_close(shut, expected, rtol=1e-6, atol=1e-5)
 
 
@@ -147,7 +148,7 @@ def test_what_is_not_a_number_stays_so(tier, name):
     h = torch.eye(5, device=device)
     h[3, 3] = torch.nan
     weight, *others = (part.to(device) for part in take(name, some_inputs(x)))
-    value = getattr(kernels, name)(x.to(device), h, weight.requires_grad_(), *others)
+    value = kernels.decoded_log_prob(DecodedCounts(x.to(device), h, weight.requires_grad_(), *others))
     value.sum().backward()
     assert value.isnan().tolist() == [False, False, False, True, False]
     assert weight.grad.isnan().any()
@@ -187,9 +188,9 @@ def test_a_sparse_product_equals_the_dense_one(tier, shape, density, units):
 
 def test_float64_is_the_references(tier):
     x = some_counts(4, 6).double()
-    inputs = take("softmax_nb", [part.double() for part in some_inputs(x.float())])
-    h = torch.eye(4, dtype=torch.float64)
-    assert torch.equal(kernels.softmax_nb(x, h, *inputs), reference.softmax_nb(x, h, *inputs))
+    inputs = take("nb", [part.double() for part in some_inputs(x.float())])
+    counts = DecodedCounts(x, torch.eye(4, dtype=torch.float64), *inputs)
+    assert torch.equal(kernels.decoded_log_prob(counts), reference.decoded_log_prob(counts))
 
 
 @pytest.mark.parametrize("likelihood", ["poisson", "nb", "zinb"])
@@ -247,7 +248,7 @@ def test_the_gpu_kernels_refuse_tensors_that_are_not_there(tmp_path):
     found = without_interpreter(
         "import torch; from celbo.kernels import dispatch as kernels\n"
         "kernels.use('gpu')\n"
-        "kernels.softmax_poisson(*[torch.zeros(1, 1)] * 3, torch.zeros(1), torch.zeros(1, 1))",
+        "kernels.decoded_log_prob(kernels.DecodedCounts(*[torch.zeros(1, 1)] * 3, torch.zeros(1), torch.zeros(1, 1)))",
         tmp_path,
     )
     assert "UsageError: the gpu kernels take tensors on a CUDA device, these are on cpu" in found.stderr

@@ -7,7 +7,7 @@ log-likelihood, and products of its derivatives. `celbo.kernels.threads` says ho
 from collections.abc import Iterator
 from functools import reduce
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celbo.kernels import compiled
+from celbo.kernels.reference import DecodedCounts
 from celbo.kernels.threads import in_threads, n_threads
 
-__all__ = ["softmax_nb", "softmax_poisson", "softmax_zinb", "sparse_linear"]
+__all__ = ["decoded_log_prob", "sparse_linear"]
 
 Csr = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
@@ -32,30 +33,6 @@ _DENSEST = 0.2
 _NOTHING = np.empty((0, 0), np.float32)
 
 
-def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_nb`."""
-    return _fused(x, h, weight, bias, log_library, log_theta)
-
-
-def softmax_zinb(
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    log_library: Tensor,
-    log_theta: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-) -> Tensor:
-    """See `celbo.kernels.reference.softmax_zinb`."""
-    return _fused(x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias)
-
-
-def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_poisson`."""
-    return _fused(x, h, weight, bias, log_library)
-
-
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See `celbo.kernels.reference.sparse_linear`."""
     if x.layout != torch.sparse_csr or x.values().numel() > _DENSEST * x.numel():
@@ -64,23 +41,11 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-class _Inputs(NamedTuple):
-    """Of the fused functions; a Poisson has no theta, only the zero-inflated have a gate."""
-
-    x: Tensor
-    h: Tensor
-    weight: Tensor
-    bias: Tensor
-    log_library: Tensor
-    log_theta: Tensor | None = None
-    gate_weight: Tensor | None = None
-    gate_bias: Tensor | None = None
-
-
-def _fused(*inputs: Tensor) -> Tensor:
+def decoded_log_prob(counts: DecodedCounts) -> Tensor:
+    """See `celbo.kernels.reference.decoded_log_prob`."""
     if not torch.is_grad_enabled():
-        return _run(_Inputs(*inputs), None)[0]
-    result: Tensor = _Fused.apply(*_Inputs(*inputs))  # type: ignore[no-untyped-call]
+        return _run(counts, None)[0]
+    result: Tensor = _Fused.apply(*counts)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -90,8 +55,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
         # A loss is a mean over cells, nearly always: what is found for equal weights then needs but one factor.
-        weights = torch.ones(len(_Inputs(*inputs).h)) if any(ctx.needs_input_grad) else None  # type: ignore[arg-type]
-        value, ctx.gradients = _run(_Inputs(*inputs), weights)  # type: ignore[arg-type]
+        weights = torch.ones(len(DecodedCounts(*inputs).h)) if any(ctx.needs_input_grad) else None  # type: ignore[arg-type]
+        value, ctx.gradients = _run(DecodedCounts(*inputs), weights)  # type: ignore[arg-type]
         ctx.save_for_backward(*inputs)
         return value
 
@@ -100,12 +65,12 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factor, gradients, ctx.gradients = grad[:1], ctx.gradients, None
         if gradients is None or not bool((grad == factor).all()):
-            factor, (_, gradients) = grad.new_ones(1), _run(_Inputs(*ctx.saved_tensors), grad)
+            factor, (_, gradients) = grad.new_ones(1), _run(DecodedCounts(*ctx.saved_tensors), grad)
         return None, *(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
 
 
 @torch.no_grad()
-def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
     """Log-likelihoods, and the gradients of their weighted sum in all inputs but x; without weights, zeros."""
     n_cells, n_genes = len(inputs.h), len(inputs.weight)
     by_cell = inputs.log_theta is not None and inputs.log_theta.dim() > 1
@@ -154,14 +119,14 @@ def _run(inputs: _Inputs, weights: Tensor | None) -> tuple[Tensor, list[Tensor |
         return [*sums, d_theta]
 
     *sums, d_theta = (reduce(torch.Tensor.add_, parts) for parts in zip(*in_threads(work, n), strict=True))
-    found = torch.from_numpy(value).to(inputs.h.dtype)
+    log_prob = torch.from_numpy(value).to(inputs.h.dtype)
     if not gradient:
-        return found, []
+        return log_prob, []
     d_log_library = torch.from_numpy(d_library).to(inputs.log_library.dtype).reshape(inputs.log_library.shape)
     d_log_theta = None
     if inputs.log_theta is not None:
         d_log_theta = torch.from_numpy(d_theta_by_cell) if by_cell else d_theta.float().reshape(inputs.log_theta.shape)
-    return found, [d_h, *sums[:2], d_log_library, d_log_theta, *(sums[2:] or [None, None])]
+    return log_prob, [d_h, *sums[:2], d_log_library, d_log_theta, *(sums[2:] or [None, None])]
 
 
 def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """The fastest kernels that fit a tensor: which tier computes, and a way to force one.
 
 ``reference.py`` is the definition, in plain torch, on any device that has float64. The faster tiers ``cpu.py`` (numba)
-and ``gpu.py`` (Triton) have the fused functions under the same names and signatures, and are tested against it. The
+and ``gpu.py`` (Triton) have the same functions, and are tested against it. The
 fastest tier that is installed and fits device and dtype computes; `use` forces one.
 """
 
@@ -13,8 +13,9 @@ from types import ModuleType
 from torch import Tensor, float32
 
 from celbo.errors import UsageError
+from celbo.kernels.reference import DecodedCounts
 
-__all__ = ["softmax_nb", "softmax_poisson", "softmax_zinb", "sparse_linear", "use"]
+__all__ = ["DecodedCounts", "decoded_log_prob", "sparse_linear", "use"]
 
 TIERS = ("auto", "reference", "cpu", "gpu")
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
@@ -37,30 +38,9 @@ def use(tier: str) -> None:
     _forced = tier
 
 
-def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_nb`."""
-    result: Tensor = _tier(h).softmax_nb(x, h, weight, bias, log_library, log_theta)
-    return result
-
-
-def softmax_zinb(
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    log_library: Tensor,
-    log_theta: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-) -> Tensor:
-    """See `celbo.kernels.reference.softmax_zinb`."""
-    result: Tensor = _tier(h).softmax_zinb(x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias)
-    return result
-
-
-def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_poisson`."""
-    result: Tensor = _tier(h).softmax_poisson(x, h, weight, bias, log_library)
+def decoded_log_prob(counts: DecodedCounts) -> Tensor:
+    """See `celbo.kernels.reference.decoded_log_prob`."""
+    result: Tensor = _tier(counts.h).decoded_log_prob(counts)
     return result
 
 

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from celbo.errors import UsageError
 from celbo.kernels import blocks
+from celbo.kernels.reference import DecodedCounts
 
-__all__ = ["softmax_nb", "softmax_poisson", "softmax_zinb", "sparse_linear"]
+__all__ = ["decoded_log_prob", "sparse_linear"]
 
 _INTERPRETED = not isinstance(blocks.nb, triton.JITFunction)
 _BLOCK = 65536 if _INTERPRETED else 512
@@ -28,58 +29,22 @@ registers hold; in the interpreter many cost little more than one."""
 _FEWEST_GENES, _MOST_GENES = 16, 512
 
 
-def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_nb`."""
-    return _fused(x, h, weight, bias, log_library, log_theta)
-
-
-def softmax_zinb(
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    log_library: Tensor,
-    log_theta: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-) -> Tensor:
-    """See `celbo.kernels.reference.softmax_zinb`."""
-    return _fused(x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias)
-
-
-def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.softmax_poisson`."""
-    return _fused(x, h, weight, bias, log_library)
-
-
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See `celbo.kernels.reference.sparse_linear`; on a GPU minibatches are dense, and so is the product."""
     return x.to_dense() @ weight.t()
 
 
-class _Inputs(NamedTuple):
-    """Of the fused functions; a Poisson has no theta, only the zero-inflated have a gate."""
-
-    x: Tensor
-    h: Tensor
-    weight: Tensor
-    bias: Tensor
-    log_library: Tensor
-    log_theta: Tensor | None = None
-    gate_weight: Tensor | None = None
-    gate_bias: Tensor | None = None
-
-
-def _fused(*inputs: Tensor) -> Tensor:
-    device = inputs[1].device
+def decoded_log_prob(counts: DecodedCounts) -> Tensor:
+    """See `celbo.kernels.reference.decoded_log_prob`."""
+    device = counts.h.device
     if device.type != "cuda" and not _INTERPRETED:
         raise UsageError(
             f"the gpu kernels take tensors on a CUDA device, these are on {device}; use('auto') finds the kernels that"
             " fit, and with TRITON_INTERPRET=1 in the environment from the start Triton's interpreter takes them"
         )
     if not torch.is_grad_enabled():
-        return _run(_Inputs(*inputs), want=False)[0]
-    result: Tensor = _Fused.apply(*_Inputs(*inputs))  # type: ignore[no-untyped-call]
+        return _run(counts, want=False)[0]
+    result: Tensor = _Fused.apply(*counts)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -88,7 +53,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        given = _Inputs(*inputs)  # type: ignore[arg-type]
+        given = DecodedCounts(*inputs)  # type: ignore[arg-type]
         value, derivatives = _run(given, want=any(ctx.needs_input_grad))
         ctx.save_for_backward(given.h, given.weight, given.gate_weight, *derivatives)
         ctx.of_library = given.log_library.shape
@@ -106,8 +71,8 @@ class _Fused(torch.autograd.Function):
         d_h = d_logits @ weight
         d_log_theta = d_gate_weight = d_gate_bias = None
         if d_theta is not None:
-            found = by_cell * d_theta if len(ctx.of_theta) > 1 else grad @ d_theta
-            d_log_theta = found.reshape(ctx.of_theta)
+            summed = by_cell * d_theta if len(ctx.of_theta) > 1 else grad @ d_theta
+            d_log_theta = summed.reshape(ctx.of_theta)
         if d_gates is not None:
             d_h.addmm_(d_gates, gate_weight)
             d_gate_weight, d_gate_bias = d_gates.t() @ weighted, grad @ d_gates
@@ -126,7 +91,7 @@ class _Derivatives(NamedTuple):
 
 
 @torch.no_grad()
-def _run(inputs: _Inputs, want: bool) -> tuple[Tensor, _Derivatives]:
+def _run(inputs: DecodedCounts, want: bool) -> tuple[Tensor, _Derivatives]:
     """Log-likelihoods, ``(cells,)``, and their derivatives; those in matrices mean nothing if they are not wanted."""
     n_cells, n_genes = len(inputs.h), len(inputs.weight)
     x = inputs.x.to_dense().float().contiguous()

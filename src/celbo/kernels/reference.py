@@ -5,7 +5,7 @@ binomial near its Poisson limit (at theta = 1e6 nothing is left of it); the spec
 the rest, are taken at non-zero counts alone.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "DecodedCounts",
+    "decoded_log_prob",
     "nb_log_prob",
     "poisson_log_prob",
-    "softmax_nb",
-    "softmax_poisson",
-    "softmax_zinb",
     "sparse_linear",
     "zinb_log_prob",
 ]
@@ -165,23 +164,30 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
     return result
 
 
-def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor, log_theta: Tensor) -> Tensor:
-    r"""Log-probability of each cell's counts under the decoder's last layer.
+class DecodedCounts(NamedTuple):
+    """Counts, and the decoder's last layer, which gives their distribution."""
 
-    ``sum_g log NB(x_g | mu_g, theta_g)`` with ``mu = library softmax(h @ weight.T + bias)``.
+    x: Tensor
+    """Counts, ``(cells, genes)``, dense or CSR."""
+    h: Tensor
+    """Last hidden layer, ``(cells, width)``."""
+    weight: Tensor
+    """Weight of the linear map to logits of expression shares, ``(genes, width)``; ``bias`` is ``(genes,)``."""
+    bias: Tensor
+    log_library: Tensor
+    """Logarithm of the library size, ``(cells, 1)``."""
+    log_theta: Tensor | None = None
+    """As in `nb_log_prob`, ``(genes,)`` or ``(cells, genes)``; None for a Poisson distribution."""
+    gate_weight: Tensor | None = None
+    """Weight and bias of the linear map to the logits of gates, if zeros are inflated."""
+    gate_bias: Tensor | None = None
 
-    Parameters
-    ----------
-    x
-        Counts, ``(cells, genes)``, dense or CSR.
-    h
-        Last hidden layer, ``(cells, width)``.
-    weight, bias
-        Of the linear map to logits of expression shares, ``(genes, width)`` and ``(genes,)``.
-    log_library
-        Logarithm of the library size, ``(cells, 1)``.
-    log_theta
-        As in `nb_log_prob`, ``(genes,)`` or ``(cells, genes)``.
+
+def decoded_log_prob(counts: DecodedCounts) -> Tensor:
+    r"""Compute the log-probability of each cell's counts under the decoder's last layer.
+
+    ``sum_g log NB(x_g | mu_g, theta_g)`` with ``mu = library softmax(h @ weight.T + bias)``; without theta
+    ``sum_g log Poisson(x_g | mu_g)``; with gates zero-inflated, with logits ``h @ gate_weight.T + gate_bias``.
 
     Returns
     -------
@@ -192,34 +198,20 @@ def softmax_nb(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: 
     --------
     >>> import torch
     >>> x, zeros = torch.tensor([[1.0, 0.0]]), torch.zeros(2)
-    >>> softmax_nb(x, torch.zeros(1, 3), torch.ones(2, 3), zeros, torch.zeros(1, 1), zeros)
+    >>> decoded_log_prob(DecodedCounts(x, torch.zeros(1, 3), torch.ones(2, 3), zeros, torch.zeros(1, 1), zeros))
     tensor([-1.9095])
     >>> nb_log_prob(x, torch.tensor(0.5).log(), zeros).sum(-1)
     tensor([-1.9095])
     """
-    log_prob = nb_log_prob(x.to_dense(), _log_mean(h, weight, bias, log_library), log_theta)
+    x, h, weight, bias, log_library, log_theta, gate_weight, gate_bias = counts
+    x, log_mu = x.to_dense(), log_library + F.log_softmax(F.linear(h, weight, bias).double(), dim=-1)
+    if log_theta is None:
+        log_prob = poisson_log_prob(x, log_mu)
+    elif gate_weight is None:
+        log_prob = nb_log_prob(x, log_mu, log_theta)
+    else:
+        log_prob = zinb_log_prob(x, log_mu, log_theta, F.linear(h, gate_weight, gate_bias).double())
     return log_prob.sum(-1).to(h.dtype)
-
-
-def softmax_zinb(
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    log_library: Tensor,
-    log_theta: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-) -> Tensor:
-    """As `softmax_nb`, zero-inflated: gates have logits ``h @ gate_weight.T + gate_bias``."""
-    gate_logits = F.linear(h, gate_weight, gate_bias).double()
-    log_mu = _log_mean(h, weight, bias, log_library)
-    return zinb_log_prob(x.to_dense(), log_mu, log_theta, gate_logits).sum(-1).to(h.dtype)
-
-
-def softmax_poisson(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
-    """As `softmax_nb`, without dispersion: ``sum_g log Poisson(x_g | mu_g)``."""
-    return poisson_log_prob(x.to_dense(), _log_mean(h, weight, bias, log_library)).sum(-1).to(h.dtype)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -234,10 +226,6 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
     tensor([[2.5000]])
     """
     return x.to_dense() @ weight.t()
-
-
-def _log_mean(h: Tensor, weight: Tensor, bias: Tensor, log_library: Tensor) -> Tensor:
-    return log_library + F.log_softmax(F.linear(h, weight, bias).double(), dim=-1)
 
 
 def _at(positions: Tensor, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from celbo.kernels.dispatch import softmax_nb, softmax_poisson, softmax_zinb
+from celbo.kernels.dispatch import DecodedCounts, decoded_log_prob
 from celbo.kernels.reference import nb_log_prob, poisson_log_prob, zinb_log_prob
 
 __all__ = ["NegativeBinomial", "Poisson", "Shares", "ZeroInflatedNegativeBinomial"]
@@ -102,7 +102,7 @@ class Poisson(Distribution):
         """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
         if not _is_softmax(self, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return softmax_poisson(value, *self.shares)
+        return decoded_log_prob(DecodedCounts(value, *self.shares))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -194,7 +194,7 @@ class NegativeBinomial(Distribution):
         """Sum of `log_prob` over genes, ``(cells,)``; ``value`` may be CSR."""
         if not _is_softmax(self, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return softmax_nb(value, *self.shares, self.log_theta)
+        return decoded_log_prob(DecodedCounts(value, *self.shares, self.log_theta))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
@@ -275,7 +275,7 @@ class ZeroInflatedNegativeBinomial(Distribution):
         base = self.base
         if "gate" not in self.__dict__ or not _is_softmax(base, value):
             return self.log_prob(value.to_dense()).sum(-1)
-        return softmax_zinb(value, *base.shares, base.log_theta, self.gate.weight, self.gate.bias)
+        return decoded_log_prob(DecodedCounts(value, *base.shares, base.log_theta, self.gate.weight, self.gate.bias))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
