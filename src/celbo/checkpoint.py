@@ -271,12 +271,12 @@ def _find(path: Path) -> Path:
             if (folder / _MANIFEST).is_file():
                 return folder
     if not path.exists():
-        found = "does not exist"
+        fault = "does not exist"
     elif not path.is_dir():
-        found = "is not a folder"
+        fault = "is not a folder"
     else:
-        found = "is not a model folder: it has no manifest.json"
-    raise ModelFileError(f"{path} {found}; name what `celbo fit -o` or `save` wrote.")
+        fault = "is not a model folder: it has no manifest.json"
+    raise ModelFileError(f"{path} {fault}; name what `celbo fit -o` or `save` wrote.")
 
 
 def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:

@@ -203,7 +203,7 @@ def fold_changes(sums: Sums, pairs: Sequence[tuple[Sequence[int], Sequence[int]]
     """
     change, variance, means = [], [], []
     for pair in pairs:
-        sides = [_side(sums, np.asarray(some)) for some in pair]
+        sides = [_side(sums, np.asarray(sets)) for sets in pair]
         (one, error, spread), (other, other_error, other_spread) = sides
         change.append(np.log2(np.maximum(one, _SMALLEST)) - np.log2(np.maximum(other, _SMALLEST)))
         variance.append((error + other_error + spread + other_spread) / np.log(2) ** 2)
@@ -212,11 +212,11 @@ def fold_changes(sums: Sums, pairs: Sequence[tuple[Sequence[int], Sequence[int]]
     return np.mean(change, axis=0), np.sum(variance, axis=0) / len(pairs) ** 2, one, other
 
 
-def _side(sums: Sums, some: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _side(sums: Sums, sets: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Corrected mean share of some sets together; variance of its logarithm from counting, and over draws of z."""
-    weight = sums.n_cells[some] / sums.n_cells[some].sum()
-    share = np.maximum(np.einsum("s,dsg->dg", weight, sums.share[:, some]), _SMALLEST)
-    counted, expected, variance = (part[some].sum(0) for part in (sums.counted, sums.expected, sums.variance))
+    weight = sums.n_cells[sets] / sums.n_cells[sets].sum()
+    share = np.maximum(np.einsum("s,dsg->dg", weight, sums.share[:, sets]), _SMALLEST)
+    counted, expected, variance = (part[sets].sum(0) for part in (sums.counted, sums.expected, sums.variance))
     per_count = np.maximum(variance / np.maximum(expected, _SMALLEST), 1)
     ratio = (counted / per_count + _JEFFREYS) / (expected / per_count + _JEFFREYS)
     error = polygamma(1, counted / per_count + _JEFFREYS)
@@ -295,7 +295,7 @@ def group_cells(
             raise UsageError(f"{option}={column!r} is no column of obs; it has {listed(obs.columns)}.")
     labels = _as_text(column_of(obs, groupby))
     sizes = labels.value_counts()
-    if unknown := [each for each in (group, reference) if each is not None and each not in sizes]:
+    if unknown := [name for name in (group, reference) if name is not None and name not in sizes]:
         raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
     if group is not None and group == reference:
         raise UsageError(f"group and reference are both {group!r}; give two groups, or leave the reference out.")
@@ -307,11 +307,11 @@ def group_cells(
         raise DataError(f"no cell has a {groupby!r}: there is nothing to compare.")
     if len(sizes) < 2:
         raise UsageError(f"{groupby!r} has a single group, {listed(sizes.index)}: there is nothing to compare it with.")
-    if few := [each for each in (group, reference) if each is not None and sizes[each] < _FEWEST]:
+    if few := [name for name in (group, reference) if name is not None and sizes[name] < _FEWEST]:
         raise UsageError(f"{listed(few)} has fewer than {_FEWEST} cells, too few to compare.")
-    asked = [group] if group is not None else sorted(each for each in sizes.index if each != reference)
-    groups = [each for each in asked if sizes[each] >= _FEWEST]
-    if few := sorted(set(asked) - set(groups)):
+    wanted = [group] if group is not None else sorted(name for name in sizes.index if name != reference)
+    groups = [name for name in wanted if sizes[name] >= _FEWEST]
+    if few := sorted(set(wanted) - set(groups)):
         warn(f"groups of one cell are left out: {listed(few)}.")
     if not groups:
         raise UsageError(

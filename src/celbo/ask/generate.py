@@ -323,8 +323,9 @@ def _near_cells(
     """Choose a reference cell of the same levels near each z."""
     near = np.empty(len(z), np.intp)
     of_cells, group = np.unique(levels, axis=0, return_inverse=True)
-    for number, each in enumerate(of_cells):
-        members, here = has_it[(known[has_it] == each).all(1)], np.flatnonzero(group.reshape(-1) == number)
-        nearest = cKDTree(mu_z[members]).query(z[here], min(_NEAR, len(members)))[1].reshape(len(here), -1)
-        near[here] = members[nearest[np.arange(len(here)), rng.integers(nearest.shape[1], size=len(here))]]
+    for number, levels_of_group in enumerate(of_cells):
+        members = has_it[(known[has_it] == levels_of_group).all(1)]
+        rows = np.flatnonzero(group.reshape(-1) == number)
+        nearest = cKDTree(mu_z[members]).query(z[rows], min(_NEAR, len(members)))[1].reshape(len(rows), -1)
+        near[rows] = members[nearest[np.arange(len(rows)), rng.integers(nearest.shape[1], size=len(rows))]]
     return near

@@ -162,13 +162,13 @@ def _at_nearest_levels(fitted: Fitted, adata: AnnData, *, genes_present: float) 
         column = column_of(obs, condition.name).astype(object)
         for level in column[~condition.is_known(column)].unique():
             rows = np.flatnonzero(column == level)
-            some = adata[rows[np.linspace(0, len(rows) - 1, min(len(rows), _CELLS_TO_COMPARE)).astype(int)]]
+            examples = adata[rows[np.linspace(0, len(rows) - 1, min(len(rows), _CELLS_TO_COMPARE)).astype(int)]]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # all cells are checked afterwards, with warnings
-                source = open_source(some, schema, unseen="marginal", genes_present=genes_present)
+                source = open_source(examples, schema, unseen="marginal", genes_present=genes_present)
             elbo = {}
             for known in condition.levels or ():
-                source.codes = schema.codes(some.obs, {condition.name: known}, unseen="marginal")
+                source.codes = schema.codes(examples.obs, {condition.name: known}, unseen="marginal")
                 with threads(fitted.threads):
                     elbo[known] = cell_terms(fitted.vae, source, objective=fitted.objective).elbo.mean()
             nearest = max(elbo, key=lambda known: elbo[known])

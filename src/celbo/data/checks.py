@@ -232,9 +232,9 @@ def check_query(
         check.add("empty", "error", "these data have no cells.")
         return check
     _check_names(check, adata)
-    there = int((schema.columns(adata.var_names) >= 0).sum()) if adata.var_names.is_unique else len(schema.genes)
-    if there < len(schema.genes):
-        enough = there >= genes_present * len(schema.genes) and there > 0
+    n_present = int((schema.columns(adata.var_names) >= 0).sum()) if adata.var_names.is_unique else len(schema.genes)
+    if n_present < len(schema.genes):
+        enough = n_present >= genes_present * len(schema.genes) and n_present > 0
         rest = (
             "The model fills them in by what it expects of them."
             if enough

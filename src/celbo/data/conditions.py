@@ -178,22 +178,22 @@ def spelling(level: str) -> str:
 
 
 def doubt_levels(condition: Condition) -> list[str]:
-    """What is to be said of levels that may be mistakes: spelt nearly as another, or as a missing value is."""
+    """Return warnings about levels that may be mistakes: spelt nearly as another, or as a missing value."""
     alike: dict[str, list[str]] = {}
     for level in condition.levels or ():
         alike.setdefault(spelling(level) or level, []).append(level)
-    found = [
+    doubts = [
         f"condition {condition.name!r} has levels that read nearly the same, {listed(several)}; if one is meant, mend "
         "their spelling."
         for several in alike.values()
         if len(several) > 1
     ]
     if odd := [level for level in condition.levels or () if level.strip() in _READ_AS_MISSING]:
-        found.append(
+        doubts.append(
             f"condition {condition.name!r}: {listed(odd)} is taken for a level of its own. If it says that the value "
             "is missing, fill it in, or drop these cells."
         )
-    return found
+    return doubts
 
 
 def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":

@@ -53,27 +53,27 @@ def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
     """
     wanted, n = set(genes), len(genes)
     names = [str(name) for name in var.index]
-    here = set(names)
-    missing = [gene for gene in genes if gene not in here]
-    found = n - len(missing)
+    present = set(names)
+    missing = [gene for gene in genes if gene not in present]
+    n_matched = n - len(missing)
     ours, theirs = kind_of_names(genes), kind_of_names(names)
     lines = [
-        f"{len(missing):,} of the model's {n:,} genes are not in these data ({_percent(found, n)} match): "
+        f"{len(missing):,} of the model's {n:,} genes are not in these data ({_percent(n_matched, n)} match): "
         f"{listed(missing)}."
     ]
     if ours != theirs:
         lines.append(f"Yours look like {theirs} ({listed(names[:3])}), the model's are {ours}.")
-    hints = _columns_that_match(wanted, var, found)
-    if (matched := len(set(map(_unversioned, wanted)) & set(map(_unversioned, here)))) > found:
+    hints = _columns_that_match(wanted, var, n_matched)
+    if (matched := len(set(map(_unversioned, wanted)) & set(map(_unversioned, present)))) > n_matched:
         strip = r"adata.var_names.str.replace(r'\.\d+$', '', regex=True)"
         hints.append(f"Without version numbers {_percent(matched, n)} match: {strip}.")
-    if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in here})) > found:
+    if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in present})) > n_matched:
         hints.append(f"If capitals are ignored {_percent(matched, n)} match: symbols of another species, perhaps.")
     lines += hints or ["Give var_names the model's kind of identifier, and keep the model's genes."]
     return " ".join(lines)
 
 
-def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, found: int) -> list[str]:
+def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, n_matched: int) -> list[str]:
     """Name the column of var that matches most of the wanted genes, if it matches more than the names do."""
     matches = {
         column: len(set(var[column].dropna().astype(str)) & set(wanted))
@@ -81,7 +81,7 @@ def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, found: int) 
         if not pd.api.types.is_float_dtype(var[column]) and not pd.api.types.is_bool_dtype(var[column])
     }
     best = max(matches, key=lambda column: matches[column], default=None)
-    if best is None or matches[best] <= found:
+    if best is None or matches[best] <= n_matched:
         return []
     return [
         f"var[{best!r}] matches {matches[best]:,} of {len(wanted):,} ({_percent(matches[best], len(wanted))}): use "

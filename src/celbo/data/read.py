@@ -144,9 +144,9 @@ def _open(path: Path) -> h5py.File | zarr.Group:
         if is_hdf5:
             h5py.File(path, "r").close()
     except OSError as error:
-        if found := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
+        if sizes := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
             raise DataError(
-                f"{path} is truncated: it has {int(found[1]):,} of {int(found[2]):,} bytes. {_AGAIN}"
+                f"{path} is truncated: it has {int(sizes[1]):,} of {int(sizes[2]):,} bytes. {_AGAIN}"
             ) from error
         raise
     if not is_hdf5:
@@ -237,9 +237,9 @@ def _refuse_missing_chunks(group: zarr.Group) -> None:
         part: Any = group[name]
         if not group["data"].shape[0] or (name == "indices" and n_genes == 1):  # type: ignore[union-attr]
             continue
-        if (there := part.nchunks_initialized) < part.nchunks:
+        if (n_chunks := part.nchunks_initialized) < part.nchunks:
             raise DataError(
-                f"{group.store_path}/{name} is not complete: it has {there:,} of {part.nchunks:,} chunks. {_AGAIN}"
+                f"{group.store_path}/{name} is not complete: it has {n_chunks:,} of {part.nchunks:,} chunks. {_AGAIN}"
             )
 
 

@@ -149,10 +149,13 @@ class Schema:
         >>> Schema(genes=("g",), conditions=two).pairs(["batch:treatment"])
         [(slice(0, 2, None), slice(2, 4, None))]
         """
-        columns = {each.name: where for each, where in zip(self.conditions, self.context_columns, strict=True)}
+        columns = {
+            condition.name: its_columns
+            for condition, its_columns in zip(self.conditions, self.context_columns, strict=True)
+        }
         if isinstance(interactions, str):
             raise UsageError(f"interactions is the text {interactions!r}; give a list of them: [{interactions!r}].")
-        known, found = {f"{one}:{other}": (one, other) for one, other in permutations(columns, 2)}, []
+        known, pairs = {f"{one}:{other}": (one, other) for one, other in permutations(columns, 2)}, []
         many = {condition.name for condition in self.conditions if condition.embedded}
         for text in interactions:
             if text not in known:
@@ -166,10 +169,10 @@ class Schema:
                     "out, or make a column of fewer."
                 )
             one, other = known[text]
-            if (pair := (columns[one], columns[other])) in found or pair[::-1] in found:
+            if (pair := (columns[one], columns[other])) in pairs or pair[::-1] in pairs:
                 raise UsageError(f"interaction {text!r} is named twice, whichever comes first; name it once.")
-            found.append(pair)
-        return found
+            pairs.append(pair)
+        return pairs
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
         """Positions of the model's genes among these names, in the model's order; -1 for a gene that is not there."""
@@ -205,7 +208,7 @@ class Schema:
                 f"over={list(over)!r} has {len(combinations):,} combinations of levels; at most {MOST_COMBINATIONS} "
                 "can be averaged. Give one of them instead."
             )
-        return [{**given, **dict(zip(over, each, strict=True))} for each in combinations]
+        return [{**given, **dict(zip(over, levels, strict=True))} for levels in combinations]
 
     def with_genes(self, positions: NDArray[np.intp], selection: str) -> "Schema":
         """Keep the genes at these positions, chosen as ``selection`` says."""

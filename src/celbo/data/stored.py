@@ -135,8 +135,8 @@ def _in_memory_sparse(matrix: Any, place: str) -> Stored:
         if not isinstance(rows, slice):
             return _csr(x[rows])
         start, stop, _ = rows.indices(x.shape[0])
-        here = slice(x.indptr[start], x.indptr[stop])  # views: a block of consecutive rows costs no copy
-        parts = (x.data[here], x.indices[here], x.indptr[start : stop + 1] - x.indptr[start])
+        values = slice(x.indptr[start], x.indptr[stop])  # views: a block of consecutive rows costs no copy
+        parts = (x.data[values], x.indices[values], x.indptr[start : stop + 1] - x.indptr[start])
         return _csr(sp.csr_matrix(parts, shape=(stop - start, x.shape[1])))
 
     return Stored(x.shape, False, read)
@@ -148,8 +148,8 @@ def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
             block = matrix[rows]
         else:  # HDF5 wants increasing rows, each once
             unique, inverse = np.unique(rows, return_inverse=True)
-            found: Any = matrix[unique] if isinstance(matrix, h5py.Dataset) else matrix.oindex[unique]
-            block = found[inverse]
+            rows_read: Any = matrix[unique] if isinstance(matrix, h5py.Dataset) else matrix.oindex[unique]
+            block = rows_read[inverse]
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{place} cannot be read from disk: {error}. Copy it again from where it came.") from error
     if sp.issparse(block):
@@ -181,10 +181,10 @@ def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
 def _csr_of_dense(block: NDArray[Any]) -> sp.csr_matrix:
     """As scipy does it, in a third of the time and memory: it goes by coordinates of 64 bits."""
     n_rows, n_columns = block.shape
-    there = block != 0
-    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(there, axis=1))])
+    is_stored = block != 0
+    indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(is_stored, axis=1))])
     columns = np.broadcast_to(np.arange(n_columns, dtype=np.int32), block.shape)
-    x = sp.csr_matrix((block[there], columns[there], indptr), shape=(n_rows, n_columns))
+    x = sp.csr_matrix((block[is_stored], columns[is_stored], indptr), shape=(n_rows, n_columns))
     x.has_canonical_format = True
     return x
 

@@ -219,8 +219,8 @@ def _look(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
         bad = np.flatnonzero(KINDS[kind].bad(block.data))
         first = int(bad[0])
         row = start + int(np.searchsorted(block.indptr, first, side="right")) - 1
-        found = Fault(len(bad), row, int(block.indices[first]), float(block.data[first]))
-        faults[kind] = faults[kind]._replace(n=faults[kind].n + found.n) if kind in faults else found
+        fault = Fault(len(bad), row, int(block.indices[first]), float(block.data[first]))
+        faults[kind] = faults[kind]._replace(n=faults[kind].n + fault.n) if kind in faults else fault
 
 
 def _first_look(block: sp.csr_matrix) -> set[str]:

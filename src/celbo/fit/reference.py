@@ -138,9 +138,9 @@ def seen_together(
     group = group.reshape(-1)
     of_known = group[: len(known)]
     n_groups = int(group.max(initial=-1)) + 1
-    there = np.bincount(of_known, minlength=n_groups)
+    sizes = np.bincount(of_known, minlength=n_groups)
     with_it = np.bincount(of_known, weights=has_it, minlength=n_groups)
-    often = with_it > _SELDOM * has_it.mean() * there
+    often = with_it > _SELDOM * has_it.mean() * sizes
     return np.asarray(often[group[len(known) :]])
 
 
@@ -161,12 +161,12 @@ def nested_conditions(codes: NDArray[np.float32], schema: Schema, names: Iterabl
     codes = np.unique(codes, axis=0)  # cells of the same levels add nothing
     levels = [np.unique(of_cells) for of_cells in codes.T]
     is_level = [condition.levels is not None for condition in schema.conditions]
-    n_columns = sum(len(those) if each else 1 for those, each in zip(levels, is_level, strict=True))
+    n_columns = sum(len(those) if categorical else 1 for those, categorical in zip(levels, is_level, strict=True))
     if n_columns > _MOST_COLUMNS or n_columns * len(codes) > _MOST_VALUES:
         return []
     columns = {
-        condition.name: (of_cells[:, None] == those if each else of_cells[:, None]).astype(float)
-        for condition, of_cells, those, each in zip(schema.conditions, codes.T, levels, is_level, strict=True)
+        condition.name: (of_cells[:, None] == those if categorical else of_cells[:, None]).astype(float)
+        for condition, of_cells, those, categorical in zip(schema.conditions, codes.T, levels, is_level, strict=True)
     }
 
     def rank(parts: list[NDArray[np.float64]]) -> int:

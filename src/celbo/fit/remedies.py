@@ -148,9 +148,9 @@ def match_levels(z: Tensor, context: Tensor | None, generator: Generator, weight
     """
     if context is None:
         return z.new_zeros(())
-    there = context.sum(0)
-    one_hot = ((context == 0) | (context == 1)).all(0) & (there >= 2) & (there <= len(z) - 2)
-    has, n = context[:, one_hot].T, there[one_hot]
+    n_cells = context.sum(0)
+    one_hot = ((context == 0) | (context == 1)).all(0) & (n_cells >= 2) & (n_cells <= len(z) - 2)
+    has, n = context[:, one_hot].T, n_cells[one_hot]
     others = len(z) - n
     near = _kernel(z, z) - torch.eye(len(z), device=z.device)
     of_level = has @ near

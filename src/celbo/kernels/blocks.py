@@ -57,8 +57,8 @@ def poisson(
         n = tl.where(counted, x, 1.0)
         _, _, excess, log_n, _ = _against_counts(n, logits, shift)
         mu = _exp(logits - top[:, None]) * scale
-        found = tl.where(counted, -0.5 * (_LOG_2_PI + log_n) - _stirling(n) - n * excess, -mu)
-        log_prob += tl.sum(tl.where(genes < n_genes, found, 0.0), 1).to(tl.float64)
+        log_poisson = tl.where(counted, -0.5 * (_LOG_2_PI + log_n) - _stirling(n) - n * excess, -mu)
+        log_prob += tl.sum(tl.where(genes < n_genes, log_poisson, 0.0), 1).to(tl.float64)
         sum_x += tl.sum(x.to(tl.float64), 1)
 
     # The means of a cell add up to its library, whatever the logits: these have the derivatives x - share sum(x).

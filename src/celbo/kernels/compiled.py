@@ -104,14 +104,14 @@ def nb(
         for b in range(0, n_genes, _BLOCK):
             e = b + _BLOCK
             if zero_inflated:
-                found = _inflated_zeros(
+                sums = _inflated_zeros(
                     shares[b:e], scale, theta_32[b:e], inverse[b:e], gate[b:e], w, d_mu[b:e], d_theta_row[b:e],
                     d_gate[b:e],
                 )  # fmt: skip
             else:
-                found = _zeros(shares[b:e], scale, theta_32[b:e], inverse[b:e], w, d_mu[b:e], d_theta_row[b:e])
-            log_prob += found[0]
-            sum_mu += found[1]
+                sums = _zeros(shares[b:e], scale, theta_32[b:e], inverse[b:e], w, d_mu[b:e], d_theta_row[b:e])
+            log_prob += sums[0]
+            sum_mu += sums[1]
 
         log_prob += _counts(counts, kept[:n], scale, shift)
         if zero_inflated:
@@ -187,10 +187,10 @@ def _multiply(xs, thetas, i, product, derivative):
     """Take the factor ``theta + i`` into the products of more than i factors, and into their derivatives in theta."""
     for k in range(len(xs)):
         factor = thetas[k] + i
-        there = i < xs[k]
+        is_factor = i < xs[k]
         p, d = product[k], derivative[k]
-        derivative[k] = d * factor + p if there else d
-        product[k] = p * factor if there else p
+        derivative[k] = d * factor + p if is_factor else d
+        product[k] = p * factor if is_factor else p
 
 
 @_scalar

@@ -157,8 +157,8 @@ def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:
     """What tells contexts apart, in few columns: themselves, or a number that is the same for the same."""
     if context.shape[1] <= _MOST_COLUMNS:
         return np.asarray(context.toarray())
-    found: NDArray[np.float64] = context @ np.random.default_rng(13).random((context.shape[1], 1))
-    return found
+    numbers: NDArray[np.float64] = context @ np.random.default_rng(13).random((context.shape[1], 1))
+    return numbers
 
 
 def _permutation(context: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.intp]:

@@ -64,5 +64,5 @@ def calibrate(classifier: Classifier, mu_z: NDArray[np.float32], labels: NDArray
         surprise = nn.functional.cross_entropy(logits / math.exp(log_temperature), truth, reduction="sum")
         return float(surprise) + (log_temperature / _USUAL) ** 2 / 2
 
-    found = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
-    classifier.temperature.fill_(math.exp(float(found.x)))
+    minimum = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
+    classifier.temperature.fill_(math.exp(float(minimum.x)))

@@ -208,7 +208,7 @@ def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
 
 def _normal(noise: Sequence[np.random.Generator], n: int, dim: int) -> Tensor:
     """Draw the next standard normal numbers, ``(n, cells, dim)``."""
-    return torch.from_numpy(np.stack([each.standard_normal((n, dim), np.float32) for each in noise], axis=1))
+    return torch.from_numpy(np.stack([rng.standard_normal((n, dim), np.float32) for rng in noise], axis=1))
 
 
 def _repeated(cells: Minibatch, times: int) -> Minibatch:

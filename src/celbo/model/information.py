@@ -43,7 +43,7 @@ def mutual_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0, anchors
     precision = np.exp(-logvar)
     constant = -0.5 * (mu**2 * precision + logvar).sum(1)
     for start in range(0, len(rows), 500):
-        here = z[start : start + 500]
-        log_q = -0.5 * here**2 @ precision.T + here @ (mu * precision).T + constant
+        z_of_block = z[start : start + 500]
+        log_q = -0.5 * z_of_block**2 @ precision.T + z_of_block @ (mu * precision).T + constant
         among[start : start + 500] = logsumexp(log_q, axis=1) - math.log(len(rows))
     return float((own - among).mean())

@@ -187,14 +187,14 @@ class ZeroInflatedNegativeBinomialHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
-        """As the negative binomial, and a gate open by the share of zeros that it leaves unexplained."""
+        """Start as the negative binomial, with a gate that is open by the share of zeros that it does not explain."""
         self.nb.initialise(fc_out, moments)
         theta = _theta_by_moments(moments)
         mean = _share(moments) * moments.library / moments.n_cells
         expected = (theta / (theta + mean)) ** theta
-        found = 1 - moments.detected / moments.n_cells
-        # Never quite shut: at 1e-2 the gate still has a gradient to open by.
-        gate = ((found - expected) / (1 - expected).clamp(min=1e-6)).clamp(1e-2, 0.9)
+        zeros = 1 - moments.detected / moments.n_cells
+        # The gate is never quite shut: at 1e-2 it still has a gradient.
+        gate = ((zeros - expected) / (1 - expected).clamp(min=1e-6)).clamp(1e-2, 0.9)
         self.fc_gate.bias.copy_(torch.logit(gate))
 
 

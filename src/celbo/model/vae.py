@@ -271,11 +271,11 @@ class VAE(nn.Module):
         return self.decode(z, context, x.sum(-1, keepdim=True)), mu_z, logvar_z
 
     def _of_levels(self, context: Tensor | None) -> Tensor | None:
-        """The context as the layers take it, once it is found to be as wide as it should."""
-        found = 0 if context is None else context.shape[-1]
-        if found != self.context_dim:
+        """Return the context as the layers take it; raise an error if it does not have the expected width."""
+        width = 0 if context is None else context.shape[-1]
+        if width != self.context_dim:
             raise UsageError(
-                f"the model was made with context_dim={self.context_dim}, and was given a context of width {found}; "
+                f"the model was made with context_dim={self.context_dim}, and was given a context of width {width}; "
                 "pass context=(cells, context_dim), as schema_.encode(obs) makes it"
             )
         if context is None or self.embed_context is None:

@@ -49,7 +49,7 @@ class Picture(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One thing known about simulated data, and how well it was found again."""
+    """A known truth of simulated data, and how well the model recovered it."""
 
     name: str
     value: str
@@ -206,7 +206,7 @@ def picture(title: str, figure: Figure, alt: str, levels: list[Level] | None = N
 
 
 def recovery(summary: Mapping[str, Any]) -> list[Finding]:
-    """What is known of simulated data, and how well it was found again."""
+    """Return what is known of simulated data, and how well the model recovered it."""
     return [
         Finding(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
         for row in summary.get("recovery") or []
@@ -214,11 +214,11 @@ def recovery(summary: Mapping[str, Any]) -> list[Finding]:
 
 
 def diagnosis(summary: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """What was found about the latent space, and what to try; empty where nobody looked."""
-    found = summary.get("diagnosis") or {}
+    """Return the findings about the latent space, and the remedies; empty if there is no diagnosis."""
+    document = summary.get("diagnosis") or {}
     columns = {"findings": ("name", "verdict", "meaning", "try_next"), "remedies": ("command", "why")}
     return {
-        part: [{name: str(row.get(name) or "") for name in names} for row in found.get(part) or []]
+        part: [{name: str(row.get(name) or "") for name in names} for row in document.get(part) or []]
         for part, names in columns.items()
     }
 

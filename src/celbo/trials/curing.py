@@ -30,12 +30,12 @@ __all__ = ["Step", "cure", "is_healthy"]
 _CELLS_TO_COMPARE = 300
 _SAMPLES = 200
 _BACK = 0.5
-"""Nats per cell of ablation, or one dimension, by which a remedy has to help at least."""
+"""A remedy helps if the ablation rises by more than this, nats per cell, or if one more dimension is in use."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One model on the trail."""
+    """One model that was tried."""
 
     remedies: tuple[str, ...]
     verdict: str
@@ -50,15 +50,15 @@ class Step:
     se: float | None
     """Its standard error."""
     kept: bool
-    """Whether the search went on from here."""
+    """Whether the search continued with this model."""
     said: str
-    """Why, in words."""
+    """Why it was kept or not."""
 
 
 def is_healthy(diagnosis: Diagnosis) -> bool:
-    """Whether the decoder listens to z, and z uses the dimensions that the data show, or its whole width."""
-    expected = [each for each in diagnosis.findings if each.name == "expected dimensions"]
-    return not diagnosis.collapsed and all(each.verdict == "good" for each in expected)
+    """Return whether the decoder uses z, and z uses all its dimensions, or as many as the data show."""
+    expected = [finding for finding in diagnosis.findings if finding.name == "expected dimensions"]
+    return not diagnosis.collapsed and all(finding.verdict == "good" for finding in expected)
 
 
 def cure(
@@ -69,32 +69,31 @@ def cure(
     tries: int = 3,
     track: Track | None = None,
 ) -> tuple[ExpressionVAE, list[Step]]:
-    """Apply remedies to a fitted model, one after another, as long as it is not healthy.
+    """Apply remedies to a fitted model, one after another, until it is healthy.
 
-    Once it is, a try is still given to each known cause of collapse that is left in it, while z uses fewer dimensions
-    than the data show.
+    A healthy model may still have known causes of collapse; each of them gets a try too.
 
-    Each try fits a new model with one more remedy, from the same seed. It is kept if z says more than before, and if
-    the refined log p(x) of held-out cells fell by no more than ``tolerance`` since the first model; what is not kept is
-    on the trail, too.
+    Each try fits a new model with one more remedy, from the same seed. The model is kept if z says more than before,
+    and if the refined log p(x) of held-out cells fell by at most ``tolerance`` since the first model. The trail also
+    has the models that were not kept.
 
     Parameters
     ----------
     model
-        Fitted to these cells; left as it is.
+        Model fitted to these cells. It stays as it is.
     adata
         The cells.
     tolerance
         Nats per cell of held-out log p(x) that all remedies together may cost.
     tries
-        Models to fit at most.
+        Largest number of models to fit.
     track
-        Watches the minibatches go by; see `celbo.fit.train.epochs`.
+        Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
 
     Returns
     -------
     tuple
-        The best model (this one, if nothing helped), and the trail: a `Step` for each.
+        The best model (this one, if nothing helped), and the trail: a `Step` for each model.
 
     Examples
     --------
@@ -117,9 +116,9 @@ def cure(
             "(keep_reference); cure needs to know which cells were held out. Fit it again with these cells."
         )
     new_levels = {
-        f"{each.name}={level}"
-        for each in model.schema_.conditions
-        for level in set(each.levels or ()) - set(as_text(adata.obs[each.name]))
+        f"{condition.name}={level}"
+        for condition in model.schema_.conditions
+        for level in set(condition.levels or ()) - set(as_text(adata.obs[condition.name]))
     }
     if new_levels:
         raise UsageError(
@@ -132,35 +131,36 @@ def cure(
     held_out = split.validation if len(split.validation) >= 2 else split.train
     rows = np.sort(random_stream(model.train.seed, Stream.CURE).permutation(held_out)[:_CELLS_TO_COMPARE])
     diagnosis, log_p = model.diagnose(adata), _log_p(model, adata, rows)
-    first, said_of_kept = log_p, list[warnings.WarningMessage]()
+    first, warnings_of_kept = log_p, list[warnings.WarningMessage]()
     trail = [_step(model, diagnosis, log_p, None, True, "as it was fitted")]
     tried: set[str] = set()
     if is_healthy(diagnosis):
         return model, trail
     while len(trail) <= tries:
-        remaining = [each for each in diagnosis.remedies if each.remedy and each.remedy not in tried]
-        if is_healthy(diagnosis):  # by now; what brought the collapse about is taken away all the same
-            remaining = [each for each in remaining if each.is_cause]
+        remaining = [advice for advice in diagnosis.remedies if advice.remedy and advice.remedy not in tried]
+        if is_healthy(diagnosis):  # known causes of collapse are removed all the same
+            remaining = [advice for advice in remaining if advice.is_cause]
         if not remaining:
             break
         advice = remaining[0]
         tried.add(advice.remedy)
         changed = _with_remedies(model, _joined(model.remedies, advice))
         try:
-            with warnings.catch_warnings(record=True) as said_of_it:
+            with warnings.catch_warnings(record=True) as its_warnings:
                 warnings.simplefilter("always")
                 changed.fit(adata, track=track)
         except (UsageError, DivergedError) as error:
-            said = f"not kept: {str(error).splitlines()[0]}"
-            trail.append(replace(trail[-1], remedies=tuple(changed.remedies), kept=False, said=said))
+            reason = f"not kept: {str(error).splitlines()[0]}"
+            trail.append(replace(trail[-1], remedies=tuple(changed.remedies), kept=False, said=reason))
             continue
-        found, its_log_p = changed.diagnose(adata), _log_p(changed, adata, rows)
-        kept, said = _is_better(found, diagnosis, its_log_p - log_p, float((its_log_p - first).mean()), tolerance)
-        trail.append(_step(changed, found, its_log_p, log_p, kept, said))
+        its_diagnosis, its_log_p = changed.diagnose(adata), _log_p(changed, adata, rows)
+        total = float((its_log_p - first).mean())
+        kept, reason = _is_better(its_diagnosis, diagnosis, its_log_p - log_p, total, tolerance)
+        trail.append(_step(changed, its_diagnosis, its_log_p, log_p, kept, reason))
         if kept:
-            model, diagnosis, log_p, said_of_kept = changed, found, its_log_p, said_of_it
-    for each in said_of_kept:  # of the models that were given up nobody needs to hear
-        warnings.warn(each.message, each.category, stacklevel=2)
+            model, diagnosis, log_p, warnings_of_kept = changed, its_diagnosis, its_log_p, its_warnings
+    for warning in warnings_of_kept:  # models that were given up do not warn
+        warnings.warn(warning.message, warning.category, stacklevel=2)
     return model, trail
 
 
@@ -172,9 +172,9 @@ def _with_remedies(model: ExpressionVAE, remedies: Sequence[str]) -> ExpressionV
 
 
 def _joined(remedies: Sequence[str], advice: Advice) -> tuple[str, ...]:
-    """The remedies and one more, in the place of one that changes the same part."""
+    """Add a remedy; it replaces one that changes the same part."""
     part = REMEDIES[advice.remedy.partition(":")[0]].part
-    return (*(each for each in remedies if REMEDIES[each.partition(":")[0]].part != part), advice.remedy)
+    return (*(other for other in remedies if REMEDIES[other.partition(":")[0]].part != part), advice.remedy)
 
 
 def _log_p(model: ExpressionVAE, adata: AnnData, rows: Rows) -> NDArray[np.float64]:
@@ -184,16 +184,16 @@ def _log_p(model: ExpressionVAE, adata: AnnData, rows: Rows) -> NDArray[np.float
 
 
 def _is_better(
-    found: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], in_all: float, tolerance: float
+    after: Diagnosis, before: Diagnosis, difference: NDArray[np.float64], total: float, tolerance: float
 ) -> tuple[bool, str]:
     mean = float(difference.mean())
-    more = _ablation(found) - _ablation(before)
-    says_more = (before.collapsed and not found.collapsed) or more > _BACK or found.active_units > before.active_units
+    more = _ablation(after) - _ablation(before)
+    says_more = (before.collapsed and not after.collapsed) or more > _BACK or after.active_units > before.active_units
     price = f"log p(x) of held-out cells changes by {mean:+.2f} nats"
     if not says_more:
         return False, f"not kept: z says no more than before; {price}"
-    if in_all < -tolerance:
-        since = "" if in_all == mean else f" ({in_all:+.2f} since the first model)"
+    if total < -tolerance:
+        since = "" if total == mean else f" ({total:+.2f} since the first model)"
         return False, f"not kept: z says more, but {price}{since}, beyond the tolerance of {tolerance:g}"
     return True, f"kept: z says more; {price}"
 
@@ -208,7 +208,7 @@ def _step(
     log_p: NDArray[np.float64],
     before: NDArray[np.float64] | None,
     kept: bool,
-    said: str,
+    reason: str,
 ) -> Step:
     difference: Any = None if before is None else log_p - before
     return Step(
@@ -221,5 +221,5 @@ def _step(
         difference=None if difference is None else float(difference.mean()),
         se=None if difference is None else float(difference.std(ddof=1) / np.sqrt(len(difference))),
         kept=kept,
-        said=said,
+        said=reason,
     )
