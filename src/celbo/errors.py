@@ -1,14 +1,14 @@
-"""What can go wrong, and the exit code the command line ends with.
+"""Errors that celbo raises, and the exit code of the command line for each.
 
 A message says what was found (where, how many), what was expected, and what to do about it::
 
-    CelboError            1   the family; on its own: a fault of celbo
-    ├── UsageError        2   an option that does not exist or does not fit the others
-    │   └── NotFittedError    something that only fitting makes
-    ├── DataError         3   the counts, genes or conditions cannot be used as they are
-    ├── ModelFileError    4   a model folder that is damaged, forged or from the future
-    ├── DivergedError     5   training left the numbers
-    └── StorageError      6   disk full, no permission, somebody else is writing
+    CelboError            1   base class of all errors; raised directly for a fault of celbo itself
+    ├── UsageError        2   an option does not exist or does not fit the others
+    │   └── NotFittedError    the model must be fitted first
+    ├── DataError         3   counts, genes or conditions cannot be used
+    ├── ModelFileError    4   a model folder is damaged, forged, or written by a newer celbo
+    ├── DivergedError     5   training diverged
+    └── StorageError      6   the disk is full, permission is missing, or another process is writing
 """
 
 import sys
@@ -37,41 +37,41 @@ Row = TypeVar("Row")
 
 
 class CelboError(Exception):
-    """A failure that celbo can explain; its text is meant for the person at the keyboard."""
+    """A failure that celbo can explain; its message is written for the user."""
 
     exit_code = 1
 
 
 class UsageError(CelboError):
-    """An option that does not exist, or that does not fit the others."""
+    """An option does not exist or does not fit the others."""
 
     exit_code = 2
 
 
 class NotFittedError(UsageError, AttributeError):
-    """Something asked of a model that only fitting makes."""
+    """The model must be fitted before this call."""
 
 
 class DataError(CelboError):
-    """Counts, genes or conditions that cannot be used as they are."""
+    """Counts, genes or conditions cannot be used."""
 
     exit_code = 3
 
 
 class ModelFileError(CelboError):
-    """A model folder that is damaged, forged, or written by a newer celbo."""
+    """A model folder is damaged, forged, or written by a newer celbo."""
 
     exit_code = 4
 
 
 class DivergedError(CelboError):
-    """Training produced numbers that are not finite, and could not recover."""
+    """Training produced numbers that are not finite and could not recover."""
 
     exit_code = 5
 
 
 class StorageError(CelboError):
-    """A disk that is full, a folder without permission, or one in use by another process."""
+    """A disk is full, permission is missing, or another process is using the folder."""
 
     exit_code = 6
 
@@ -99,7 +99,7 @@ def chosen_row(option: str, name: object, table: Mapping[str, Row]) -> Row:
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least this.
+    """Raise a `UsageError` unless ``value`` is a whole number of at least ``least``.
 
     Examples
     --------
@@ -112,7 +112,7 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Refuse what no random numbers can start from.
+    """Raise a `UsageError` unless ``seed`` is a whole number from 0 to 2**32 - 1.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def check_seed(seed: object) -> None:
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:
-    """Names in quotes for a message, no more than some of them.
+    """Join names in quotes for a message, at most ``most`` of them.
 
     Examples
     --------
