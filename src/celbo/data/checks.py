@@ -1,4 +1,4 @@
-"""Everything that is looked at before a model is fitted to cells, or computes with them: all of it, and all at once."""
+"""Check cells before a model is fitted to them, or computes with them, and collect all problems."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,20 +20,20 @@ from celbo.errors import DataError, UsageError, listed, warn
 __all__ = ["Check", "Problem", "check_adata", "check_query"]
 
 _GENES_PRESENT = 0.8
-"""Share of the model's genes that a query must have, unless said otherwise."""
+"""Default share of the model's genes that a query must have."""
 
 _FEW = 10
-"""So few different whole numbers look like codes."""
+"""A column with at most this many different whole numbers looks like codes."""
 
 _READ_AS = {
     "marginal": "read as all levels of fit in equal parts",
     "nearest": "each of which is read as the known one that suits its cells best",
     "adapt": "each of which is learned from its cells",
 }
-"""What becomes of levels that fit did not see, unless they are refused."""
+"""How levels that fit did not see are read, unless they are refused."""
 
 _NOT_COUNTS = ("not-finite", "negative", "not-whole", "too-large")
-"""Kinds of values, of `celbo.data.values.KINDS`, that counts may not have."""
+"""Rows of `celbo.data.values.KINDS` that counts may not have."""
 
 _ADVICE = {
     "not-finite": "Find out where they came from; counts are never missing. Drop or mend these cells or genes.",
@@ -47,39 +47,39 @@ _ADVICE = {
 
 
 class Problem(NamedTuple):
-    """Something found in the data."""
+    """A problem in the data."""
 
     name: str
-    """What kind of thing, for programs."""
+    """Kind of problem, for programs."""
     severity: str
     """ "error": nothing can be computed; "warning": something to know."""
     message: str
-    """What was found, what was expected, what to do."""
+    """One message: what was found, what was expected, what to do."""
 
 
 @dataclass
 class Check:
-    """What was found in an AnnData, for a model to be fitted or for one that is there."""
+    """Result of checking an AnnData, for a model to be fitted or for a fitted one."""
 
     n_cells: int
     n_genes: int
     n_values: int = 0
-    """Stored values, all of them looked at."""
+    """Number of stored values; all were checked."""
     problems: list[Problem] = field(default_factory=list)
     schema: Schema | None = None
-    """How a model would read these cells; None if it cannot."""
+    """How a model reads these cells; None if it cannot."""
     stored: Stored | None = field(default=None, repr=False)
-    """The values, once they were found."""
+    """The values, if they were found."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Shape and hashes of values and names, if they were asked for; see `celbo.data.fingerprint`."""
 
     @property
     def errors(self) -> list[Problem]:
-        """Problems that must be mended."""
+        """Return the problems that must be mended."""
         return [problem for problem in self.problems if problem.severity == "error"]
 
     def accept(self) -> Schema:
-        """Warn of what is to be known, and give the schema.
+        """Give the warnings, and return the schema.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Check:
         return self.schema
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for programs; the schema is left out."""
+        """Return plain values for programs, without the schema."""
         return {
             "ok": not self.errors,
             "n_cells": self.n_cells,
@@ -103,12 +103,12 @@ class Check:
         }
 
     def add(self, name: str, severity: str, message: str) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self.problems.append(Problem(name, severity, message))
 
     @contextmanager
     def noting(self, name: str) -> Iterator[None]:
-        """Note a `DataError` as an error of this name, and go on."""
+        """Turn a `DataError` into an error of this name, and continue."""
         try:
             yield
         except DataError as error:
@@ -126,7 +126,7 @@ def check_adata(
     allow_noninteger: bool = False,
     fingerprint: bool = False,
 ) -> Check:
-    """Look at cells that a model is to be fitted to: names, every stored value, conditions, size factors.
+    """Check cells to which a model will be fitted: names, every stored value, conditions, size factors.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def check_adata(
 def check_query(
     adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float = _GENES_PRESENT
 ) -> Check:
-    """Look at cells that a fitted model is to compute with: its genes, every stored value, its conditions.
+    """Check cells with which a fitted model will compute: its genes, every stored value, its conditions.
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def _check_conditions(
 
 
 def _warn_of_codes(check: Check, condition: Condition, column: "pd.Series[Any]") -> None:
-    """A few whole numbers, stored as floating-point ones, are names of batches more often than amounts."""
+    """Warn about a few whole numbers stored as floating-point numbers: often they are names of batches."""
     if condition.levels is None and column.nunique() <= _FEW and (column == column.round()).all():
         check.add(
             "numbers",

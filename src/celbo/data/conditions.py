@@ -25,21 +25,21 @@ __all__ = [
 ]
 
 _MOST_ONE_HOT = 50
-"""Levels beyond which a few numbers are learned for each."""
+"""Conditions with more levels are embedded: the model learns a few numbers for each level."""
 _BEYOND = 0.1
-"""Of the range of a continuous condition in fit, by which a value may lie outside of it without a word."""
+"""A value may lie outside the range of fit by this share of the range without a warning."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
-"""What a column of labels reads where none is known, unless said otherwise; it need not occur."""
+"""Default value of a label that is not known; it need not occur."""
 _ENDS = re.compile(r"^[\s_]+|[\s_]+$|\.0$")
 _SEPARATORS = re.compile(r"(?<=[^\W\d_])[\s_.\-]+(?=[^\W_])|(?<=\d)[\s_.\-]+(?=[^\W\d_])")
 """Between two letters, or a letter and a digit; of "-1" and "KO-" it is a sign, and of "1.5" and "1_1" a number's."""
 _READ_AS_MISSING = ("", "nan", "NaN", "NA", "na", "N/A", "n/a", "None", "<NA>", "NaT")
 """Levels that are more likely to say that there is no value; "none" is a treatment, too."""
 _READ_AS_UNKNOWN = ("", "nan", "na", "n/a", "<na>", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
-"""Labels, in any case, that are more likely to say that a label is not known."""
+"""Labels, in lower case, that probably say that the label is not known."""
 _TOLD = ("label", "probability", "p_known", "none of these")
-"""What a table of predictions says beside the labels."""
+"""Names of columns of predictions, which labels may not have."""
 
 UNSEEN = ("refuse", "nearest", "marginal", "adapt")
 """What to do with a level that fit did not see: refuse it, take the likeliest known one, all of fit in equal parts, or
@@ -66,13 +66,13 @@ class Condition:
     mean: float = 0.0
     sd: float = 1.0
     embedded: bool = False
-    """Whether the model learns a few numbers for each level instead of taking it one-hot."""
+    """Whether the model learns a few numbers for each level; else levels are one-hot."""
     nuisance: bool = False
-    """Whether it is there to be removed, and not to be asked about."""
+    """Whether its effect is removed; else it is studied."""
     n_mapped: int = 0
-    """How many of its levels, the last ones, were taken in after fit; no mean over levels has them."""
+    """Number of levels that were mapped after fit; they come last, and means over levels leave them out."""
     seen: tuple[float, float] | None = None
-    """Least and greatest value that fit saw of a continuous condition."""
+    """Smallest and largest value of a continuous condition in fit."""
 
     @property
     def dim(self) -> int:
@@ -81,12 +81,12 @@ class Condition:
 
     @property
     def levels_of_fit(self) -> tuple[str, ...]:
-        """Levels that fit saw, and not those taken in afterwards; none of a continuous condition."""
+        """Levels that fit saw, without those mapped afterwards; empty for a continuous condition."""
         levels = self.levels or ()
         return levels[: len(levels) - self.n_mapped]
 
     def codes(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
-        """Number of the level, or the standardised value, ``(cells,)`` float32.
+        """Return the number of the level, or the standardised value, ``(cells,)`` float32.
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ class Condition:
         return self.expand(self.codes(column, unseen))
 
     def expand(self, codes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What `codes` gave as the model takes it, ``(cells, dim)`` float32: levels of fit in equal parts for -1."""
+        """Encode what `codes` returned, ``(cells, dim)`` float32; -1 becomes equal parts of all levels of fit."""
         if self.levels is None:
             return codes[:, None]
         encoded = np.zeros((len(codes), self.dim), np.float32)
@@ -144,7 +144,7 @@ class Condition:
         return encoded
 
     def doubt(self, column: "pd.Series[Any]") -> str:
-        """What is to be said of values beyond what fit saw, by more than a tenth of its range; nothing if none are."""
+        """Return a warning about values beyond the range of fit by more than a tenth of it; empty if there are none."""
         if self.seen is None:
             return ""
         (low, high), values = self.seen, _numbers(self.name, column)
@@ -165,7 +165,7 @@ class Condition:
 
 
 def spelling(level: str) -> str:
-    """What levels have in common that differ in case, in what separates their parts, and in blanks around them.
+    """Return the same text for levels that differ only in case, separators and surrounding blanks.
 
     Examples
     --------
@@ -197,7 +197,7 @@ def doubt_levels(condition: Condition) -> list[str]:
 
 
 def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
-    """Levels as text; a missing one reads "nan".
+    """Return levels as text; a missing one is "nan".
 
     Examples
     --------
@@ -211,7 +211,7 @@ def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
 
 
 def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, NDArray[np.int32]]:
-    """The labels there are, and each cell's number, -1 where it is not known (missing, or ``unlabelled``).
+    """Return the labels, and each cell's number: -1 where the label is not known (missing, or ``unlabelled``).
 
     Raises
     ------
@@ -316,7 +316,7 @@ def make_condition(name: str, column: "pd.Series[Any]") -> Condition | None:
 
 
 def column_of(obs: pd.DataFrame, name: str) -> "pd.Series[Any]":
-    """The column of this name, or a `DataError` if there are several."""
+    """Return the column of this name; raise a `DataError` if there are several."""
     column = obs[name]
     _refuse_several(name, column)
     return column
@@ -349,7 +349,7 @@ def _numbers(name: str, column: "pd.Series[Any]") -> NDArray[np.float64]:
 
 
 def _n_different(column: "pd.Series[Any]") -> int:
-    """How many different values there are; 0 where they cannot be compared."""
+    """Count different values; 0 if they cannot be compared."""
     try:
         return int(column.nunique())
     except TypeError:

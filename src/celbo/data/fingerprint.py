@@ -1,4 +1,4 @@
-"""A fingerprint of data: shape and hashes of all values and names, to tell later whether data are the same."""
+"""Fingerprint of data: shape, and hashes of all values and names. It shows later whether data are the same."""
 
 import hashlib
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ __all__ = ["Fingerprint", "fingerprint"]
 
 
 class Fingerprint:
-    """SHA-256 of values, taken block by block; the layout on disk plays no part, and explicit zeros count as absent."""
+    """SHA-256 of values, computed block by block; the layout on disk and explicit zeros do not change it."""
 
     def __init__(self) -> None:
         self._hashes = [hashlib.sha256() for _ in range(3)]
 
     def add(self, block: "sp.csr_matrix") -> None:
-        """Take in the next rows."""
+        """Add the next rows."""
         block = block.copy()  # it may be a view of the caller's values
         block.eliminate_zeros()
         for digest, array in zip(self._hashes, (np.diff(block.indptr), block.indices, block.data), strict=True):

@@ -1,4 +1,4 @@
-"""Which genes to model: the most variable ones, given how much a gene of their mean varies anyway."""
+"""Choose genes to model: the most variable ones, compared with other genes of the same mean."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,27 +18,27 @@ from celbo.errors import DataError, UsageError
 __all__ = ["choose_genes", "select_genes"]
 
 _SPANS = (0.3, 0.5, 0.8)
-"""Share of the genes that each local fit of the variance looks at; the next where a fit is singular."""
+"""Share of the genes in each local fit of the variance; the next one is tried if a fit is singular."""
 _LEAST_POINTS = 10
-"""Different means that a local fit must see; with very few the compiled loess crashes."""
+"""A local fit needs at least this many different means; with very few the compiled loess crashes."""
 _LEAST_CELLS = 3
-"""A batch of fewer cells says nothing about variance, and is left out."""
+"""A batch with fewer cells is left out: it says nothing about variance."""
 
 Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
 
 def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes: int) -> Schema:
-    """The schema with its most variable genes only, or as it is if it has no more than so many.
+    """Keep the most variable genes of a schema; a schema with fewer genes stays as it is.
 
-    They are chosen within the levels of the first categorical nuisance; of the first categorical condition if there is
-    none.
+    Genes are chosen within the levels of the first categorical nuisance, or of the first categorical condition if
+    there is no such nuisance.
 
     Parameters
     ----------
     schema, stored, obs
-        Of the cells to be learned from: their schema, their values, their table.
+        Schema, values and table of the cells.
     n_top_genes
-        How many to choose.
+        Number of genes to choose.
     """
     if n_top_genes >= len(schema.genes):
         return schema
@@ -68,7 +68,7 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
     blocks
         Gives the counts, ``(cells, genes)``, in consecutive blocks of rows; called twice.
     n_top_genes
-        How many to choose.
+        Number of genes to choose.
     levels
         Number of each cell's batch, ``(cells,)``; all cells together if None.
 
@@ -109,7 +109,7 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
 def _moments(
     blocks: Blocks, levels: NDArray[np.intp] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Cells by batch; mean and variance by batch and gene. Sums of whole numbers are exact in float64."""
+    """Compute cells by batch, and mean and variance by batch and gene. Sums of whole numbers are exact in float64."""
     n, total, squares = np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1))
     for batch_of_row, block in _with_batches(blocks, levels):
         x = block.astype(np.float64)
@@ -124,7 +124,7 @@ def _moments(
 def _clipped_sums(
     blocks: Blocks, clip: NDArray[np.float64], levels: NDArray[np.intp] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums of clipped counts and of their squares, by batch and gene."""
+    """Sum clipped counts and their squares, by batch and gene."""
     total, squares = np.zeros_like(clip), np.zeros_like(clip)
     for batch_of_row, block in _with_batches(blocks, levels):
         x = block.astype(np.float64)
@@ -150,7 +150,7 @@ def _indicator(batch_of_row: NDArray[np.intp], levels: NDArray[np.intp] | None) 
 
 
 def _fitted_sd(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviation that genes of such a mean have, by gene; 1 for genes that do not vary."""
+    """Return the standard deviation of genes with the same mean, by gene; 1 for genes that do not vary."""
     sd, varies = np.ones_like(mean), variance > 0
     if not varies.any():
         return sd
@@ -159,7 +159,7 @@ def _fitted_sd(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDAr
 
 
 def _smoothed(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Y by local quadratic fits on x; by a straight line where x has too few different values for those."""
+    """Smooth y by local quadratic fits on x, or by a straight line if x has too few different values."""
     from skmisc.loess import loess  # compiled; only choosing genes needs it
 
     for span in _SPANS:
@@ -177,8 +177,8 @@ def _smoothed(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _top(scores: NDArray[np.float64], n_top_genes: int) -> NDArray[np.intp]:
-    """Genes by median rank over the batches in which they are among the first, then by the number of such batches."""
-    # The default sort, and ranks in float32, as scanpy has them, so that ties fall the same way.
+    """Order genes by median rank over the batches in which they are on top, then by the number of such batches."""
+    # scanpy uses the default sort, and ranks in float32; ties then fall the same way.
     order = np.argsort(np.argsort(-scores, axis=1), axis=1).astype(np.float32)
     n_batches_chosen = (order < n_top_genes).sum(0)
     order[order >= n_top_genes] = np.nan

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["NO_H5PY", "walk"]
 
 NO_H5PY = 9
-"""Exit code where h5py cannot be imported."""
+"""Exit code if h5py cannot be imported."""
 
 _SMALL = 1 << 20
 

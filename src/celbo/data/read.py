@@ -1,4 +1,4 @@
-"""From a path to an AnnData: only what a model needs of it, in memory or left on disk, and damage put into words."""
+"""Read an AnnData from a path: only the parts that a model needs, in memory or left on disk; explain damage."""
 
 import os
 import re
@@ -25,10 +25,10 @@ from celbo.errors import DataError, StorageError, warn
 __all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
 
 ORIGIN = "celbo_read_from"
-"""Where in uns it stands which file an AnnData was read from."""
+"""Key of uns with the path of the file that an AnnData was read from."""
 
 MISSING_LEVEL = "(missing)"
-"""The level that cells without a value get, where a missing value is to be a level."""
+"""Level of cells without a value, if missing values are a level."""
 
 _PROBE_SECONDS = 60
 _AGAIN = "Copy the file again from where it came."
@@ -84,7 +84,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
 
 @contextmanager
 def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
-    """Everything of a file as `read_adata` gives it with ``on_disk``, closed again afterwards."""
+    """Open all parts of a file on disk, and close it afterwards."""
     store = _open(Path(path))
     try:
         yield _assemble(Path(path), store, layer, on_disk=True)
@@ -207,14 +207,14 @@ def _frame(store: Any, name: str) -> pd.DataFrame:
 
 
 def _raw(store: Any) -> Any:
-    """The cells as they were kept in ``raw``, left on disk: only a hint looks at them."""
+    """Return the cells of ``raw``, left on disk; only a hint uses them."""
     if "raw" not in store or "X" not in store["raw"] or "var" not in store["raw"]:
         return None
     return AnnData(X=_lazy(store["raw"]["X"]), obs=_frame(store, "obs"), var=read_elem(store["raw"]["var"]))
 
 
 def _lazy(item: Any) -> Any:
-    """Values left on disk."""
+    """Return values that stay on disk."""
     if isinstance(item, zarr.Array) and (missing := item.nchunks - item.nchunks_initialized):
         warn(
             f"{item.store_path}: {missing:,} of {item.nchunks:,} chunks are not there, and are read as zeros. If the "
@@ -228,7 +228,7 @@ def _lazy(item: Any) -> Any:
 
 
 def _refuse_missing_chunks(group: zarr.Group) -> None:
-    """A chunk that is not there reads as zeros. So does one that only held zeros, which writers leave out.
+    """Warn about missing chunks: they read as zeros. Writers also leave out chunks that hold only zeros.
 
     Of a sparse matrix's values none is zero, and indices are all zero in a matrix of one gene alone.
     """

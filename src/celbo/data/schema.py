@@ -1,4 +1,4 @@
-"""The contract with an AnnData: which genes in which order, which values, which conditions with which levels."""
+"""Schema: the genes in order, the values, and the conditions with their levels that a model expects of an AnnData."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from celbo.errors import DataError, UsageError, listed
 __all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
 
 MOST_COMBINATIONS = 100
-"""Of levels, whose decoded means are averaged."""
+"""Largest number of combinations of levels over which decoded means are averaged."""
 
 VALUES = ("counts", "pseudo_counts", "detected", "log_normalised", "real")
 """What the model sees: counts; such that need not be whole; 1 where a count is above 0; ``log(1 + 10,000 count /
@@ -27,22 +27,22 @@ library)``; a layer of reals."""
 
 @dataclass(frozen=True)
 class Schema:
-    """What a model expects of an AnnData, and how it turns one into numbers."""
+    """What a model expects of an AnnData, and how it encodes the conditions."""
 
     genes: tuple[str, ...]
     conditions: tuple[Condition, ...] = ()
     layer: str | None = None
-    """Layer the values come from; None for X."""
+    """Layer with the values; None for X."""
     size_factor: str | None = None
     """Column of obs used in place of the sum of counts."""
     library_scale: float = 1.0
-    """What a size factor is multiplied with, so that library sizes are on the scale of counts."""
+    """Factor that brings size factors to the scale of counts."""
     values: str = "counts"
     """One of `VALUES`."""
     selection: str | None = None
-    """How the genes were chosen, in words; None if all of the data's are modelled."""
+    """How the genes were chosen, as text; None if all genes of the data are modelled."""
     labels: Condition | None = None
-    """The labels that a classifier tells apart."""
+    """Labels that the classifier predicts."""
 
     def __repr__(self) -> str:
         """Show the number of genes, the conditions with their levels, and which values the model takes."""
@@ -103,7 +103,7 @@ class Schema:
     def codes(
         self, obs: pd.DataFrame, given: Mapping[str, Any] | None = None, *, unseen: str = "refuse"
     ) -> NDArray[np.float32]:
-        """Number of the level, or the standardised value, of each condition: ``(cells, conditions)`` float32.
+        """Return the number of the level, or the standardised value, by condition: ``(cells, conditions)`` float32.
 
         Parameters and errors are those of `encode`, which expands them.
         """
@@ -175,11 +175,11 @@ class Schema:
         return pairs
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
-        """Positions of the model's genes among these names, in the model's order; -1 for a gene that is not there."""
+        """Return the positions of the model's genes among these names, in the model's order; -1 for a missing gene."""
         return var_names.get_indexer(pd.Index(self.genes))
 
     def combinations(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
-        """What is given, with every combination of the levels that the conditions of ``over`` had in fit, at most 100.
+        """Combine ``given`` with all levels of fit of the conditions of ``over``; at most 100 combinations.
 
         Raises
         ------
@@ -234,7 +234,7 @@ class Schema:
         return replace(self, conditions=tuple(conditions))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``model.json``; `from_json` reads them."""
+        """Return plain values for ``model.json``; `from_json` reads them."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Where minibatches come from: counts stay sparse (CSR) until the device that computes."""
+"""Source of minibatches. Counts stay sparse (CSR) until they are on the device that computes."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -157,7 +157,7 @@ def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
 
 
 def _given_library(obs: pd.DataFrame, schema: Schema) -> NDArray[np.float32] | None:
-    """Library sizes that are not sums of counts, ``(cells,)``: scaled size factors, or 1 for real numbers."""
+    """Return library sizes that are not sums of counts, ``(cells,)``: scaled size factors, or 1 for real numbers."""
     if schema.size_factor is not None:
         return (size_factors(obs, schema.size_factor) * schema.library_scale).astype(np.float32)
     return np.ones(len(obs), np.float32) if schema.values == "real" else None

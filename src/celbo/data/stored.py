@@ -1,4 +1,4 @@
-"""Values of an AnnData by rows, wherever they lie: in memory or on disk, sparse or dense, a view or not."""
+"""Read values of an AnnData by rows: in memory or on disk, sparse or dense, a view or not."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ from celbo.errors import DataError
 __all__ = ["Stored", "layer_names", "layer_values", "place_of", "refuse_layer", "stored_matrix", "stored_values"]
 
 _BLOCK = 1 << 22
-"""Values of a block of rows, about: what is held of data on disk at a time."""
+"""Approximate number of values in a block of rows; data on disk are read one block at a time."""
 
 _LEAST_ROWS = 256
-"""Rows of a block at least, so that many genes do not make for many tiny reads."""
+"""Smallest number of rows in a block: with many genes, blocks would become too small."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix of values, ``(cells, genes)``, read by rows."""
+    """A matrix of values, ``(cells, genes)``, that is read by rows."""
 
     shape: tuple[int, ...]
     on_disk: bool
-    """Whether reading costs a disk, so that values are not to be kept."""
+    """Whether values are read from disk, and must not be kept in memory."""
     read: Callable[[Any], sp.csr_matrix]
-    """Rows by a slice or by positions, in that order, as CSR; values in the type they are stored in."""
+    """Reads rows by a slice or by positions, in that order, as CSR; values keep their stored type."""
 
     def blocks(self) -> Iterator[sp.csr_matrix]:
-        """All rows, in consecutive blocks of bounded size.
+        """Yield all rows, in consecutive blocks of bounded size.
 
         Examples
         --------
@@ -50,7 +50,7 @@ class Stored:
 
 
 def stored_values(adata: AnnData, layer: str | None) -> Stored:
-    """X, or a layer, as something that is read by rows.
+    """Make X, or a layer, readable by rows.
 
     Sparse matrices and arrays, dense ones, AnnData's on-disk datasets and dask arrays all become CSR blocks with sorted
     indices, duplicates summed. What is stored by gene (CSC), views of files, and what dask computes are brought into
@@ -88,7 +88,7 @@ def stored_matrix(matrix: Any, place: str) -> Stored:
 
 
 def layer_values(adata: AnnData, layer: str | None) -> Any:
-    """X, or a layer, as it is stored; a `DataError` if there is none."""
+    """Return X, or a layer, as it is stored; raise a `DataError` if there is none."""
     if layer not in adata.layers and (layer is not None or adata.X is None):
         refuse_layer(layer, layer_names(adata))
     return adata.X if layer is None else adata.layers[layer]
@@ -114,7 +114,7 @@ def refuse_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
 
 
 def place_of(layer: str | None) -> str:
-    """How messages name the values: "X", or "layers['counts']"."""
+    """Return the name of the values in messages: "X", or "layers['counts']"."""
     return "X" if layer is None else f"layers[{layer!r}]"
 
 
@@ -158,7 +158,7 @@ def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
 
 
 def _csr(block: Any) -> sp.csr_matrix:
-    """CSR of a block, without a copy where it is one; indices sorted, duplicates summed."""
+    """Make a block CSR, with sorted indices and without duplicates; no copy if it is so already."""
     block = block if sp.issparse(block) else np.asarray(block)
     if block.dtype in (bool, np.float16):  # scipy does not compute with these
         block = block.astype(np.float32)
@@ -171,7 +171,7 @@ def _csr(block: Any) -> sp.csr_matrix:
 
 
 def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
-    """Sort indices and add values of one place, where a sum of small integers cannot overflow."""
+    """Sort indices and sum duplicates; small integers are widened first, so that sums do not overflow."""
     if x.dtype.kind in "biu" and x.dtype.itemsize < 4:
         x = x.astype(np.int64)
     x.sum_duplicates()
@@ -179,7 +179,7 @@ def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _csr_of_dense(block: NDArray[Any]) -> sp.csr_matrix:
-    """As scipy does it, in a third of the time and memory: it goes by coordinates of 64 bits."""
+    """Make a dense block CSR, in a third of scipy's time and memory."""
     n_rows, n_columns = block.shape
     is_stored = block != 0
     indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(is_stored, axis=1))])
@@ -196,7 +196,7 @@ def _check_structure(
     place: str,
     indices: NDArray[Any] | None = None,
 ) -> None:
-    """Refuse a compressed matrix that contradicts itself, before anything follows its pointers out of memory."""
+    """Raise a `DataError` for a compressed matrix with wrong pointers, before they are followed."""
     n_rows, n_columns = shape
     again = "The file is damaged: write or copy it again from where it came."
     if len(indptr) != n_rows + 1 or indptr[0] != 0 or indptr[-1] > n_values:

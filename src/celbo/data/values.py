@@ -1,4 +1,4 @@
-"""What values may be: every stored one is looked at, in one pass, and what is found is put into words."""
+"""Check every stored value in one pass, and explain what is wrong with values that are not counts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +17,17 @@ from celbo.errors import DataError
 __all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
 
 LARGEST_COUNT = 1e9
-"""No sequencer has counted more than this of one gene in one sample."""
+"""Larger counts are refused: no sequencer has counted more of one gene in one sample."""
 
 _EXACT = 2**24
-"""From here on float32 cannot tell neighbouring whole numbers apart."""
+"""From here on float32 cannot represent all whole numbers."""
 
 _SAMPLE = 1000
-"""Cells looked at, evenly spaced, to name what values are that are no counts."""
+"""Number of cells, evenly spaced, from which the kind of values that are not counts is guessed."""
 
 
 class Fault(NamedTuple):
-    """A kind of bad value: how many there are, and the first."""
+    """Number of bad values of one kind, and the first of them."""
 
     n: int
     row: int
@@ -36,24 +36,24 @@ class Fault(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What one pass over all stored values saw."""
+    """Result of one pass over all stored values."""
 
     n_values: int
-    """Stored values."""
+    """Number of stored values."""
     library: NDArray[np.float64]
     """Sum of each cell's values ``(cells,)``."""
     detected: NDArray[np.int64]
     """Number of cells with a value other than 0, by gene of the data, ``(genes,)``."""
     faults: dict[str, Fault]
-    """By kind, of `KINDS`; only those found."""
+    """Faults by kind, of `KINDS`; only kinds that occur."""
 
 
 class Kind(NamedTuple):
-    """A kind of value that is looked for."""
+    """A kind of bad value."""
 
     bad: Callable[[NDArray[Any]], NDArray[np.bool_]]
     found: str
-    """In words."""
+    """Description for messages."""
 
 
 def _not_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -87,7 +87,7 @@ KINDS = {
 
 
 def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
-    """Look at every stored value once, in blocks of bounded memory.
+    """Check every stored value once, in blocks of bounded memory.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def _look(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
 
 
 def _first_look(block: sp.csr_matrix) -> set[str]:
-    """Kinds of bad values in a block: quicker than looking for each, and as exact."""
+    """Find which kinds of bad values a block has, exactly, and faster than testing for each kind."""
     values = block.data
     if not len(values):
         return set()
@@ -247,7 +247,7 @@ def _first_look(block: sp.csr_matrix) -> set[str]:
 
 
 def _same_total(x: sp.csr_matrix) -> int:
-    """The total that all cells that have any values share, as a round number; 0 if they differ."""
+    """Return the total that all cells with values share, as a round number; 0 if totals differ."""
     totals = np.asarray(x.sum(axis=1)).ravel()
     totals = totals[totals > 0]
     if len(totals) < 2 or np.ptp(totals) > 1e-3 * np.median(totals):
