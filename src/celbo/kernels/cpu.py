@@ -1,4 +1,4 @@
-r"""The same functions for processors: fused with the decoder's last layer, loops compiled by numba.
+r"""Kernels for processors: fused with the decoder's last layer, with loops compiled by numba.
 
 Values and gradients come from one pass over blocks of cells that stay in the cache: product with the weight,
 log-likelihood, and products of its derivatives. `celbo.kernels.threads` says how many threads share the blocks.
@@ -25,11 +25,11 @@ __all__ = ["decoded_log_prob", "sparse_linear"]
 Csr = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
 _BLOCK = 128
-"""Cells at most that are computed together."""
+"""Largest number of cells that are computed together."""
 _LOG_THETA_RANGE = (-60.0, 40.0)
-"""Wider than any model's, and narrow enough that no product of sixteen factors overflows."""
+"""This range is wider than that of any model, and no product of sixteen factors overflows in it."""
 _DENSEST = 0.2
-"""Share of non-zero values above which a dense product is the faster one."""
+"""Above this share of non-zero values a dense product is faster."""
 _NOTHING = np.empty((0, 0), np.float32)
 
 
@@ -71,7 +71,7 @@ class _Fused(torch.autograd.Function):
 
 @torch.no_grad()
 def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-    """Log-likelihoods, and the gradients of their weighted sum in all inputs but x; without weights, zeros."""
+    """Compute log-likelihoods, and the gradients of their weighted sum in all inputs but x if there are weights."""
     n_cells, n_genes = len(inputs.h), len(inputs.weight)
     by_cell = inputs.log_theta is not None and inputs.log_theta.dim() > 1
     csr = _csr(inputs.x)
@@ -130,14 +130,14 @@ def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Te
 
 
 def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:
-    """Blocks of even size, at least one for each thread."""
+    """Yield blocks of even size, at least one for each thread."""
     n_blocks = max(-(-n_cells // _BLOCK), min(n_threads, n_cells))
     edges = [turn * n_cells // n_blocks for turn in range(n_blocks + 1)]
     yield from (slice(start, stop) for start, stop in pairwise(edges))
 
 
 def _thetas(log_theta: Tensor | None, n_genes: int) -> list[NDArray[Any]]:
-    """Log theta and theta in float64, theta and its inverse in float32, each with one row or one for each cell."""
+    """Return log theta and theta in float64, theta and its inverse in float32; one row, or one for each cell."""
     if log_theta is None:
         return []
     exact = log_theta.reshape(-1, n_genes).clamp(*_LOG_THETA_RANGE).double()
@@ -177,7 +177,7 @@ def _times(csr: Csr, dense: Tensor) -> Tensor:
 
 
 def _csr(x: Tensor) -> Csr:
-    """Row starts, columns and values; a dense tensor is made sparse."""
+    """Return row starts, columns and values; a dense tensor is made sparse."""
     if x.layout == torch.sparse_csr:
         starts, columns, values = x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()
     else:

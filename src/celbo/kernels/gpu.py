@@ -1,4 +1,4 @@
-r"""The same functions for CUDA devices: matrix products by cuBLAS, softmax and log-likelihood fused in Triton.
+r"""Kernels for CUDA devices: matrix products by cuBLAS, softmax and log-likelihood fused in Triton.
 
 Values and all derivatives come from one kernel over the logits; `celbo.kernels.blocks` has it. Products are float32 in
 full: TF32, with three digits, is used only where ``torch.backends.cuda.matmul.allow_tf32`` was switched on. Nothing
@@ -82,7 +82,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _Derivatives(NamedTuple):
-    """Of each cell's log-likelihood, in what they are named after: ``(cells,)``, and else ``(cells, genes)``."""
+    """Derivatives of each cell's log-likelihood: in log library ``(cells,)``, in the others ``(cells, genes)``."""
 
     log_library: Tensor
     logits: Tensor
@@ -92,7 +92,7 @@ class _Derivatives(NamedTuple):
 
 @torch.no_grad()
 def _run(inputs: DecodedCounts, want: bool) -> tuple[Tensor, _Derivatives]:
-    """Log-likelihoods, ``(cells,)``, and their derivatives; those in matrices mean nothing if they are not wanted."""
+    """Compute log-likelihoods, ``(cells,)``, and derivatives; without ``want``, matrices have no meaning."""
     n_cells, n_genes = len(inputs.h), len(inputs.weight)
     x = inputs.x.to_dense().float().contiguous()
     logits = torch.addmm(inputs.bias, inputs.h, inputs.weight.t())

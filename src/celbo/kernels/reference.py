@@ -27,7 +27,7 @@ _SERIES_FROM = 64.0
 
 
 def nb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    r"""Negative binomial log-probability of counts, with variance ``mu + mu**2 / theta``.
+    r"""Compute the negative binomial log-probability of counts, with variance ``mu + mu**2 / theta``.
 
     With l = log mu - log theta::
 
@@ -100,7 +100,7 @@ class _NegativeBinomial(torch.autograd.Function):
 
 
 def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
-    r"""Zero-inflated negative binomial log-probability, a mixture taken in log space.
+    r"""Compute the zero-inflated negative binomial log-probability, a mixture in log space.
 
     With g the logit of the probability that a count is zeroed::
 
@@ -134,7 +134,7 @@ def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, gate_logits: Ten
 
 
 def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
-    r"""Poisson log-probability, ``x log mu - mu - lgamma(x + 1)``.
+    r"""Compute the Poisson log-probability, ``x log mu - mu - lgamma(x + 1)``.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` for x dense or CSR, ``(cells, genes)``, and the ``(units, genes)`` weight of a linear layer.
+    """Compute ``x @ weight.T``; x ``(cells, genes)`` is dense or CSR, and a linear layer has the weight ``(units, genes)``.
 
     Returns ``(cells, units)``. Differentiable in the weight.
 
@@ -229,17 +229,17 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _at(positions: Tensor, values: Tensor) -> Tensor:
-    """Elements at these positions of the flattened array."""
+    """Return the elements at these positions of the flattened array."""
     return values.reshape(-1)[positions]
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """Log(1 + exp(x)); torch's default would switch to x at 20, an error of 2e-9 that counts multiply by a million."""
+    """Compute log(1 + exp(x)). torch's default switches to x at 20; counts multiply that error of 2e-9 by a million."""
     return F.softplus(x, threshold=40.0)
 
 
 def _digamma_minus_log(y: Tensor) -> Tensor:
-    """``digamma(y) - log(y)`` with full relative precision also where it is only -1 / (2 y)."""
+    """Compute ``digamma(y) - log(y)`` with full relative precision, also for large y."""
     inverse = 1.0 / y
     square = inverse * inverse
     series = -0.5 * inverse - square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))

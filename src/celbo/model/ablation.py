@@ -1,4 +1,4 @@
-"""What the decoder loses without z, without one of its dimensions, or without a condition."""
+"""Measure how much reconstruction is lost without z, without one of its dimensions, or without a condition."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ from celbo.streams import Stream, random_stream
 __all__ = ["UseOfLatent", "encode_with_contexts", "in_brief", "sensitivity", "use_of_latent"]
 
 _MOST_COLUMNS = 64
-"""Of a context that is compared as it is."""
+"""A context with more columns is summarised before contexts are compared."""
 
 
 class UseOfLatent(NamedTuple):
-    """What the decoder makes of z and of the conditions, for each cell, in numpy."""
+    """How much the decoder uses z and the conditions, for each cell, in numpy."""
 
     mu_z: NDArray[np.float32]
     """``(cells, latent_dim)``, as ``logvar_z``."""
     logvar_z: NDArray[np.float32]
     reconstruction: NDArray[np.float32]
-    """With each cell's own z, ``(cells,)``, nats."""
+    """Reconstruction with each cell's own z, ``(cells,)``, nats."""
     lost: NDArray[np.float32]
     """Reconstruction lost, ``(parts, cells)``, nats: all of z permuted; each of its dimensions, if asked for; each set
     of context columns, NaN where the other cell has the same."""
@@ -45,18 +45,18 @@ def use_of_latent(
     sample: bool = True,
     seed: int = 0,
 ) -> UseOfLatent:
-    """Reconstruction of each cell, and what it loses when z, or the context, is another cell's.
+    """Compute the reconstruction of each cell, and the loss when z, or the context, is that of another cell.
 
     z is drawn from the posterior once, and permuted among cells of the same context; the context is permuted among all.
 
     Parameters
     ----------
     vae
-        The model; dropout is off meanwhile.
+        The model. Dropout is off.
     source
         The cells.
     rows
-        Which of them; all if None.
+        Positions of the cells; all if None.
     known
         Posteriors and contexts of these cells, if they are known: what `encode_with_contexts` returns.
     by_dimension
@@ -66,7 +66,7 @@ def use_of_latent(
     sample
         Whether to draw z; else it is mu_z.
     seed
-        Of the draws and permutations.
+        Seed of the draws and permutations.
 
     Returns
     -------
@@ -126,10 +126,10 @@ def encode_with_contexts(vae: VAE, source: Source, rows: Rows) -> tuple[Encoded,
 def sensitivity(
     vae: VAE, source: Source, rows: Rows | None = None, *, encoded: Encoded | None = None
 ) -> NDArray[np.float64]:
-    """How far each latent dimension moves the decoded mean, against the likelihood's own noise; ``(latent_dim,)``.
+    """Compute how far each latent dimension moves the decoded mean, relative to the noise; ``(latent_dim,)``.
 
-    ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information about z_j that
-    its genes carry, in units of what z_j varies. Forward-mode derivatives.
+    ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information of the genes
+    about z_j, times the variance of mu_z_j. Derivatives are forward-mode.
     """
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z = (encode(vae, source, rows) if encoded is None else encoded).mu_z
@@ -154,7 +154,7 @@ def sensitivity(
 
 
 def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:
-    """What tells contexts apart, in few columns: themselves, or a number that is the same for the same."""
+    """Summarise contexts in few columns that differ if contexts differ: themselves, or a random projection."""
     if context.shape[1] <= _MOST_COLUMNS:
         return np.asarray(context.toarray())
     numbers: NDArray[np.float64] = context @ np.random.default_rng(13).random((context.shape[1], 1))
@@ -162,7 +162,7 @@ def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:
 
 
 def _permutation(context: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.intp]:
-    """For each cell another one of the same context, each once; among all cells where contexts hardly recur."""
+    """Choose for each cell another cell of the same context, each once; of all cells if contexts hardly recur."""
     groups = np.zeros(len(context), np.intp)
     if context.shape[1]:
         groups = np.unique(context, axis=0, return_inverse=True)[1].reshape(-1)

@@ -1,4 +1,4 @@
-"""A classifier of labels on z, trained with the bound where labels are known, and calibrated afterwards."""
+"""A classifier of labels on z. It is trained together with the bound, on known labels, and calibrated afterwards."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["Classifier", "calibrate", "label_loss"]
 
 _WEIGHT = 50.0
-"""Of the label of a cell beside its counts: nats of the bound for each nat of cross-entropy (as in scANVI)."""
+"""Weight of a label relative to the counts: nats of the bound per nat of cross-entropy (as in scANVI)."""
 
 _USUAL = 0.5
 """Standard deviation of the logarithm of a temperature, before any label is seen."""
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Log-probabilities, ``(cells, labels)``, of z ``(cells, latent_dim)``."""
+        """Compute log-probabilities of labels, ``(cells, labels)``, from z ``(cells, latent_dim)``."""
         return (self.fc(z) / self.temperature).log_softmax(-1)
 
 

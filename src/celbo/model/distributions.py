@@ -1,4 +1,4 @@
-"""Count distributions with torch's manners; their log-probabilities are the kernels'.
+"""Count distributions with the interface of torch; the kernels compute their log-probabilities.
 
 Each can be made from its mean or, without rounding, from logarithms: `NegativeBinomial(mu, theta)` or
 `NegativeBinomial(log_mu=..., log_theta=...)`, as torch lets a Bernoulli be made from ``probs`` or ``logits``. A third
@@ -21,7 +21,7 @@ __all__ = ["NegativeBinomial", "Poisson", "Shares", "ZeroInflatedNegativeBinomia
 
 
 class Shares(NamedTuple):
-    """A mean as the decoder makes it: ``mu = exp(log_library) softmax(h @ weight.T + bias)``."""
+    """The parts of a decoded mean: ``mu = exp(log_library) softmax(h @ weight.T + bias)``."""
 
     h: Tensor
     """Last hidden layer, ``(cells, width)``."""
@@ -34,7 +34,7 @@ class Shares(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the mean, ``(cells, genes)``."""
+        """Shape of the mean, ``(cells, genes)``."""
         return torch.Size((*self.h.shape[:-1], len(self.weight)))
 
 
@@ -79,7 +79,7 @@ class Poisson(Distribution):
 
     @cached_property
     def log_mu(self) -> Tensor:
-        """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
+        """Logarithm of the mean; in float64 if it is computed from ``mu``, to keep its precision."""
         return _log_mean(self)
 
     @property
@@ -166,7 +166,7 @@ class NegativeBinomial(Distribution):
 
     @cached_property
     def log_mu(self) -> Tensor:
-        """Logarithm of the mean; in float64 where it comes from ``mu``, so that nothing is lost."""
+        """Logarithm of the mean; in float64 if it is computed from ``mu``, to keep its precision."""
         return _log_mean(self)
 
     @cached_property
@@ -286,7 +286,7 @@ class ZeroInflatedNegativeBinomial(Distribution):
 
 
 def _set_one(to: Distribution, **forms: Tensor | Shares | None) -> torch.Size:
-    """Store a parameter in the one form it was given; `cached_property` makes the others when somebody asks."""
+    """Store a parameter in the form in which it was given; `cached_property` makes the other forms on first use."""
     given = {name: value for name, value in forms.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"{type(to).__name__} takes one of {', '.join(forms)}, and got {', '.join(given) or 'none'}")
@@ -313,7 +313,7 @@ def _is_softmax(p: Poisson | NegativeBinomial, value: Tensor) -> bool:
 
 
 def _log(mu: Tensor) -> Tensor:
-    """Logarithm in float64; minus infinity at 0, where its gradient (infinite) is left out."""
+    """Compute the logarithm in float64; at 0 it is minus infinity, with a gradient of 0."""
     mu = mu.double()
     return torch.where(mu > 0, mu, 1.0).log().masked_fill(mu == 0, -torch.inf)
 

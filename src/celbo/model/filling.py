@@ -1,4 +1,4 @@
-"""Genes that the cells lack: filled in with the values that the model expects of them."""
+"""Fill in genes that the cells lack, with the values that the model expects."""
 
 import torch
 
@@ -8,7 +8,7 @@ from celbo.model.vae import VAE, context_of
 __all__ = ["Filled", "fill_in"]
 
 _ROUNDS = 5
-"""Rounds of filling in. With a fifth of the genes missing, each round divides the error by about five."""
+"""Number of rounds. With a fifth of the genes missing, each round divides the error by about five."""
 _MOST_FILLED_IN = 0.9
 """Largest share of a cell's counts that may be attributed to genes that were not measured."""
 

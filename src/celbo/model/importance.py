@@ -43,7 +43,7 @@ class LogProb(NamedTuple):
     se: NDArray[np.float64]
     """Standard error of log_p, ``sqrt(1 / ESS - 1 / K)``."""
     ess: NDArray[np.float64]
-    """Effective number of the K samples. Below 10 the estimate is not to be trusted."""
+    """Effective number of the K samples. Do not trust an estimate with fewer than 10."""
 
 
 def log_prob(
@@ -114,7 +114,7 @@ def _weighted(
     n_samples: int,
     noise: Sequence[np.random.Generator],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log p and the effective number of samples, ``(cells,)`` each, by sampling around q."""
+    """Estimate log p and the effective number of samples, ``(cells,)`` each, by sampling around q."""
     context, sd = context_of(vae, cells), (0.5 * logvar_z).exp()
     rows = min(_ROWS_AT_ONCE, _CONTEXT_AT_ONCE // max(vae.context_dim, 1))
     n_cells, at_once = len(mu_z), max(1, rows // len(mu_z))
@@ -156,7 +156,7 @@ def _draw(
 def _log_density(
     z: Tensor, mu_z: Tensor, sd: Tensor, log_prior: Tensor, shares: Mapping[float | None, float]
 ) -> Tensor:
-    """Log density of the mixture that `_draw` draws from, ``(widths, cells)`` float64; shares of each of `_WIDTHS`."""
+    """Compute the log density of the mixture of `_draw`, ``(widths, cells)`` float64, and shares of `_WIDTHS`."""
     apart = ((z - mu_z) / sd).double().square().sum(-1)
     log_volume = (sd.double().log() + 0.5 * math.log(2 * math.pi)).sum(-1)
     parts = [

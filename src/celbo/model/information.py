@@ -1,4 +1,4 @@
-"""How much z says about a cell: mutual information, and when a latent dimension counts as active. Numpy only."""
+"""Mutual information of cells and z, and the threshold of an active dimension. Numpy only."""
 
 import math
 from typing import Any
@@ -14,20 +14,20 @@ __all__ = ["ACTIVE", "ANCHORS", "mutual_information"]
 Floats = NDArray[np.floating[Any]]
 
 ACTIVE = 0.01
-"""Variance of a posterior mean over cells below which a latent dimension is called inactive (Burda 2016)."""
+"""A latent dimension is inactive if its posterior mean varies less than this over cells (Burda 2016)."""
 ANCHORS = 5000
-"""Cells among which mutual information is measured; log of their number caps it."""
+"""Number of cells on which mutual information is estimated; its log is the largest value possible."""
 
 
 def mutual_information(mu_z: Floats, logvar_z: Floats, *, seed: int = 0, anchors: int = ANCHORS) -> float:
     """``I_q(x; z) = E log q(z | x) - log mean_i q(z | x_i)``, nats (Hoffman & Johnson 2016).
 
-    One z for each of at most ``anchors`` cells, the mean over the same cells, its own included: never above log of
-    their number; small negatives are noise of the draw.
+    One z is drawn for each of at most ``anchors`` cells, and the mean is over the same cells. The estimate is never
+    above the log of their number; small negative values are noise.
 
     Examples
     --------
-    Two clusters that are told apart with certainty:
+    Two clusters that do not overlap:
 
     >>> mu_z = np.repeat([[-9.0], [9.0]], 500, axis=0)
     >>> round(mutual_information(mu_z, np.full_like(mu_z, -2.0)), 3)  # log 2

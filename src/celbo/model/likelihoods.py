@@ -1,4 +1,4 @@
-"""Likelihood heads p(x | h, library), and the table LIKELIHOODS of those there are.
+"""Likelihood heads p(x | h, library), and the table LIKELIHOODS of all of them.
 
 A head turns the decoder's last hidden layer ``h`` and its last linear map ``fc_out`` into a Distribution over genes. It
 owns what the distribution needs beside them. A new likelihood is one final class with these three methods and one row.
@@ -41,10 +41,10 @@ _HALF_A_COUNT = 0.5
 
 
 class Head(Protocol):
-    """What `celbo.VAE` asks of a likelihood."""
+    """Interface of a likelihood of `celbo.VAE`."""
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """Scale values for the encoder, each by itself; 0 stays 0, so that sparse counts stay sparse."""
+        """Scale values for the encoder, elementwise; 0 stays 0, so that sparse counts stay sparse."""
         ...
 
     def __call__(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Distribution:
@@ -57,7 +57,7 @@ class Head(Protocol):
 
 
 class GaussianHead(nn.Module):
-    """Reals: ``x ~ N(out, sigma**2)``, one learned sigma per gene (Rybkin 2021, arXiv 2006.13202).
+    """Real numbers: ``x ~ N(out, sigma**2)``, one learned sigma per gene (Rybkin 2021, arXiv 2006.13202).
 
     With ``dispersion="fixed"`` sigma is 1, and minus the log-likelihood half the squared error.
     """
@@ -67,7 +67,7 @@ class GaussianHead(nn.Module):
         self.log_sigma = None if dispersion == "fixed" else nn.Parameter(torch.zeros(n_genes))
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """X itself."""
+        """Return x itself."""
         return x
 
     def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Normal:
@@ -78,7 +78,7 @@ class GaussianHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
-        """Gene means and standard deviations."""
+        """Start at gene means and standard deviations."""
         mean = moments.x / moments.n_cells
         variance = moments.x_squared / moments.n_cells - mean.square()
         fc_out.bias.copy_(mean)
@@ -95,7 +95,7 @@ class BernoulliHead(nn.Module):
         super().__init__()
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """X itself."""
+        """Return x itself."""
         return x
 
     def forward(self, h: Tensor, fc_out: nn.Linear, context: Tensor | None, library: Tensor | None) -> Bernoulli:
@@ -104,7 +104,7 @@ class BernoulliHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
-        """Logit of the share of cells in which a gene is detected."""
+        """Start at the logit of the share of cells in which a gene is detected."""
         share = (moments.detected + _HALF_A_COUNT) / (moments.n_cells + 2 * _HALF_A_COUNT)
         fc_out.bias.copy_(torch.logit(share))
 
@@ -125,7 +125,7 @@ class PoissonHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
-        """Logarithm of each gene's share of all counts."""
+        """Start at the logarithm of each gene's share of all counts."""
         fc_out.bias.copy_(_share(moments).log())
 
 
@@ -160,7 +160,7 @@ class NegativeBinomialHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fc_out: nn.Linear, moments: GeneMoments) -> None:
-        """Shares of all counts; theta by moments, ``sum mu**2 / sum((x - mu)**2 - mu)`` with mu = library share."""
+        """Start at shares of counts; theta by moments, ``sum mu**2 / sum((x - mu)**2 - mu)``, mu = library x share."""
         fc_out.bias.copy_(_share(moments).log())
         (self.log_theta if self.dispersion == "gene" else self.fc_theta.bias).copy_(_theta_by_moments(moments).log())
 
@@ -207,7 +207,7 @@ class Likelihood(NamedTuple):
     values: str
     """What x is: "counts", "detected" (counts > 0), or "real" (log-normalised counts, or a layer of reals)."""
     dispersions: tuple[str, ...]
-    """Which of `DISPERSIONS` it can have."""
+    """The `DISPERSIONS` that it can have."""
     meaning: str
     """One line for people."""
 
@@ -230,20 +230,20 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def _shares(h: Tensor, fc_out: nn.Linear, library: Tensor | None) -> Shares:
-    """Expression shares by a softmax, scaled by the library size; to a sum of 1 without one."""
+    """Compute expression shares by a softmax, times the library size if there is one."""
     if library is None:
         return Shares(h, fc_out.weight, fc_out.bias, h.new_zeros(*h.shape[:-1], 1))
     return Shares(h, fc_out.weight, fc_out.bias, library.clamp(min=_SMALLEST_LIBRARY).log())
 
 
 def _share(moments: GeneMoments) -> Tensor:
-    """Each gene's share of all counts, half a count for genes without any."""
+    """Compute each gene's share of all counts; a gene without counts gets half a count."""
     counts = moments.x.clamp(min=_HALF_A_COUNT)
     return counts / counts.sum()
 
 
 def _theta_by_moments(moments: GeneMoments) -> Tensor:
-    """Inverse dispersion of each gene around library x share; clamped where counts are too few to say."""
+    """Compute the inverse dispersion of each gene around library x share, clamped if counts are too few."""
     share = _share(moments)
     mu_squared = share.square() * moments.library_squared
     residual = moments.x_squared - 2 * share * moments.x_library + mu_squared

@@ -32,7 +32,7 @@ class ElboTerms(NamedTuple):
     kl: Tensor
     """``KL(q(z_j | x, c) || p(z_j))``: ``(cells, latent_dim)``, nats."""
     z: Tensor | None = None
-    """The sample of the latent that was decoded, ``(cells, latent_dim)``, for penalties on it."""
+    """The z that was decoded, ``(cells, latent_dim)``, for penalties on it."""
 
     @property
     def elbo(self) -> Tensor:
@@ -41,7 +41,7 @@ class ElboTerms(NamedTuple):
 
 
 def kl_divergence(mu_z: Tensor, logvar_z: Tensor) -> Tensor:
-    """Divergence of the posterior from the standard normal prior, per latent dimension.
+    """Compute the divergence of the posterior from the standard normal prior, per latent dimension.
 
     ``KL(N(mu, sigma**2) || N(0, 1)) = (mu**2 + sigma**2 - log sigma**2 - 1) / 2`` (Kingma & Welling 2014, appendix B).
 
@@ -73,7 +73,7 @@ def elbo_terms(
     noise: Noise | None = None,
     observed: Tensor | None = None,
 ) -> ElboTerms:
-    r"""Terms of ``ELBO = E_q log p(x | z, c) - KL(q(z | x, c) || p(z))``, with one sample of z per cell.
+    r"""Compute the terms of ``ELBO = E_q log p(x | z, c) - KL(q(z | x, c) || p(z))``, with one sample of z per cell.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def autoencoder_terms(
     noise: Noise | None = None,
     observed: Tensor | None = None,
 ) -> ElboTerms:
-    """Terms of a plain autoencoder on the same class: z is mu_z, and nothing pulls it to a prior.
+    """Compute the terms of a plain autoencoder: z is mu_z, and there is no KL.
 
     Parameters and result are those of `elbo_terms`; ``kl`` is zero, ``elbo`` the reconstruction alone.
     """
@@ -147,19 +147,20 @@ def _terms(
 
 
 def kl_to_prior(vae: VAE, mu_z: Tensor, logvar_z: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-    """Divergence of the posterior from the model's prior p(z | c), per latent dimension.
+    """Compute the divergence of the posterior from the model's prior p(z | c), per latent dimension.
 
-    In closed form where the prior is one normal distribution. Of a mixture it is the estimate ``log q(z_j | x, c) -
-    log p(z_j | z_1 ... z_j-1, c)`` from the sample z, which sums to ``log q(z | x, c) - log p(z | c)`` over dimensions.
+    It has a closed form if the prior is one normal distribution. For a mixture it is the estimate
+    ``log q(z_j | x, c) - log p(z_j | z_1 ... z_j-1, c)`` from the sample z; its sum over dimensions is
+    ``log q(z | x, c) - log p(z | c)``.
 
     Parameters
     ----------
     vae
         The model, for its prior.
     mu_z, logvar_z
-        Of the posterior, ``(cells, latent_dim)``.
+        Mean and log-variance of the posterior, ``(cells, latent_dim)``.
     z
-        Sample of it, ``(cells, latent_dim)``.
+        A sample of the posterior, ``(cells, latent_dim)``.
     context
         ``(cells, context_dim)``, where the model has one.
 
@@ -184,7 +185,7 @@ def _log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_prob_of_cells(p: Distribution, x: Tensor, observed: Tensor | None) -> Tensor:
-    """``log p(x)`` of each cell: summed over the genes that were measured, in one pass where p knows how."""
+    """Sum ``log p(x)`` of each cell over the measured genes."""
     if observed is not None:
         return torch.where(observed, p.log_prob(x.to_dense()), 0).sum(-1)
     if isinstance(p, Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial):

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Components(NamedTuple):
-    """A mixture of K normal distributions; where it is the same for all cells, their axis has length 1."""
+    """A mixture of K normal distributions. If it is the same for all cells, the axis of cells has length 1."""
 
     log_weights: Tensor
     """``(K,)``, summing to 1 as probabilities."""
@@ -39,7 +39,7 @@ class Components(NamedTuple):
     """As ``mu``."""
 
     def distribution(self) -> Distribution:
-        """The prior as torch's own, over ``(cells or 1, latent_dim)``: to sample from and to take densities of."""
+        """Return the prior as a distribution of torch, over ``(cells or 1, latent_dim)``."""
         weights = Categorical(logits=self.log_weights.expand(self.mu.shape[:2]))
         normal = Independent(Normal(self.mu, (0.5 * self.logvar).exp(), validate_args=False), 1)
         return MixtureSameFamily(weights, normal, validate_args=False)
@@ -50,10 +50,10 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Prior(Protocol):
-    """What `celbo.VAE` asks of a prior."""
+    """Interface of a prior of `celbo.VAE`."""
 
     def __call__(self, z: Tensor, context: Tensor | None, encode: Encode) -> Components:
-        """Components for these cells; only the shape and the device of z ``(cells, latent_dim)`` matter."""
+        """Return the components for these cells; only shape and device of z ``(cells, latent_dim)`` matter."""
         ...
 
 
@@ -64,7 +64,7 @@ class StandardPrior(nn.Module):
         super().__init__()
 
     def forward(self, z: Tensor, context: Tensor | None, encode: Encode) -> Components:
-        """One component, the same for all."""
+        """Return one component for all cells."""
         zeros = z.new_zeros(1, 1, z.shape[-1])
         return Components(z.new_zeros(1), zeros, zeros)
 
@@ -82,7 +82,7 @@ class ConditionalPrior(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, z: Tensor, context: Tensor | None, encode: Encode) -> Components:
-        """One component for each cell."""
+        """Return one component for each cell."""
         assert context is not None
         mu, logvar = self.fc_mu(context), self.fc_logvar(context)
         return Components(mu.new_zeros(1), mu[:, None], logvar[:, None])
@@ -98,7 +98,7 @@ class MixturePrior(nn.Module):
         self.logvar = nn.Parameter(torch.zeros(size, latent_dim))
 
     def forward(self, z: Tensor, context: Tensor | None, encode: Encode) -> Components:
-        """The same K components for all cells."""
+        """Return the same K components for all cells."""
         return Components(self.logits.log_softmax(0), self.mu[None], self.logvar[None])
 
 
@@ -116,7 +116,7 @@ class VampPrior(nn.Module):
         self.pseudo_cells = nn.Parameter(torch.randn(size, width))
 
     def forward(self, z: Tensor, context: Tensor | None, encode: Encode) -> Components:
-        """The same K components for all cells."""
+        """Return the same K components for all cells."""
         mu, logvar = encode(self.pseudo_cells)
         size = len(self.pseudo_cells)
         return Components(mu.new_full((size,), -math.log(size)), mu[None], logvar[None])
@@ -129,7 +129,7 @@ class PriorRow(NamedTuple):
     make: Callable[[int, int, int, int], nn.Module]
     """``(latent_dim, context_dim, width of the encoder's first layer, number of components)`` to a prior."""
     size: int
-    """Components unless told otherwise; 0 where their number is fixed."""
+    """Default number of components; 0 if the number is fixed."""
     meaning: str
 
 

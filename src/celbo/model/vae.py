@@ -19,11 +19,11 @@ from celbo.model.priors import Components, VampPrior, make_prior
 __all__ = ["NORMS", "VAE", "Noise", "NormMu", "context_of", "draw_noise", "mlp", "reparameterize"]
 
 NORMS = {"none": None, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
-"""Normalisations of a hidden layer, by name."""
+"""Norms of a hidden layer, by name."""
 
 
 class VAE(nn.Module):
-    r"""A variational autoencoder, conditional where ``context_dim`` is above 0.
+    r"""A variational autoencoder; it is conditional if ``context_dim`` is above 0.
 
     The model is ``z ~ N(0, I)``, ``x ~ p(x | z, c)``; the encoder gives ``q(z | x, c) = N(mu_z, exp(logvar_z))``
     (Kingma & Welling 2014, arXiv 1312.6114; with conditions, Sohn 2015). By default it is the textbook's: stacks of
@@ -161,7 +161,7 @@ class VAE(nn.Module):
     def encode(
         self, x: Tensor, context: Tensor | None = None, *, masks: Iterable[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Approximate posterior q(z | x, c).
+        """Compute the approximate posterior q(z | x, c).
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class VAE(nn.Module):
         return self._posterior_of(_run(self.encoder, h, context=seen, masks=masks))
 
     def prior_components(self, z: Tensor, context: Tensor | None = None) -> Components:
-        """Components of p(z | c) for the cells of z, ``(cells, latent_dim)``; see `celbo.model.priors`."""
+        """Return the components of p(z | c) for the cells of z, ``(cells, latent_dim)``; see `celbo.model.priors`."""
 
         def encode(first: Tensor) -> tuple[Tensor, Tensor]:
             return self._posterior_of(_run(list(self.encoder)[1:], first, masks=itertools.repeat(first.new_ones(()))))
@@ -199,7 +199,7 @@ class VAE(nn.Module):
 
     @property
     def prior_size(self) -> int:
-        """Cells that `start_prior` wants."""
+        """Number of cells that `start_prior` needs."""
         return len(self.prior.pseudo_cells) if isinstance(self.prior, VampPrior) else 0
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ class VAE(nn.Module):
         library: Tensor | None = None,
         masks: Iterable[Tensor] | None = None,
     ) -> Distribution:
-        """Distribution of values given the latent, p(x | z, c).
+        """Return the distribution of values given the latent, p(x | z, c).
 
         Parameters
         ----------
@@ -259,7 +259,7 @@ class VAE(nn.Module):
         return self.head(h, self.fc_out, context, library)
 
     def decode(self, z: Tensor, context: Tensor | None = None, library: Tensor | None = None) -> Tensor:
-        """Mean of p(x | z, c), ``(cells, genes)``; parameters as in `likelihood`."""
+        """Compute the mean of p(x | z, c), ``(cells, genes)``; parameters as in `likelihood`."""
         mean: Tensor = self.likelihood(z, context=context, library=library).mean
         return mean
 
@@ -360,7 +360,7 @@ def reparameterize(mu_z: Tensor, logvar_z: Tensor, eps: Tensor | None = None) ->
 
 
 def context_of(vae: VAE, minibatch: Minibatch) -> Tensor | None:
-    """The minibatch's context as the model takes it: None where the model has no conditions."""
+    """Return the context of a minibatch as the model takes it: None if the model has no conditions."""
     return minibatch.context if vae.context_dim else None
 
 
@@ -407,14 +407,14 @@ def mlp(
 
 
 class Noise(NamedTuple):
-    """All randomness of one training step, so that a step is a function of it."""
+    """All random numbers of one training step; the step is a function of them."""
 
     eps: Tensor
     """Standard normal, ``(cells, latent_dim)``."""
     encoder: list[Tensor] | None
     """Dropout masks of the encoder's hidden layers, ``(cells, width)``: 0, or 1 / (1 - dropout); None to draw them."""
     decoder: list[Tensor] | None
-    """Those of the decoder."""
+    """Dropout masks of the decoder's hidden layers."""
 
 
 def draw_noise(vae: VAE, n_cells: int, generator: Generator, device: torch.device | str = "cpu") -> Noise:
@@ -449,7 +449,7 @@ def draw_noise(vae: VAE, n_cells: int, generator: Generator, device: torch.devic
 
 
 def _first_layer(linear: nn.Module, values: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-    """The encoder's first layer on sparse x whose values were replaced: zeros are never multiplied."""
+    """Apply the encoder's first layer to sparse x with other values; zeros are never multiplied."""
     assert isinstance(linear, nn.Linear)
     scaled = csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape)
     n_genes = x.shape[-1]
@@ -477,7 +477,7 @@ def _run(
     extra: Tensor | None = None,
     masks: Iterable[Tensor] | None = None,
 ) -> Tensor:
-    """Apply a stack of `mlp`; ``masks`` stand in for Dropout.
+    """Apply a stack of `mlp`; ``masks`` replace Dropout.
 
     The context joins the input of the first Linear, with ``context_again`` of every other too, as ``extra`` does.
     """
