@@ -594,3 +594,20 @@ def test_the_error_of_a_changed_gene_is_in_units_of_log2():
     error = np.sqrt(3 / 50 / 2**2 + 40 / 20 / 8**2) / np.log(2)
     assert table["log2_fold_change"].item() == pytest.approx(2.0)
     assert (table["upper"] - table["lower"]).item() == pytest.approx(2 * 1.645 * error, rel=0.05)
+
+
+def test_the_interval_lies_between_the_5_and_95_percent_quantiles_of_the_draws():
+    cells = celbo.simulate_cells(n_cells=200, n_genes=30, seed=0)
+    train = celbo.TrainConfig(max_epochs=5)
+    model = celbo.ExpressionVAE(latent_dim=3, conditions=["treatment"], likelihood="poisson", train=train).fit(cells)
+    answer = model.counterfactual(cells[:20].copy(), {"treatment": "treated"}, n_samples=60)
+    (draws,) = answer.draws
+    rows = np.arange(20)
+    with torch.no_grad():
+        decoded = [
+            model.vae_.decode(torch.from_numpy(draws.z[:, k]), draws.contexts(rows), torch.from_numpy(draws.library))
+            for k in range(60)
+        ]
+    low, high = np.quantile(np.stack(decoded), [0.05, 0.95], axis=0)
+    np.testing.assert_allclose(answer.lower, low, rtol=1e-4)
+    np.testing.assert_allclose(answer.upper, high, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import pearsonr
 
 import celbo
-from celbo.ask.differential import shrink
+from celbo.ask.differential import Sums, fold_changes, shrink
 from celbo.simulate import true_share
 
 LEAST = 0.25
@@ -209,3 +209,15 @@ def test_fold_changes_are_shrunk_to_their_median_and_not_to_zero():
     around_zero, shifted = (shrink(change + middle, variance, 0.25, seed=1) for middle in (0.0, 1.0))
     np.testing.assert_allclose(shifted["log2_fold_change"], around_zero["log2_fold_change"] + 1, atol=1e-6)
     assert abs(shifted["log2_fold_change"].iloc[5:].mean() - 1) < 0.02
+
+
+def test_two_pairs_have_half_the_variance_of_one():
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(6), size=(5, 4))
+    counted = rng.poisson(50.0, (4, 6)).astype(float)
+    counted[2:], share[:, 2:] = counted[:2], share[:, :2]
+    sums = Sums(share, counted, counted + 1, counted + 2, np.array([10, 20, 10, 20]))
+    change, variance, *_ = fold_changes(sums, [([0], [1])])
+    of_two, variance_of_two, *_ = fold_changes(sums, [([0], [1]), ([2], [3])])
+    np.testing.assert_allclose(of_two, change)
+    np.testing.assert_allclose(variance_of_two, variance / 2)

@@ -9,6 +9,8 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from celbo import LIKELIHOODS, VAE, elbo_terms
+from celbo.fit.cells import open_cells
+from celbo.model.inference import cell_terms
 from celbo.model.objective import OBJECTIVES, ElboTerms, autoencoder_terms, kl_divergence
 from celbo.model.vae import Noise, draw_noise
 
@@ -269,3 +271,10 @@ def test_the_training_loop_of_the_docstring_raises_the_elbo(name, objective):
                 optimizer.step()
     after = objective.terms(vae, values, noise=noise).elbo.mean().item()
     assert after > before + 2.0
+
+
+def test_the_noise_of_a_cell_does_not_depend_on_which_other_cells_are_used(fitted, cells):
+    opened = open_cells(fitted.fitted_, cells)
+    rows = np.arange(200, 260)
+    of_all, of_some = (cell_terms(fitted.vae_, opened.source, part, seed=3) for part in (None, rows))
+    np.testing.assert_allclose(of_some.reconstruction, of_all.reconstruction[rows], rtol=1e-5)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from celbo.model.inference import cell_terms, posterior
 from celbo.model.information import mutual_information
 from celbo.model.objective import elbo_terms, log_prob_of_cells
 from celbo.model.vae import Noise
+from celbo.trust import diagnosing
 from celbo.trust.diagnostics import (
     active_units,
     aggregated_gap,
@@ -30,6 +32,7 @@ from celbo.trust.diagnostics import (
     latent_information,
     types_kept,
 )
+from celbo.trust.evidence import gather
 from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
 TRAIN = celbo.TrainConfig(seed=0)
@@ -526,3 +529,41 @@ def test_a_model_that_removes_a_batch_keeps_the_types():
     found = model.diagnose(cells, groupby="cell_type")
     assert found.finding("types kept apart").verdict == "good"
     assert "types kept apart" not in {each.name for each in model.diagnose(cells).findings}
+
+
+def test_evidence_is_what_direct_computations_give(many):
+    """Posteriors and contexts that are known already give what encoding again gives."""
+    model = celbo.ExpressionVAE(
+        latent_dim=3,
+        hidden_dims=(16,),
+        conditions=["treatment"],
+        nuisance=["batch"],
+        train=celbo.TrainConfig(max_epochs=5),
+    ).fit(many)
+    opened = open_cells(model.fitted_, many)
+    rows, training = fitted.cells_to_measure(model.fitted_, opened)
+    evidence = gather(model.fitted_, opened, rows, training, seed=4)
+    columns = model.schema_.context_columns
+    use = use_of_latent(model.vae_, opened.source, rows, by_dimension=True, of_context=columns, seed=4)
+    np.testing.assert_allclose(evidence.lost, use.lost[:4], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(evidence.logvar_z, use.logvar_z, rtol=1e-4, atol=1e-5)
+    for condition, lost in zip(model.schema_.conditions, use.lost[4:], strict=True):
+        measured = evidence.lost_by_condition[condition.name]
+        np.testing.assert_allclose(measured, lost[~np.isnan(lost)], rtol=1e-3, atol=1e-3)
+    assert evidence.settings.nuisance == ("batch",)
+
+
+def test_few_dimensions_in_use_of_many_are_announced(many):
+    train = celbo.TrainConfig(max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = celbo.ExpressionVAE(latent_dim=10, train=train).fit(many)
+    opened = open_cells(model.fitted_, many)
+    use = use_of_latent(model.vae_, opened.source, np.arange(300))
+    for n_active, announced in ((1, True), (8, False)):
+        mu_z = np.zeros((300, 10), np.float32)
+        mu_z[:, :n_active] = np.linspace(-1, 1, 300)[:, None]
+        seen = use._replace(mu_z=mu_z, lost=np.full((1, 300), 50.0, np.float32))
+        with mock.patch.object(diagnosing, "use_of_latent", return_value=seen):
+            doubts = diagnosing.doubts_of_fit(model.fitted_, opened)
+        assert any("posterior collapse in part: 1 of 10" in doubt for doubt in doubts) == announced

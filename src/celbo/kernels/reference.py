@@ -215,7 +215,7 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``x @ weight.T``; x ``(cells, genes)`` is dense or CSR, and a linear layer has the weight ``(units, genes)``.
+    """Compute ``x @ weight.T``; x ``(cells, genes)`` is dense or CSR, weight ``(units, genes)`` that of a linear layer.
 
     Returns ``(cells, units)``. Differentiable in the weight.
 
