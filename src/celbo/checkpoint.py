@@ -46,14 +46,14 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""What this celbo writes; it reads this and everything older."""
+"""Format that this version writes. It reads this format and all older ones."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _MODEL, _WEIGHTS, _REFERENCE, _MANIFEST = "model.json", "weights.safetensors", "reference.safetensors", "manifest.json"
 _FILES = (_MODEL, _WEIGHTS, _REFERENCE)
 _LITTER = {".DS_Store"}
-"""What a file browser leaves in folders, and may go with them."""
+"""Files of file browsers, which may be deleted with a model folder."""
 _ITEM_SIZES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BOOL": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1},
@@ -67,12 +67,12 @@ _LARGEST_MANIFEST = 64 << 10
 _LARGEST_HEADER = 1 << 20
 _MOST_DIMENSIONS = 32
 _ABANDONED = 3600
-"""Seconds after which an unfinished folder belongs to a process that was killed; writing takes moments."""
+"""An unfinished folder older than this, seconds, belongs to a killed process: writing takes moments."""
 _AGAIN = "Save the model again, or copy it again from where it came."
 
 
 class ModelFolder(NamedTuple):
-    """A model folder, read and checked."""
+    """Contents of a model folder, checked."""
 
     document: dict[str, Any]
     """``model.json`` without the versions: options, schema, history."""
@@ -83,17 +83,17 @@ class ModelFolder(NamedTuple):
 
 
 class FolderDescription(NamedTuple):
-    """What a model folder holds, checked, its tensors not loaded."""
+    """Description of a model folder, checked, without its tensors."""
 
     document: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    """Of the weights, by name."""
+    """Shapes of the weights, by name."""
     has_reference: bool
     celbo_version: str
     format_version: int
     path: Path
     size: int
-    """Bytes of all files."""
+    """Total size of the files, bytes."""
 
 
 def write_folder(
@@ -265,7 +265,7 @@ def _check(path: Path) -> tuple[FolderDescription, dict[str, str]]:
 
 
 def _find(path: Path) -> Path:
-    """The folder itself, the model of a run's folder, or what an interrupted replacement left."""
+    """Find the model folder: the folder itself, the model of a run, or what an interrupted replacement left."""
     for candidate in (path, path / "model"):
         for folder in (candidate, _sibling(Path(os.path.realpath(candidate)), "previous")):
             if (folder / _MANIFEST).is_file():
@@ -280,7 +280,7 @@ def _find(path: Path) -> Path:
 
 
 def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file. This layout, and the versions in model.json, hold for every future format."""
+    """Read size and SHA-256 of each file. This layout, and the versions in model.json, never change."""
     entries = _parse_json(file, _LARGEST_MANIFEST).get("files")
     if not isinstance(entries, dict) or not {_MODEL, _WEIGHTS} <= entries.keys():
         raise ModelFileError(f"{file} does not list {_MODEL} and {_WEIGHTS}. {_AGAIN}")
@@ -326,7 +326,7 @@ def _compare_sums(file: Path, found: str, expected: str) -> None:
 
 
 def _size(file: Path) -> int:
-    """Bytes of a file in the folder itself: what a link leads to is not the model's."""
+    """Return the size of a file of the folder; links are refused."""
     try:
         status = file.lstat()
     except FileNotFoundError as error:
@@ -407,7 +407,7 @@ def _check_header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _serialise(document: Mapping[str, Any], weights: Arrays, reference: Arrays | None) -> dict[str, bytes]:
-    """The files of a model folder and what is in them, the manifest last."""
+    """Return the files of a model folder and their bytes, the manifest last."""
     model = {"format_version": FORMAT_VERSION, "celbo_version": __version__, **document}
     try:
         contents = {
@@ -428,12 +428,12 @@ def _tensors(arrays: Arrays) -> bytes:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether all files that a model folder must have are there; they are not looked into."""
+    """Return whether a folder has all files of a model folder; their contents are not checked."""
     return all((path / name).exists() for name in (_MODEL, _WEIGHTS, _MANIFEST))
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Refuse, by a `StorageError`, a place that holds something else than a model folder."""
+    """Raise a `StorageError` if a path is something else than a model folder."""
     if not path.exists():
         return
     inside = {entry.name for entry in path.iterdir()} - _LITTER if path.is_dir() else {path.name}
@@ -445,7 +445,7 @@ def refuse_to_replace(path: Path) -> None:
 
 
 def _clear_abandoned(new: Path) -> None:
-    """Remove what writers of the same folder left unfinished when they were killed."""
+    """Remove unfinished folders of killed processes that wrote the same folder."""
     start = new.name[:-8]
     for entry in new.parent.iterdir():
         if entry.name.startswith(start) and len(entry.name) == len(new.name):
@@ -455,7 +455,7 @@ def _clear_abandoned(new: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a folder, the manifest first: what is half deleted is no model."""
+    """Delete a folder, the manifest first: a folder that is deleted in part is then not a model."""
     with suppress(OSError):
         (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Minibatch and Source: all that data and model know of each other."""
+"""Minibatch and Source: the interface between data and model."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -48,14 +48,14 @@ def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[
 
 
 class Source(Protocol):
-    """Cells by position, from wherever they are kept; genes already in the model's order."""
+    """Cells that are read by position, with genes in the model's order."""
 
     n_cells: int
     n_genes: int
     library_is_sum: bool
     """Whether the library is the sum of the counts, and not a size factor."""
     scaled_to: float | None
-    """Library to which counts were scaled before the logarithm; None where x is no such thing."""
+    """Library size to which counts were scaled before the logarithm; None if x is not log-normalised."""
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""

@@ -1,4 +1,4 @@
-"""Counts with known truth: simulated single cells whose every effect is stored beside the counts."""
+"""Simulate counts of single cells with known truth: all effects are stored with the counts."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ _BOUNDS: dict[str, tuple[type, float, float]] = {
 
 
 class _Genes(NamedTuple):
-    """What every gene does; effects are natural log, before the softmax."""
+    """Effects of each gene: natural logarithms, before the softmax."""
 
     log_base: FloatArray  # (genes,)
     theta: FloatArray  # (genes,), inverse dispersion
@@ -69,7 +69,7 @@ class _Genes(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """What every cell is."""
+    """Levels and activities of each cell."""
 
     types: IntArray  # (cells,)
     batches: IntArray  # (cells,)
@@ -105,7 +105,7 @@ def simulate_cells(
     threads: int = 4,
     seed: int = 0,
 ) -> AnnData:
-    r"""Simulate droplet-like counts of cell types, programmes, batches and a treatment, with the truth kept.
+    r"""Simulate droplet-like counts of cell types, programmes, batches and a treatment, with their truth.
 
     Cell :math:`i` of type :math:`t` in batch :math:`b`, treated (:math:`s = 1`) or not (:math:`s = 0`), has
 
@@ -315,7 +315,7 @@ def true_share(adata: AnnData, *, treatment: str | None = None, batch: str | Non
 
 
 def _share(genes: _Genes, cells: _Cells) -> FloatArray:
-    """Mean share of each gene in each cell, (cells, genes): the softmax in `simulate_cells`."""
+    """Compute the mean share of each gene in each cell, ``(cells, genes)``: the softmax in `simulate_cells`."""
     # einsum and not a matrix product, whose BLAS threads would fight with ours.
     eta: FloatArray = np.einsum("ik,kg->ig", cells.programme, genes.programme_lfc)
     eta += (genes.log_base + genes.type_lfc)[cells.types]
@@ -337,7 +337,7 @@ def _names(kind: str, n: int) -> list[str]:
 
 
 def _check_bounds(options: dict[str, Any]) -> None:
-    """Refuse options out of range, naming all of them."""
+    """Raise a `UsageError` that names all options out of range."""
     faults = [
         f"{name} is {options[name]!r}, expected {'an integer' if kind is Integral else 'a number'} "
         f"from {low:g} to {high:g}"
@@ -418,7 +418,7 @@ def _treatment_effects(
 
 
 def _draw_cells(seed: int, n_cells: int, proportions: list[float], n_batches: int, n_programmes: int) -> _Cells:
-    """Deal out types, batches and treatment in exact numbers, and draw the activities of the programmes."""
+    """Assign types, batches and treatment in exact numbers, and draw the activities of the programmes."""
     last = np.rint(np.cumsum(proportions[:-1]) * n_cells)
     types = _rng(seed, "type").permutation(np.searchsorted(last, np.arange(n_cells), side="right"))
     batches = _rng(seed, "batch").permutation(np.arange(n_cells) % n_batches)
@@ -493,7 +493,7 @@ def _var_frame(genes: _Genes) -> pd.DataFrame:
 
 
 def _varm(genes: _Genes) -> dict[str, Any]:
-    """Gene effects with genes as rows: frames where levels have names, so that subsets cannot mix them up."""
+    """Return gene effects with genes as rows; effects of named levels are frames."""
     gene_names = _names("gene", len(genes.theta))
     varm: dict[str, Any] = {"programme_lfc": genes.programme_lfc.T}
     for key, kind in (("type_lfc", "type"), ("batch_lfc", "batch"), ("treatment_lfc", "type")):
@@ -503,7 +503,7 @@ def _varm(genes: _Genes) -> dict[str, Any]:
 
 
 def _codes(adata: AnnData, column: str, level: str | None, known: Sequence[str]) -> IntArray:
-    """Position among the known levels of each cell's own level, or of `level` for all cells."""
+    """Return the position of each cell's level among the known levels, or of ``level`` for all cells."""
     levels = list(adata.obs[column]) if level is None else [level] * adata.n_obs
     if unknown := set(map(str, levels)) - set(known):
         names, choice = ", ".join(sorted(unknown)), ", ".join(known)

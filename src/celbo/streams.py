@@ -1,4 +1,4 @@
-"""Random streams: every use of a seed has a number of its own, so that no two uses share their random numbers."""
+"""Random streams: each use of a seed has its own number, so that two uses do not share random numbers."""
 
 from enum import IntEnum
 
@@ -8,7 +8,7 @@ __all__ = ["Stream", "random_stream"]
 
 
 class Stream(IntEnum):
-    """Numbers of the streams. They are part of what a seed means: a changed number changes results."""
+    """Numbers of the streams. A changed number changes the results of a seed."""
 
     SPLIT = 0
     """Which cells are held out."""
@@ -39,7 +39,7 @@ class Stream(IntEnum):
     NORMS = 13
     """Cells over which batch norms are settled."""
     DOUBTS = 14
-    """Cells that are looked at after each fit."""
+    """Cells on which a model is measured after each fit."""
     CURE = 15
     """Held-out cells that compare a remedy with the model before it."""
     CHANGED_GENES = 16
@@ -49,15 +49,15 @@ class Stream(IntEnum):
     SAMPLE = 18
     """New cells."""
     READ_CELLS = 18
-    """Held-out cells that are read after a fit. The same number as `SAMPLE`, which is drawn from another seed's use."""
+    """Held-out cells that are read after a fit. It has the number of `SAMPLE`, which is used with other seeds."""
     SUPPORT = 19
     """Known cells that are tested for support."""
     COMPARED_CELLS = 19
-    """Cells that models are compared on. The same number as `SUPPORT`: the two never meet in one computation."""
+    """Cells that models are compared on. It has the number of `SUPPORT`; no computation uses both."""
     REALISM = 19
-    """Cells, halves and folds of the comparison with real cells; it meets neither of the two above."""
+    """Cells, halves and folds of the comparison with real cells; no computation uses it with the two above."""
     BOOTSTRAP = 20
-    """Resampled cells that say how sure a choice is."""
+    """Resampled cells that give the certainty of a choice."""
     SHRINKAGE = 21
     """Draws of shrunken fold changes."""
     TYPES_KEPT = 22

@@ -22,12 +22,12 @@ _SMALL = 16
 _LOG_FACTORIALS = np.array([math.lgamma(k + 1) for k in range(1024)])
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 _BLOCK = 1024
-"""Genes summed in float32 before float64 takes over."""
+"""Number of genes that are summed in float32; these sums are summed in float64."""
 
 
 @_scalar
 def poisson(starts, columns, values, logits, top, log_library, weight, want, value, d_library):
-    """Poisson log-probability of each cell; if wanted, logits become its derivatives in them."""
+    """Compute the Poisson log-probability of each cell; if wanted, its derivatives replace the logits."""
     n_cells, n_genes = logits.shape
     shares = np.empty(n_genes, np.float32)
     d_mu = np.empty(np.diff(starts[: n_cells + 1]).max())
@@ -62,7 +62,7 @@ def nb(
     starts, columns, values, logits, top, log_library, log_thetas, thetas, thetas_32, inverse_32, gates, weight, want,
     value, d_library, d_theta,
 ):  # fmt: skip
-    """Negative binomial, zero-inflated if there are gates; if wanted, logits and gates become derivatives in them.
+    """Compute the negative binomial log-probability of each cell, zero-inflated if there are gates; see `poisson`.
 
     Theta and d_theta have a row for each cell, or one for all.
     """
@@ -132,7 +132,7 @@ def nb(
 
 @_vector
 def _counts(counts, shares, scale, shift):
-    """Log-probability of counts above zero, summed.
+    """Sum the log-probability of counts above zero.
 
     Rows are x, theta and ``log mu - log theta`` (but for ``shift``); the first becomes the derivative in log mu, the
     second that in log theta. Each loop touches few rows: of many the compiler cannot tell that none overlap.
@@ -241,7 +241,7 @@ def _exponentials(logits, top, into):
 
 @_vector
 def _zeros(shares, scale, theta, inverse, w, d_mu, d_theta):
-    """Log-probability of zeros, ``-theta log1p(r)`` with r = mu / theta, and its derivative in log mu, both summed."""
+    """Sum the log-probability of zeros, ``-theta log1p(r)`` with r = mu / theta, and its derivative in log mu."""
     log_prob, sum_mu = _f(0), _f(0)
     for gene in range(len(shares)):
         r = shares[gene] * scale * inverse[gene]
@@ -289,7 +289,7 @@ def _inflated_zeros(shares, scale, theta, inverse, gate, w, d_mu, d_theta, d_gat
 
 @_vector
 def _open_gates(gates):
-    """Log-probability that gates let counts pass, summed; its derivatives in the logits replace these."""
+    """Sum the log-probability that gates are open; its derivatives replace the logits of the gates."""
     total = 0.0
     for k in range(len(gates)):
         g = _f(gates[k])
@@ -307,7 +307,7 @@ def _scaled(shares, factor, into):
 
 @_vector
 def _through_softmax(shares, factor, w, d_mu):
-    """Derivative in the logits, ``w (d_mu - share sum(d_mu))``, in place."""
+    """Compute the derivative in the logits, ``w (d_mu - share sum(d_mu))``, in place."""
     for gene in range(len(shares)):
         d_mu[gene] = w * (d_mu[gene] - factor * shares[gene])
 

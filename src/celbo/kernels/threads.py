@@ -1,4 +1,4 @@
-"""How many threads compute: few large pieces of work each, instead of every small operation on all of them."""
+"""Threads: each computes few large pieces of work, instead of a part of every small operation."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ _here = threading.local()
 
 
 def n_threads() -> int:
-    """Threads that share a large piece of work: one, but inside `threads`."""
+    """Return the number of threads that share a large piece of work: one outside of `threads`."""
     n: int = getattr(_here, "n_threads", 1)
     return n
 
@@ -59,5 +59,5 @@ def in_threads(work: Callable[[int], T], n: int) -> list[T]:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's."""
+    """Return the threads of this process; a forked child does not have those of its parent."""
     return ThreadPoolExecutor(os.cpu_count(), "celbo", torch.set_num_threads, (1,))

@@ -1,4 +1,4 @@
-"""The pictures of a report: matplotlib figures from a summary."""
+"""Draw the pictures of a report: matplotlib figures from a summary."""
 
 import warnings
 from collections import Counter
@@ -30,12 +30,12 @@ MISSING = "#C4C4C4"
 INK = "#30343B"
 
 DEAD_KL = 0.01
-"""A latent dimension with less KL than this, in nats per cell, carries nothing."""
+"""A latent dimension with less KL than this, nats per cell, carries no information."""
 WEAK_KL = 0.1
 """... and one with less than this, little."""
 
 HUGE = 1e100
-"""Numbers beyond this cannot be drawn: squares and axis limits overflow."""
+"""Larger numbers cannot be drawn: squares and axis limits overflow."""
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": "#9AA0A8",
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
     "ytick.color": INK,
     "ytick.labelsize": 9,
 }
-"""Over matplotlib's own defaults, so that a reader's matplotlibrc changes nothing."""
+"""Settings on top of matplotlib's defaults; the matplotlibrc of the reader has no effect."""
 
 
 class Level(NamedTuple):
@@ -68,11 +68,11 @@ class Level(NamedTuple):
 
 
 class Legend(NamedTuple):
-    """What the colours of a categorical column mean."""
+    """Colours and levels of a categorical column."""
 
     levels: list[Level]
     codes: NDArray[np.intp]
-    """For each cell the position of its level, ``(cells,)``."""
+    """Position of the level of each cell, ``(cells,)``."""
 
 
 def legend(values: Sequence[str | None]) -> Legend:
@@ -268,7 +268,7 @@ def history_figure(summary: Mapping[str, Any]) -> Figure:
 
 
 def _leave_out_the_first_fall(axes: Axes, values: NDArray[np.float64]) -> None:
-    """End the axis above a few values far below all others, and say so."""
+    """End the axis above a few values that are far below all others, with a note."""
     values = values[np.isfinite(values)]
     if len(values) < 10:
         return

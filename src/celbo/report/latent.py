@@ -1,4 +1,4 @@
-"""Where cells lie on a page: the latent space in two dimensions."""
+"""Lay out the latent space in two dimensions."""
 
 from typing import NamedTuple
 
@@ -11,28 +11,29 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unus
 __all__ = ["Layout", "layout"]
 
 MIN_CELLS = 10
-"""Fewer cells than this have no neighbourhoods for t-SNE to keep."""
+"""t-SNE needs at least this many cells."""
 
 MAX_ITER = 500
 """t-SNE steps: half of scikit-learn's default costs half the time, and 2000 cells look the same."""
 
 
 class Layout(NamedTuple):
-    """Cells in the plane."""
+    """Positions of cells in the plane."""
 
     rows: NDArray[np.int64]
-    """Which cells are shown, ``(shown,)``, ascending."""
+    """Rows of the cells that are shown, ``(shown,)``, increasing."""
     xy: NDArray[np.float64]
-    """Where they are shown, ``(shown, 2)``."""
+    """Their positions, ``(shown, 2)``."""
     method: str
-    """How the plane was made, in words."""
+    """Description of the method."""
 
 
 def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
     """Place cells in the plane, so that neighbours in the latent space stay neighbours.
 
-    By t-SNE (van der Maaten & Hinton 2008) where there are at least ten cells and three latent dimensions; otherwise
-    by the latent dimensions themselves, or by principal components. The same input and seed give the same plane.
+    The method is t-SNE (van der Maaten & Hinton 2008) if there are at least ten cells and three latent dimensions;
+    otherwise the plane is that of the latent dimensions themselves, or of principal components. The same input and
+    seed give the same plane.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
     max_cells
         Show at most this many cells, drawn at random.
     seed
-        Chooses the cells, and the heights where there is only one latent dimension.
+        Seed of the choice of cells, and of the heights if there is only one latent dimension.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The page: a JSON summary as one HTML file that needs nothing else."""
+"""Make a JSON summary one HTML file that needs no other file."""
 
 import base64
 import json
@@ -35,17 +35,17 @@ class Card(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A figure inside the page."""
+    """A figure embedded in the page."""
 
     title: str
     source: str
     """``data:`` address of the PNG."""
     width: int
-    """Pixels on the page, as ``height``."""
+    """Width in pixels; ``height`` likewise."""
     height: int
     alt: str
     levels: list[Level]
-    """The legend, where the picture has one beside it."""
+    """The legend, if the picture has one."""
 
 
 class Finding(NamedTuple):
@@ -158,7 +158,7 @@ def cards(metrics: Mapping[str, Any]) -> list[Card]:
 
 
 def latent_pictures(summary: Mapping[str, Any]) -> list[Picture]:
-    """One picture of the cells for each column that colours them."""
+    """Draw one picture of the cells for each column that colours them."""
     latent = summary["latent"]
     colours = latent.get("colours") or {}
     n_cells = number(len(latent["xy"]))
@@ -224,7 +224,7 @@ def diagnosis(summary: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 
 def facts(run: Mapping[str, Any]) -> list[Facts]:
-    """Everything needed to run it again.
+    """Return everything that is needed to repeat the run.
 
     Examples
     --------

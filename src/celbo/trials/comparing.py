@@ -30,20 +30,20 @@ LATENT_DIMS = (2, 5, 10, 20, 30)
 """Widths that ``latent_dim="auto"`` chooses from."""
 _CELLS, _SAMPLES = 500, 200
 _FEW_CELLS = 30
-"""Below which people are warned."""
+"""Fewer cells give a warning."""
 _FEW = 10
-"""Effective samples below which log p of a cell is not to be trusted."""
+"""Log p of a cell is not reliable with fewer effective samples."""
 _AS_GOOD, _HOPELESS = 2.0, 5.0
-"""Paired standard errors below the best: up to which a model is as good, and from which on it is given up early."""
+"""A model up to the first number of paired standard errors below the best is as good; beyond the second it is dropped."""
 _EARLY = 4
-"""Share of the epochs after which models are given up: one in so many."""
+"""Models are dropped early after one in this many epochs of a full fit."""
 _DRAWS = 1000
-"""Resamplings of the cells that say how sure a choice is."""
+"""Number of resamplings of the cells, from which the certainty of a choice is computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Models side by side on the same cells."""
+    """Result of comparing models on the same cells."""
 
     table: pd.DataFrame
     """By model, in the order given: mean refined ``log_p`` of a cell (nats); ``difference`` to the best one and its
@@ -51,11 +51,11 @@ class Comparison:
     share of cells with ``few`` (below 10)."""
     n_cells: int
     held_out: bool
-    """Whether no model learned from these cells."""
+    """Whether all cells were held out of all models."""
     chosen: str
-    """The first in the order given that is within 2 paired standard errors of the best."""
+    """The first model, in the given order, within 2 paired standard errors of the best."""
     sure: float
-    """Share of resampled sets of cells in which the same model would be chosen."""
+    """Share of resampled sets of cells in which the same model is chosen."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain values."""
