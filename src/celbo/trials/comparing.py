@@ -34,7 +34,7 @@ _FEW_CELLS = 30
 _FEW = 10
 """Log p of a cell is not reliable with fewer effective samples."""
 _AS_GOOD, _HOPELESS = 2.0, 5.0
-"""A model up to the first number of paired standard errors below the best is as good; beyond the second it is dropped."""
+"""A model is as good up to the first number of paired standard errors below the best, and dropped beyond the second."""
 _EARLY = 4
 """Models are dropped early after one in this many epochs of a full fit."""
 _DRAWS = 1000
