@@ -261,12 +261,13 @@ def fit_and_write(
                     track=stop_on_signal(track),
                 )
                 cells = cells_of_fit(model, adata)
+                compare_with_record(cells, *repeats)
             if auto_remedy:
                 fitted, n_notes = model, len(notes)
                 model, trail = celbo.cure(fitted, adata, track=stop_on_signal(track))
-                cells = cells_of_fit(model, adata)
-                if model is not fitted:  # warnings about the rejected model no longer apply
-                    del notes[:n_notes]
+                if model is not fitted:
+                    cells = cells_of_fit(model, adata)
+                    del notes[:n_notes]  # warnings about the first model no longer apply
         seconds = time.perf_counter() - started
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the fit warned about the data already

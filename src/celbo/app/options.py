@@ -65,7 +65,7 @@ Unlabelled = Annotated[
 NTopGenes = Annotated[
     int | None,
     _option(
-        f"Number of most variable genes to model; 0 for all.  [default: {N_TOP_GENES} if there are more]",
+        f"Number of most variable genes to model; 0 for all.  [default: {N_TOP_GENES} if there are more; all for gaussian]",
         panel=DATA,
         metavar="N",
     ),
@@ -153,7 +153,12 @@ Epochs = Annotated[
     ),
 ]
 Patience = Annotated[
-    int, _option("Epochs without a better held-out ELBO before training stops.", panel=TRAINING, metavar="N")
+    int,
+    _option(
+        "Epochs without a better held-out ELBO before the learning rate falls; the third time training stops.",
+        panel=TRAINING,
+        metavar="N",
+    ),
 ]
 BatchSize = Annotated[int, _option("Cells in a minibatch.", panel=TRAINING, metavar="N")]
 LearningRate = Annotated[

@@ -50,7 +50,7 @@ class Reference(NamedTuple):
     was_read: NDArray[np.bool_]
     """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
     readings: NDArray[np.float64]
-    """``(cells, 4)``: the readings of `celbo.ask.outliers`, two where the values are not counts. 0 for other cells."""
+    """``(cells, 4)``: the readings of `celbo.ask.readings`, two where the values are not counts. 0 for other cells."""
 
 
 def reference_arrays(reference: Reference) -> dict[str, NDArray[Any]]:

@@ -240,7 +240,7 @@ def epochs(
     its random numbers come from ``(seed, epoch, step)``. The weight of the KL term rises linearly to 1 over a number of
     steps that is fixed beforehand, unless a remedy changes that. Only from then on do held-out cells decide which
     weights are best, when the learning rate falls and when training stops: by their ELBO, whatever was trained with.
-    Running averages of the weights, over about the last tenth of the steps, are what is measured and kept: with a high
+    Running averages of the weights, over about the last ninth of the steps, are what is measured and kept: with a high
     learning rate the weights themselves never come to rest (polynomial-decay averaging, Shamir & Zhang 2013, arXiv
     1212.1824). The model has the averaged weights while a record is looked at.
 
