@@ -65,7 +65,7 @@ Unlabelled = Annotated[
 NTopGenes = Annotated[
     int | None,
     _option(
-        f"Number of most variable genes to model; 0 for all.  [default: {N_TOP_GENES} if there are more; all for gaussian]",
+        f"Number of most variable genes to model; 0 for all.  [default: at most {N_TOP_GENES}; gaussian: all]",
         panel=DATA,
         metavar="N",
     ),
