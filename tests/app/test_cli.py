@@ -53,6 +53,7 @@ def fitted_run(tmp_path_factory, data):
     return folder, done
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(fitted_run, data, tmp_path):
     shutil.copytree(fitted_run[0], tmp_path / "run")
     dying = (

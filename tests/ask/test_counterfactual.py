@@ -252,6 +252,7 @@ def test_a_combination_left_out_of_fit_is_never_supported(cells, left_out):
     assert unseen["distance"].median() > 1.5 > seen["distance"].median()
 
 
+@pytest.mark.long
 def test_with_labels_the_type_left_out_is_told_from_its_neighbours(cells):
     """Two types that overlap in z: without labels the one seen treated lends its support to the other."""
     both = cells.copy()
@@ -294,6 +295,7 @@ def test_a_condition_nested_in_another_is_warned_of(cells):
         model.counterfactual(nested[:20].copy(), {"treatment": "treated"})
 
 
+@pytest.mark.long
 def test_a_dose_can_be_asked_for(cells):
     dosed = cells.copy()
     dosed.obs["dose"] = np.where(dosed.obs["treatment"] == "treated", 2.0, 0.0) + np.linspace(0, 0.1, len(dosed))
@@ -385,6 +387,7 @@ def test_the_command_writes_means_intervals_support_and_genes(cells, whole, tmp_
     np.testing.assert_allclose(anndata.read_h5ad(tmp_path / "two.h5ad").X, two.mean, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_several_models_widen_what_one_is_sure_of(cells, whole):
     asked = controls(cells, "type_1")
     other = celbo.ExpressionVAE(latent_dim=6, conditions=["treatment"], train=celbo.TrainConfig(seed=1)).fit(cells)

@@ -48,6 +48,7 @@ def test_unlabelled_cells_are_told_and_probabilities_are_honest(many, model):
     assert (found["label"] == NONE_OF_THESE)[asked].mean() < 0.05
 
 
+@pytest.mark.long
 def test_of_a_type_that_was_never_labelled_far_more_is_none_of_these_than_of_others(many):
     """It is among the cells, so that it can have a place of its own; half of it is told, as docs/labels.md says."""
     hidden = many.copy()

@@ -58,6 +58,7 @@ def test_a_collapsed_model_is_cured_and_the_trail_says_how(blob, many):
     np.testing.assert_array_equal(blob.embed(many), before)
 
 
+@pytest.mark.long
 def test_what_costs_more_than_the_tolerance_is_not_kept(blob, many, monkeypatch):
     """A remedy after which log p(x) of held-out cells is 5 nats worse."""
     import celbo.trials.curing as curing
@@ -164,6 +165,7 @@ def test_cure_writes_a_run_and_its_trail(blob_run):
     assert not json.loads((folder / "cured" / "diagnosis.json").read_text())["collapsed"]
 
 
+@pytest.mark.long
 def test_curing_what_is_cured_changes_nothing_and_speaks_json(blob_run):
     folder, _ = blob_run
     if not (folder / "cured").exists():

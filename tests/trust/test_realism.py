@@ -65,6 +65,7 @@ def test_a_type_that_is_missing_is_noticed(cells, labels):
         assert real > 0.1 > generated
 
 
+@pytest.mark.long
 def test_depth_alone_gives_cells_away(cells):
     """The same cells with twice the counts: proportions agree, depth does not."""
     deep = cells[:300].copy()
