@@ -6,7 +6,7 @@ A message says what was found (where, how many), what was expected, and what to 
     ├── UsageError        2   an option does not exist or does not fit the others
     │   └── NotFittedError    the model must be fitted first
     ├── DataError         3   counts, genes or conditions cannot be used
-    ├── ModelFileError    4   a model folder is damaged, forged, or written by a newer celbo
+    ├── ModelFileError    4   a model folder is missing, damaged, forged, or written by a newer celbo
     ├── DivergedError     5   training diverged
     └── StorageError      6   the disk is full, permission is missing, or another process is writing
 """
@@ -26,6 +26,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "check_count",
+    "check_names",
     "check_seed",
     "chosen_row",
     "listed",
@@ -59,7 +60,7 @@ class DataError(CelboError):
 
 
 class ModelFileError(CelboError):
-    """A model folder is damaged, forged, or written by a newer celbo."""
+    """A model folder is missing, damaged, forged, or written by a newer celbo."""
 
     exit_code = 4
 
@@ -122,6 +123,21 @@ def check_seed(seed: object) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
         raise UsageError(f"seed={seed!r}; a seed is a whole number from 0 to {2**32 - 1}.")
+
+
+def check_names(options: Mapping[str, object]) -> None:
+    """Raise a `UsageError` for options that are not lists of names, such as None or a dict.
+
+    Examples
+    --------
+    >>> check_names({"conditions": ["batch"], "remedies": None})
+    Traceback (most recent call last):
+    ...
+    celbo.errors.UsageError: remedies=None; give a list of names, or [] for none.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping) or not isinstance(value, Iterable):
+            raise UsageError(f"{name}={value!r}; give a list of names, or [] for none.")
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

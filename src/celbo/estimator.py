@@ -17,7 +17,7 @@ from celbo.checkpoint import read_folder
 from celbo.data.checks import Check
 from celbo.data.conditions import UNLABELLED
 from celbo.data.read import read_adata
-from celbo.errors import ModelFileError, NotFittedError, UsageError, chosen_row, listed, warn
+from celbo.errors import ModelFileError, NotFittedError, UsageError, check_names, chosen_row, listed, warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted, fit_model
 from celbo.fit.history import History
@@ -788,6 +788,7 @@ class ExpressionVAE:
         """Turn options into the objects that a fit takes, and refuse options that cannot be used."""
         if not isinstance(self.train, TrainConfig):
             raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
+        check_names({name: getattr(self, name) for name in ("conditions", "nuisance", "interactions", "remedies")})
         return {
             "likelihood": chosen_row("likelihood", self.likelihood, LIKELIHOODS),
             "objective": chosen_row("objective", self.objective, OBJECTIVES),
@@ -824,6 +825,7 @@ def load(path: str | Path) -> ExpressionVAE:
     folder = read_folder(path)
     try:
         options = modern_options(folder.document["options"], _defaults())
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
         model.fitted_ = read_fitted(folder, architecture=model._architecture(), **model._parts())
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:

@@ -220,6 +220,16 @@ def show_trail(trail: "Sequence[Step]") -> None:
         typer.echo(plain(f"  {step.said}{price}"))
 
 
+def announce_run(model: "ExpressionVAE", output: Path) -> None:
+    """Say which device computes, and whether a run is replaced."""
+    from celbo.checkpoint import is_model_folder
+    from celbo.fit.train import settle_device
+
+    say(f"computing on {settle_device(model.train.device)}")
+    if is_model_folder(output / "model"):
+        say(f"{output} has a run already, which this one replaces when it is done")
+
+
 def fit_and_write(
     model: "ExpressionVAE",
     adata: "AnnData",
@@ -236,13 +246,10 @@ def fit_and_write(
 ) -> dict[str, Any]:
     """Train with a progress bar, then write the run. Warnings are shown, and repeated in the report."""
     from celbo.app.progress import shown_progress
-    from celbo.fit.train import settle_device
     from celbo.runs.claims import claimed_folder
     from celbo.runs.writing import write_run
 
-    say(f"computing on {settle_device(model.train.device)}")
-    if (output / "model").is_dir():
-        say(f"{output} has a run already, which this one replaces when it is done")
+    announce_run(model, output)
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:

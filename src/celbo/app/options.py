@@ -149,7 +149,9 @@ Dropout = Annotated[float, _option("Share of hidden units set to zero in trainin
 Epochs = Annotated[
     int | None,
     _option(
-        "Most passes over the cells.  [default: 100; 10 to 200 by the number of cells]", panel=TRAINING, metavar="N"
+        "Most passes over the cells.  [default: 10 to 200, by the number of cells; up to 4 times as many]",
+        panel=TRAINING,
+        metavar="N",
     ),
 ]
 Patience = Annotated[

@@ -13,7 +13,7 @@ from celbo.data.conditions import column_of, known_labels
 from celbo.data.genes import choose_genes
 from celbo.data.schema import Schema
 from celbo.data.sources import CellSource, make_source
-from celbo.errors import DataError, UsageError, check_count, listed
+from celbo.errors import DataError, UsageError, check_count, check_names, listed
 from celbo.fit.cells import Cells
 from celbo.fit.reference import nested_conditions
 from celbo.fit.train import Split, TrainConfig, split_cells
@@ -78,6 +78,7 @@ def check_to_fit(
 
     Parameters are options of `celbo.ExpressionVAE`; with ``fingerprint`` all values are hashed in the same pass.
     """
+    check_names({"conditions": conditions, "nuisance": nuisance, "interactions": interactions, "remedies": remedies})
     if labels is not None and labels in (*conditions, *nuisance):
         raise UsageError(f"{labels!r} is a condition and the column of labels; z cannot carry what is given beside it.")
     if n_top_genes is not None and (not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1):
