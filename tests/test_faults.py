@@ -580,6 +580,7 @@ def test_24_large_integers_are_checked_as_integers(cells):
     assert [problem.name for problem in check.problems] == ["inexact"]
 
 
+@pytest.mark.long
 def test_25_a_full_disk_keeps_the_old_run(cells, file, tmp_path):
     def run(*arguments, **options):
         code = "from celbo.app.cli import main; main()"

@@ -24,7 +24,7 @@ from celbo.fit.history import History
 from celbo.fit.older import modern_options
 from celbo.fit.remedies import Recipe, recipe_for
 from celbo.fit.saved import read_fitted, take_weights, write_fitted
-from celbo.fit.shown import shown_state, shown_table, shown_value
+from celbo.fit.shown import is_same, shown_state, shown_table, shown_value
 from celbo.fit.start import Architecture, cells_to_fit, check_to_fit
 from celbo.fit.train import Track, TrainConfig, settle_device
 from celbo.model.likelihoods import LIKELIHOODS
@@ -773,7 +773,7 @@ class ExpressionVAE:
     def _chosen(self) -> dict[str, Any]:
         """Options that differ from the defaults."""
         defaults = _defaults()
-        return {name: value for name, value in self.get_params().items() if value != defaults[name]}
+        return {name: value for name, value in self.get_params().items() if not is_same(value, defaults[name])}
 
     def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:
         """Open cells for this model; options as in `posterior`."""
@@ -825,7 +825,6 @@ def load(path: str | Path) -> ExpressionVAE:
     folder = read_folder(path)
     try:
         options = modern_options(folder.document["options"], _defaults())
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
         model.fitted_ = read_fitted(folder, architecture=model._architecture(), **model._parts())
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:

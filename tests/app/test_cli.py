@@ -188,6 +188,7 @@ def test_embed_gives_what_fit_gave_with_genes_in_any_order(fitted_run, cells, tm
     np.testing.assert_array_equal(found, anndata.read_h5ad(folder / "embedding.h5ad").obsm["X_celbo"])
 
 
+@pytest.mark.long
 def test_the_same_command_gives_the_same_bytes(fitted_run, data, tmp_path):
     folder, _ = fitted_run
     done = run("fit", data, "-o", tmp_path / "again", "--condition", "batch", "--epochs", "4", "--latent-dim", "3")

@@ -58,6 +58,7 @@ def test_types_are_kept(embedded):
     assert adjusted_rand_score(cells.obs["cell_type"], clusters) >= 0.9
 
 
+@pytest.mark.long
 def test_expression_corrected_over_batches_forgets_them(embedded):
     cells, model, _ = embedded[1.0, True]
     own = model.expected_expression(cells, library=1000)

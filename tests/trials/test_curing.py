@@ -179,6 +179,7 @@ def test_curing_what_is_cured_changes_nothing_and_speaks_json(blob_run):
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_auto_remedy_cures_before_anything_is_written(blob_run):
     folder, _ = blob_run
     done = run(

@@ -8,7 +8,19 @@ from typing import Any
 from celbo.fit.fitted import Fitted
 from celbo.fit.train import TrainConfig
 
-__all__ = ["shown_state", "shown_table", "shown_value"]
+__all__ = ["is_same", "shown_state", "shown_table", "shown_value"]
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Return whether two values of an option mean the same; lists and tuples do if their items do.
+
+    Examples
+    --------
+    >>> is_same([128], (128,)), is_same([128], (64,))
+    (True, False)
+    """
+    value, other = (tuple(part) if isinstance(part, list) else part for part in (value, other))
+    return bool(value == other)
 
 
 def shown_value(value: Any) -> str:
