@@ -52,6 +52,7 @@ def test_a_batch_effect_is_removed_as_if_there_had_been_none(embedded):
     assert abs(mixing(z, cells) - without_effect) < 0.05
 
 
+@pytest.mark.long
 def test_types_are_kept(embedded):
     cells, _, z = embedded[1.0, True]
     clusters = KMeans(4, n_init=10, random_state=0).fit_predict(z)
