@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, make_condition, size_factors
 from celbo.data.fingerprint import Fingerprint
-from celbo.data.names import explain_mismatch
+from celbo.data.matching import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
 from celbo.data.values import Scan, diagnose, find_counts, holds_counts, scan_values, value_faults

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celbo.data.conditions import Condition, as_text, column_of
+from celbo.data.matching import match_genes
 from celbo.errors import DataError, UsageError, listed
 
 __all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
@@ -176,7 +177,7 @@ class Schema:
 
     def columns(self, var_names: pd.Index) -> NDArray[np.intp]:
         """Return the positions of the model's genes among these names, in the model's order; -1 for a missing gene."""
-        return var_names.get_indexer(pd.Index(self.genes))
+        return match_genes(self.genes, var_names)
 
     def combinations(self, given: Mapping[str, Any], over: Sequence[str]) -> list[dict[str, Any]]:
         """Combine ``given`` with all levels of fit of the conditions of ``over``; at most 100 combinations.

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from celbo.data.checks import Check, check_query
 from celbo.data.conditions import size_factors
+from celbo.data.matching import align
 from celbo.data.normalise import COUNTS_PER_CELL, log_normalise
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored
 from celbo.minibatch import Minibatch, Rows, csr_tensor
 
-__all__ = ["CellSource", "align", "make_source", "open_source", "sum_of_genes"]
+__all__ = ["CellSource", "make_source", "open_source", "sum_of_genes"]
 
 
 class CellSource:
@@ -133,27 +134,6 @@ def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "
         library=_given_library(adata.obs, schema),
         library_is_sum=schema.size_factor is None and schema.values != "real",
     )
-
-
-def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
-    """Put columns into the model's order; columns that it does not know are left out, missing ones are empty.
-
-    Examples
-    --------
-    >>> align(sp.csr_matrix([[1, 2, 3]]), np.array([2, -1, 0])).toarray()
-    array([[3, 0, 1]])
-    """
-    if np.array_equal(columns, np.arange(x.shape[1])):
-        return x
-    position = np.full(x.shape[1], -1, np.int32)
-    is_present = columns >= 0
-    position[columns[is_present]] = np.flatnonzero(is_present)
-    indices = position[x.indices]
-    kept = indices >= 0
-    n_before = np.concatenate([[0], np.cumsum(kept)])
-    aligned = sp.csr_matrix((x.data[kept], indices[kept], n_before[x.indptr]), shape=(x.shape[0], len(columns)))
-    aligned.sort_indices()
-    return aligned
 
 
 def _given_library(obs: pd.DataFrame, schema: Schema) -> NDArray[np.float32] | None:

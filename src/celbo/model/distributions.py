@@ -185,7 +185,10 @@ class NegativeBinomial(Distribution):
         return self.mu + self.mu.square() / self.theta
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of counts, nats; see `celbo.kernels.reference.nb_log_prob`."""
+        """Compute the log-probability of counts, nats; the formula is `celbo.kernels.reference.nb_log_prob`.
+
+        ``ln Gamma(x + theta) - ln Gamma(theta) - ln x! + theta ln(theta / (theta + mu)) + x ln(mu / (theta + mu))``
+        """
         if self._validate_args:
             self._validate_sample(value)
         return nb_log_prob(value, self.log_mu, self.log_theta).to(_float_dtype(value))

@@ -1,13 +1,16 @@
-"""Gene names: what kind of identifier they are, and why two sets of them do not match."""
+"""Match genes by name, align columns to the order of a model, and explain why names do not match."""
 
 import re
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from celbo.errors import listed
 
-__all__ = ["explain_mismatch", "kind_of_names"]
+__all__ = ["align", "explain_mismatch", "kind_of_names", "match_genes"]
 
 _SAMPLE = 1000
 _KINDS = {
@@ -16,6 +19,32 @@ _KINDS = {
     "RefSeq accessions": re.compile(r"[NX][MR]_\d+(\.\d+)?"),
     "numbers (Entrez ids, or no names at all)": re.compile(r"\d+"),
 }
+
+
+def match_genes(genes: Sequence[str], var_names: pd.Index) -> NDArray[np.intp]:
+    """Return the positions of genes among the names of the data, ``(genes,)``; -1 for a gene that the data lack."""
+    return var_names.get_indexer(pd.Index(genes))
+
+
+def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
+    """Put columns into the model's order; columns that it does not know are left out, missing ones are empty.
+
+    Examples
+    --------
+    >>> align(sp.csr_matrix([[1, 2, 3]]), np.array([2, -1, 0])).toarray()
+    array([[3, 0, 1]])
+    """
+    if np.array_equal(columns, np.arange(x.shape[1])):
+        return x
+    position = np.full(x.shape[1], -1, np.int32)
+    is_present = columns >= 0
+    position[columns[is_present]] = np.flatnonzero(is_present)
+    indices = position[x.indices]
+    kept = indices >= 0
+    n_before = np.concatenate([[0], np.cumsum(kept)])
+    aligned = sp.csr_matrix((x.data[kept], indices[kept], n_before[x.indptr]), shape=(x.shape[0], len(columns)))
+    aligned.sort_indices()
+    return aligned
 
 
 def kind_of_names(names: Sequence[str]) -> str:
