@@ -102,7 +102,7 @@ def test_a_condition_of_a_few_whole_floats_is_questioned(cells):
     days = cells.copy()
     days.obs["day"] = np.repeat([0.0, 1.0, 7.0], 100)
     (problem,) = check_adata(days, conditions=["day"]).problems
-    assert "3 different numbers, read as amounts" in problem.message
+    assert "3 different numbers, and is read as continuous" in problem.message
 
 
 def test_a_config_file_says_what_the_command_line_leaves_open(file, tmp_path):
@@ -239,7 +239,7 @@ def test_values_beyond_what_fit_saw_are_doubted(tmp_path):
         with pytest.warns(UserWarning, match=r"dose.*1 of 1 values, the first 1e\+06, lie outside"):
             ask()
     query.obs["dose"] *= 1000
-    with pytest.warns(UserWarning, match=r"of 50 values, .* lie outside of what fit saw \(0.* to [12].*\).*unit"):
+    with pytest.warns(UserWarning, match=r"of 50 values, .* lie outside the range of fit \(0.* to [12].*\).*unit"):
         model.embed(query)
     query.write_h5ad(tmp_path / "new.h5ad")
     said = command("check", tmp_path / "new.h5ad", "--model", tmp_path / "model").output
@@ -296,17 +296,17 @@ def test_levels_that_may_be_mistakes_are_doubted():
     found = [problem for problem in check_adata(cells, nuisance=["batch"]).problems if problem.name == "levels"]
     assert [problem.severity for problem in found] == ["warning"] * 2
     alike, missing = (problem.message for problem in found)
-    assert "read nearly the same" in alike
+    assert "nearly the same spelling" in alike
     assert {"'a 1'", "'A_1'"} <= set(re.findall(r"'[^']*'", alike))
     assert "11" not in alike
-    assert "'nan' is taken for a level" in missing
+    assert "'nan' is used as a level" in missing
     for pair in (["donor-1", "donor_1"], ["Sample.1", "sample_1"], ["P1-T", "P1_T"], ["1-A", "1_A"], ["b ", "b"]):
         cells.obs["batch"] = [*pair, "c"] * 40
         (found,) = [each for each in check_adata(cells, nuisance=["batch"]).problems if each.name == "levels"]
         assert all(repr(level) in found.message for level in pair)
     cells.obs["batch"] = ["a", str(None), "b"] * 40
     (found,) = [each for each in check_adata(cells, nuisance=["batch"]).problems if each.name == "levels"]
-    assert "'None' is taken for a level" in found.message
+    assert "'None' is used as a level" in found.message
     for usual in (
         ["donor_1", "donor_11", "+", "-", "(missing)", "none"],
         ["-1", "1", "-0.5", "0.5", ".5", "5"],
@@ -325,7 +325,7 @@ def test_a_check_says_what_becomes_of_new_levels(tmp_path):
     new = cells.copy()
     new.obs["batch"] = "batch_9"
     new.write_h5ad(tmp_path / "new.h5ad")
-    for way, said in {"marginal": "in equal parts", "nearest": "suits its cells best", "adapt": "is learned"}.items():
+    for way, said in {"marginal": "in equal parts", "nearest": "fits its cells best", "adapt": "each learned"}.items():
         done = command("check", tmp_path / "new.h5ad", "--model", tmp_path / "model", "--unseen", way)
         assert done.exit_code == 0
         assert said in " ".join(done.output.split())

@@ -171,7 +171,7 @@ def test_of_a_gaussian_the_difference_is_told_in_units_of_its_spread(cells):
 def test_of_a_cell_without_a_count_support_tells_nothing(cells, whole):
     some = controls(cells, "type_1")[:4].copy()
     some.X[2] = 0
-    with pytest.warns(UserWarning, match="no counts in 1 of 4 cells"):
+    with pytest.warns(UserWarning, match="1 of 4 cells have no counts"):
         found = whole.counterfactual(some, {"treatment": "treated"}).support
     assert found["verdict"].tolist()[2] == "empty"
     assert found[["share", "distance"]].isna().all(axis=1).tolist() == [False, False, True, False]

@@ -226,7 +226,7 @@ def test_a_label_of_few_cells_is_measured_among_its_own():
 def test_of_a_cell_without_a_count_nothing_is_told(many, model):
     some = many[:4].copy()
     some.X[2] = 0
-    with pytest.warns(UserWarning, match="no counts in 1 of 4"):
+    with pytest.warns(UserWarning, match="1 of 4 cells have no counts"):
         found = model.predict(some)
     assert found.iloc[2].isna().all()
     pd.testing.assert_frame_equal(found.drop(index=found.index[2]), model.predict(many[[0, 1, 3]].copy()))
@@ -248,14 +248,14 @@ def test_columns_that_are_no_labels_are_refused(values, said):
 def test_doubtful_labels_are_warned_of_or_refused(many):
     with pytest.warns(UserWarning, match="3 of 4 labels have one cell"):
         known_labels(pd.Series(["a", "b", "c", "d", "d"], name="type"), "unknown")
-    with pytest.raises(celbo.UsageError, match=r"'Unassigned' .* occurs nowhere"):
+    with pytest.raises(celbo.UsageError, match=r"'Unassigned' .* does not occur"):
         fitted(many[:200].copy(), unlabelled="Unassigned")
 
 
 @pytest.mark.parametrize("word", ["Unknown", "", "NA", "Unassigned", "-1"])
 def test_a_label_that_reads_as_none_is_doubted(word):
     column = pd.Series(["T", "B", word, "T", "B", word], name="type")
-    with pytest.warns(UserWarning, match=rf"'{word}' \(2 cells\) is taken for a type"):
+    with pytest.warns(UserWarning, match=rf"'{word}' \(2 cells\) is used as a label"):
         labels, _ = known_labels(column, "unknown")
     assert word in labels.levels
     with warnings.catch_warnings():

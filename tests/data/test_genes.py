@@ -215,7 +215,7 @@ def test_genes_of_one_mean_are_ranked_by_their_variance():
 
 
 def test_less_than_one_gene_is_refused(x):
-    with pytest.raises(UsageError, match=re.escape("n_top_genes=0; choose one gene at least")):
+    with pytest.raises(UsageError, match=re.escape("n_top_genes=0; choose at least one gene")):
         select_genes(in_blocks(x), 0)
 
 

@@ -81,11 +81,11 @@ def test_nothing_is_said_of_a_cell_without_a_count(cells):
     some = cells[:10].copy()
     some.X = some.X.toarray()
     some.X[3] = 0
-    with pytest.warns(UserWarning, match="no counts in 1 of 10 cells"):
+    with pytest.warns(UserWarning, match="1 of 10 cells have no counts"):
         found = model.log_prob(some, n_samples=20)
     assert np.flatnonzero(found["log_p"].isna()).tolist() == [3]
     assert not found["trusted"].iloc[3]
-    with pytest.warns(UserWarning, match="no counts in 1 of 10 cells"):
+    with pytest.warns(UserWarning, match="1 of 10 cells have no counts"):
         found = model.outliers(some)
     assert np.flatnonzero(found["p_value"].isna()).tolist() == [3]
     assert found["kind"].iloc[3] == "empty"

@@ -1,4 +1,4 @@
-"""Check cells before a model is fitted to them, or computes with them, and collect all problems."""
+"""Check cells before a model is fitted or applied to them, and collect all problems."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,21 +27,21 @@ _FEW = 10
 
 _READ_AS = {
     "marginal": "read as all levels of fit in equal parts",
-    "nearest": "each of which is read as the known one that suits its cells best",
-    "adapt": "each of which is learned from its cells",
+    "nearest": "each read as the known level that fits its cells best",
+    "adapt": "each learned from its cells",
 }
-"""How levels that fit did not see are read, unless they are refused."""
+"""How the model reads levels not seen in fit, for each way but "refuse"."""
 
 _NOT_COUNTS = ("not-finite", "negative", "not-whole", "too-large")
-"""Rows of `celbo.data.values.KINDS` that counts may not have."""
+"""Kinds of bad values, of `celbo.data.values.KINDS`, that make values no counts."""
 
 _ADVICE = {
-    "not-finite": "Find out where they came from; counts are never missing. Drop or mend these cells or genes.",
-    "too-large": "No experiment counts that much: look for a mistake in how the values were exported.",
+    "not-finite": "Counts are never missing: find the source of these values. Drop or correct these cells or genes.",
+    "too-large": "No experiment gives such large counts: look for a mistake in the export of the values.",
     "negative": "celbo models raw counts: give it those, in X or in a layer.",
     "not-whole": (
-        "celbo models raw counts: give it those, in X or in a layer. Estimated counts can be let through "
-        "in fit (--allow-noninteger); the gaussian likelihood also takes real numbers, from a layer that is named."
+        "celbo models raw counts: give it those, in X or in a layer. To fit estimated counts, allow them "
+        "(--allow-noninteger). The gaussian likelihood also takes real numbers, from a named layer."
     ),
 }
 
@@ -52,9 +52,9 @@ class Problem(NamedTuple):
     name: str
     """Kind of problem, for programs."""
     severity: str
-    """ "error": nothing can be computed; "warning": something to know."""
+    """ "error": celbo cannot compute; "warning": it can."""
     message: str
-    """One message: what was found, what was expected, what to do."""
+    """What is wrong, what was expected, and what to do."""
 
 
 @dataclass
@@ -67,24 +67,24 @@ class Check:
     """Number of stored values; all were checked."""
     problems: list[Problem] = field(default_factory=list)
     schema: Schema | None = None
-    """How a model reads these cells; None if it cannot."""
+    """How a model reads these cells; None if there are errors."""
     stored: Stored | None = field(default=None, repr=False)
-    """The values, if they were found."""
+    """The values; None if they cannot be read."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
-    """Shape and hashes of values and names, if they were asked for; see `celbo.data.fingerprint`."""
+    """Shape and hashes of values and names, if requested; see `celbo.data.fingerprint`."""
 
     @property
     def errors(self) -> list[Problem]:
-        """Return the problems that must be mended."""
+        """Return the problems that must be corrected."""
         return [problem for problem in self.problems if problem.severity == "error"]
 
     def accept(self) -> Schema:
-        """Give the warnings, and return the schema.
+        """Show the warnings, and return the schema.
 
         Raises
         ------
         DataError
-            If there are errors; it lists them all.
+            If there are errors. The message lists all of them.
         """
         if self.errors or self.schema is None:
             raise DataError("\n".join(problem.message for problem in self.errors))
@@ -108,7 +108,7 @@ class Check:
 
     @contextmanager
     def noting(self, name: str) -> Iterator[None]:
-        """Turn a `DataError` into an error of this name, and continue."""
+        """Record a `DataError` as an error of this name, and continue."""
         try:
             yield
         except DataError as error:
@@ -126,33 +126,33 @@ def check_adata(
     allow_noninteger: bool = False,
     fingerprint: bool = False,
 ) -> Check:
-    """Check cells to which a model will be fitted: names, every stored value, conditions, size factors.
+    """Check names, every stored value, conditions and size factors of cells before a model is fitted to them.
 
     Parameters
     ----------
     adata
-        The cells; left as they are.
+        The cells. They stay unchanged.
     values
-        What the likelihood takes: "counts", "detected" or "real". For "real", whole numbers (in X or in a layer) are
-        taken for counts and log-normalised; a named layer of other numbers is used as it is.
+        Kind of values that the likelihood takes: "counts", "detected" or "real". For "real", whole numbers (in X or in
+        a layer) are log-normalised as counts; other numbers must come from a named layer, and are used unchanged.
     conditions
-        Columns of obs given to the model: floating-point ones are continuous, others categorical. One that has the same
-        value in all cells says nothing, and is left out with a warning.
+        Columns of obs that the model conditions on: floating-point columns are continuous, others categorical. A column
+        with the same value in all cells is left out with a warning.
     nuisance
-        More of them, which are to be removed.
+        Further conditions, whose effects the model removes.
     layer
-        Layer the values come from; None for X.
+        Layer with the values; None for X.
     size_factor
-        Column of obs used in place of the sum of counts; scaled so that both have the same mean.
+        Column of obs that replaces the sum of counts, scaled to the same mean.
     allow_noninteger
-        Whether counts may be fractions, as estimated ones are.
+        Whether counts may be fractions, as estimated counts are.
     fingerprint
-        Whether to hash all values in the same pass.
+        Whether to hash all values in the same pass over the data.
 
     Returns
     -------
     Check
-        With the schema, if there are no errors.
+        It has the schema if there are no errors.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def check_adata(
     check = Check(adata.n_obs, adata.n_vars)
     if not (adata.n_obs and adata.n_vars):
         size = f"{adata.n_obs} cells and {adata.n_vars} genes"
-        check.add("empty", "error", f"these data have {size}; a model needs some of both.")
+        check.add("empty", "error", f"these data have {size}; a model needs both.")
         return check
     _check_names(check, adata)
     scan = None
@@ -178,8 +178,8 @@ def check_adata(
             values = "pseudo_counts"
         elif allow_noninteger:
             raise DataError(
-                "allow_noninteger (--allow-noninteger) lets estimated counts through to the likelihoods of counts (nb, "
-                "zinb, poisson); leave it out, and name a layer where the gaussian is to take real numbers."
+                "allow_noninteger (--allow-noninteger) is for likelihoods of counts (nb, zinb, poisson). Leave it out; "
+                "to give the gaussian likelihood real numbers, name their layer."
             )
         hashes = Fingerprint() if fingerprint else None
         scan = _check_values(check, adata, layer, stored, values, hashes)
@@ -190,11 +190,11 @@ def check_adata(
         with check.noting("size-factor"):
             factors = size_factors(adata.obs, size_factor)
             library_scale = float(scan.library.sum() / factors.sum()) if scan else 1.0
-    made = _check_conditions(check, adata.obs, conditions, nuisance)
+    model_conditions = _check_conditions(check, adata.obs, conditions, nuisance)
     if not check.errors:
         check.schema = Schema(
             genes=tuple(adata.var_names.astype(str)),
-            conditions=made,
+            conditions=model_conditions,
             layer=layer,
             size_factor=size_factor,
             library_scale=library_scale,
@@ -206,18 +206,18 @@ def check_adata(
 def check_query(
     adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float = _GENES_PRESENT
 ) -> Check:
-    """Check cells with which a fitted model will compute: its genes, every stored value, its conditions.
+    """Check the model's genes, every stored value and the conditions of cells before a fitted model is applied to them.
 
     Parameters
     ----------
     adata
-        The cells; left as they are.
+        The cells. They stay unchanged.
     schema
-        Of the model.
+        Schema of the model.
     unseen
         What to do with levels not seen in fit, one of `celbo.data.conditions.UNSEEN`.
     genes_present
-        Share of the model's genes that must be there. The model fills in the rest by what it expects of them.
+        Smallest share of the model's genes that the data must have. The model fills in the others by their expectation.
 
     Returns
     -------
@@ -226,7 +226,7 @@ def check_query(
     if unseen not in UNSEEN:
         raise UsageError(f"unseen is {unseen!r}; choose one of {', '.join(UNSEEN)}.")
     if not (isinstance(genes_present, int | float | np.number) and 0 < genes_present <= 1):
-        raise UsageError(f"genes_present={genes_present!r}; it is a share, above 0 and at most 1.")
+        raise UsageError(f"genes_present={genes_present!r}; give a share above 0 and at most 1.")
     check = Check(adata.n_obs, adata.n_vars, schema=schema)
     if not adata.n_obs:
         check.add("empty", "error", "these data have no cells.")
@@ -236,9 +236,7 @@ def check_query(
     if n_present < len(schema.genes):
         enough = n_present >= genes_present * len(schema.genes) and n_present > 0
         rest = (
-            "The model fills them in by what it expects of them."
-            if enough
-            else f"At least {genes_present:.0%} are needed."
+            "The model fills them in by their expectation." if enough else f"At least {genes_present:.0%} are needed."
         )
         message = f"{explain_mismatch(schema.genes, adata.var)} {rest}"
         check.add("genes", "warning" if enough else "error", message)
@@ -271,8 +269,8 @@ def _check_names(check: Check, adata: AnnData) -> None:
         check.add(
             "duplicate-genes",
             "error",
-            f"{twice.nunique():,} gene names occur more than once: {listed(twice.unique())}. Genes are matched by "
-            "name: sum them, or number them (--make-unique, adata.var_names_make_unique()).",
+            f"{twice.nunique():,} gene names occur more than once: {listed(twice.unique())}. celbo matches genes by "
+            "name: sum these genes, or number their names (--make-unique, adata.var_names_make_unique()).",
         )
     if (twice := adata.obs_names[adata.obs_names.duplicated()]).size:
         check.add(
@@ -297,10 +295,10 @@ def _check_values(
     faults = value_faults(scan, adata, layer, kinds.get(values, _NOT_COUNTS))
     advice = {kind: _ADVICE[kind] for kind in faults}
     if wrong_kind := {"negative", "not-whole"} & faults.keys():
-        # What the values are, and where counts lie, belongs to the last of these sentences.
+        # The last of these sentences also says what the values are, and where counts are.
         last = max(wrong_kind)
-        named = diagnose(stored, scan)
-        hints = [f"The values {named}." if named else "", find_counts(adata, layer) or _ADVICE[last]]
+        description = diagnose(stored, scan)
+        hints = [f"The values {description}." if description else "", find_counts(adata, layer) or _ADVICE[last]]
         advice |= dict.fromkeys(wrong_kind, "") | {last: " ".join(filter(None, hints))}
     for kind, sentence in faults.items():
         check.add(kind, "error", f"{sentence} {advice[kind]}".strip())
@@ -309,7 +307,7 @@ def _check_values(
         check.add(
             "inexact",
             "warning",
-            f"{sentence} In 32 bits such numbers are rounded to a few units; look whether they are counts at all.",
+            f"{sentence} float32 rounds such numbers to a few units; check that they are counts.",
         )
     return scan
 
@@ -318,20 +316,20 @@ def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, g
     if values == "real":
         return
     if (empty := scan.library == 0).all():
-        check.add("no-counts", "error", "there is no count in these data: all values are 0. Look where the counts are.")
+        check.add("no-counts", "error", "these data have no counts: all values are 0. Look for the counts elsewhere.")
     elif empty.any():
         check.add(
             "empty-cells",
             "warning",
-            f"no counts in {empty.sum():,} of {len(empty):,} cells, the first {adata.obs_names[empty][0]!r}. They are "
-            "kept, and marked in obs['celbo_empty'] of an embedding: nothing tells where they belong.",
+            f"{empty.sum():,} of {len(empty):,} cells have no counts, the first {adata.obs_names[empty][0]!r}. celbo "
+            "keeps them; an embedding marks them in obs['celbo_empty'], because their position means nothing.",
         )
     if genes and (silent := scan.detected == 0).any():
         check.add(
             "empty-genes",
             "warning",
-            f"no counts of {silent.sum():,} of {len(silent):,} genes: {listed(adata.var_names[silent], 3)}. They are "
-            "kept; nothing can be learned about them.",
+            f"{silent.sum():,} of {len(silent):,} genes have no counts: {listed(adata.var_names[silent], 3)}. celbo "
+            "keeps them, but can learn nothing about them.",
         )
 
 
@@ -344,7 +342,7 @@ def _check_conditions(
     if missing := [name for name in names if name not in obs.columns]:
         known = listed(obs.columns) or "no column"
         check.add("conditions", "error", f"obs has no column {listed(missing)}; it has {known}.")
-    made = []
+    model_conditions = []
     for name in dict.fromkeys(name for name in names if name in obs.columns):
         with check.noting("conditions"):
             condition = make_condition(name, obs[name])
@@ -352,25 +350,25 @@ def _check_conditions(
                 check.add(
                     "one-level",
                     "warning",
-                    f"condition {name!r} is {str(obs[name].iloc[0])!r} in every cell: it cannot be told from the rest, "
-                    "and is left out.",
+                    f"condition {name!r} is {str(obs[name].iloc[0])!r} in every cell: it has no effect, and is left "
+                    "out.",
                 )
                 continue
-            made.append(replace(condition, nuisance=name in nuisance))
+            model_conditions.append(replace(condition, nuisance=name in nuisance))
             _warn_of_codes(check, condition, obs[name])
             _warn_of_rare_levels(check, condition, obs[name])
             for doubt in doubt_levels(condition):
                 check.add("levels", "warning", doubt)
-    return tuple(made)
+    return tuple(model_conditions)
 
 
 def _warn_of_codes(check: Check, condition: Condition, column: "pd.Series[Any]") -> None:
-    """Warn about a few whole numbers stored as floating-point numbers: often they are names of batches."""
+    """Warn if a continuous condition has few values, all whole numbers: often they are names of batches."""
     if condition.levels is None and column.nunique() <= _FEW and (column == column.round()).all():
         check.add(
             "numbers",
             "warning",
-            f"condition {condition.name!r} has {column.nunique()} different numbers, read as amounts of something. If "
+            f"condition {condition.name!r} has {column.nunique()} different numbers, and is read as continuous. If "
             f"they are names, make them text: adata.obs[{condition.name!r}].astype(int).astype(str).",
         )
 
@@ -383,6 +381,6 @@ def _warn_of_rare_levels(check: Check, condition: Condition, column: "pd.Series[
         check.add(
             "rare-levels",
             "warning",
-            f"condition {condition.name!r} has levels of one cell: {listed(rare)}. Nothing can be learned from one "
-            "cell: join such levels to others, or drop them.",
+            f"condition {condition.name!r} has levels with one cell: {listed(rare)}. A model can learn nothing from "
+            "one cell: merge such levels with others, or drop them.",
         )

@@ -1,4 +1,4 @@
-"""Fingerprint of data: shape, and hashes of all values and names. It shows later whether data are the same."""
+"""Compute fingerprints of data, from shape, values and names, that show later whether data are the same."""
 
 import hashlib
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ __all__ = ["Fingerprint", "fingerprint"]
 
 
 class Fingerprint:
-    """SHA-256 of values, computed block by block; the layout on disk and explicit zeros do not change it."""
+    """SHA-256 of values, computed block by block; layout on disk and explicit zeros do not change it."""
 
     def __init__(self) -> None:
         self._hashes = [hashlib.sha256() for _ in range(3)]
@@ -28,7 +28,7 @@ class Fingerprint:
             digest.update(array.astype(np.float64).tobytes())
 
     def of(self, adata: "AnnData", layer: str | None) -> dict[str, Any]:
-        """Return the shape, and the hashes of the values that were taken in and of the names."""
+        """Return the shape, and the hashes of the added values and of the names."""
         names = "\n".join([*adata.obs_names, "", *adata.var_names])
         return {
             "n_cells": adata.n_obs,

@@ -1,4 +1,4 @@
-"""Choose genes to model: the most variable ones, compared with other genes of the same mean."""
+"""Choose the genes to model: those that vary most, compared with genes of the same mean."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,17 +18,17 @@ from celbo.errors import DataError, UsageError
 __all__ = ["choose_genes", "select_genes"]
 
 _SPANS = (0.3, 0.5, 0.8)
-"""Share of the genes in each local fit of the variance; the next one is tried if a fit is singular."""
+"""Shares of the genes in each local fit of the variance, in the order in which they are tried."""
 _LEAST_POINTS = 10
-"""A local fit needs at least this many different means; with very few the compiled loess crashes."""
+"""A local fit needs at least this many different means; with fewer the compiled loess may crash."""
 _LEAST_CELLS = 3
-"""A batch with fewer cells is left out: it says nothing about variance."""
+"""Batches with fewer cells are left out, because they cannot estimate a variance."""
 
 Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
 
 def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes: int) -> Schema:
-    """Keep the most variable genes of a schema; a schema with fewer genes stays as it is.
+    """Keep the most variable genes of a schema; return a schema with at most that many genes unchanged.
 
     Genes are chosen within the levels of the first categorical nuisance, or of the first categorical condition if
     there is no such nuisance.
@@ -46,7 +46,7 @@ def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes:
     categorical.sort(key=lambda condition: not condition.nuisance)
     levels = categorical[0].codes(obs[categorical[0].name]).astype(int) if categorical else None
     positions = select_genes(stored.blocks, n_top_genes, levels)
-    if schema.size_factor is not None:  # the library is one of the chosen genes
+    if schema.size_factor is not None:  # the library now sums the chosen genes only
         chosen, whole = (sum_of_genes(stored, genes).sum() for genes in (positions, np.arange(len(schema.genes))))
         schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
     within = f" within levels of {categorical[0].name!r}" if categorical else ""
@@ -58,19 +58,19 @@ def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes:
 def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
     r"""Choose the most variable genes, within batches (Stuart 2019, Cell 177:1888; "seurat_v3" in scanpy).
 
-    In each batch a curve of log variance on log mean is fitted (loess, degree 2). Counts are standardised by the mean
-    :math:`m_g` and the fitted standard deviation :math:`s_g`, clipped at :math:`\sqrt n`, and genes are ranked by the
-    variance of :math:`\min(x_{ig}, m_g + s_g \sqrt n)` over :math:`s_g^2`. Of several batches, genes are ordered by
-    their median rank where they are among the chosen, then by the number of batches in which they are.
+    In each batch, loess (degree 2) regresses log variance on log mean. Counts are standardised by the mean :math:`m_g`
+    and the fitted standard deviation :math:`s_g`, and clipped at :math:`\sqrt n`. Genes are ranked by the variance of
+    :math:`\min(x_{ig}, m_g + s_g \sqrt n)` over :math:`s_g^2`. With several batches, genes are ordered by their median
+    rank over the batches that choose them, then by the number of these batches.
 
     Parameters
     ----------
     blocks
-        Gives the counts, ``(cells, genes)``, in consecutive blocks of rows; called twice.
+        Function that yields the counts, ``(cells, genes)``, in consecutive blocks of rows; called twice.
     n_top_genes
         Number of genes to choose.
     levels
-        Number of each cell's batch, ``(cells,)``; all cells together if None.
+        Position of each cell's batch, ``(cells,)``; None for one batch of all cells.
 
     Returns
     -------
@@ -92,11 +92,11 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
     array([7])
     """
     if n_top_genes < 1:
-        raise UsageError(f"n_top_genes={n_top_genes}; choose one gene at least.")
+        raise UsageError(f"n_top_genes={n_top_genes}; choose at least one gene.")
     n_cells, mean, variance = _moments(blocks, levels)
     used = np.flatnonzero(n_cells >= min(_LEAST_CELLS, n_cells.max()))
     if not (variance[used] > 0).any():
-        raise DataError("no gene varies in any batch: none is more variable than another; fit all genes.")
+        raise DataError("no gene varies within any batch, so that celbo cannot choose genes; fit all genes.")
     sd = np.stack([_fitted_sd(mean[batch], variance[batch]) for batch in range(len(n_cells))])
     clip = sd * np.sqrt(n_cells)[:, None] + mean
     total, squares = _clipped_sums(blocks, clip, levels)
@@ -109,7 +109,7 @@ def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | No
 def _moments(
     blocks: Blocks, levels: NDArray[np.intp] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Compute cells by batch, and mean and variance by batch and gene. Sums of whole numbers are exact in float64."""
+    """Count cells by batch, and compute mean and variance by batch and gene; float64 sums whole numbers exactly."""
     n, total, squares = np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1))
     for batch_of_row, block in _with_batches(blocks, levels):
         x = block.astype(np.float64)
@@ -144,13 +144,13 @@ def _with_batches(blocks: Blocks, levels: NDArray[np.intp] | None) -> Iterable[t
 
 
 def _indicator(batch_of_row: NDArray[np.intp], levels: NDArray[np.intp] | None) -> sp.csr_matrix:
-    """``(batches, rows)``: 1 where a row belongs to a batch; products with it are sums by batch."""
+    """Return ``(batches, rows)``, 1 if a row belongs to a batch; a product with it sums by batch."""
     n_rows, n_batches = len(batch_of_row), 1 if levels is None else int(levels.max()) + 1
     return sp.csr_matrix((np.ones(n_rows), (batch_of_row, np.arange(n_rows))), shape=(n_batches, n_rows))
 
 
 def _fitted_sd(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the standard deviation of genes with the same mean, by gene; 1 for genes that do not vary."""
+    """Return the expected standard deviation at each gene's mean; 1 for genes that do not vary."""
     sd, varies = np.ones_like(mean), variance > 0
     if not varies.any():
         return sd
@@ -177,12 +177,12 @@ def _smoothed(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _top(scores: NDArray[np.float64], n_top_genes: int) -> NDArray[np.intp]:
-    """Order genes by median rank over the batches in which they are on top, then by the number of such batches."""
-    # scanpy uses the default sort, and ranks in float32; ties then fall the same way.
+    """Return the top genes by median rank over the batches that choose them, then by the number of these batches."""
+    # The default sort and float32 ranks break ties as scanpy does.
     order = np.argsort(np.argsort(-scores, axis=1), axis=1).astype(np.float32)
     n_batches_chosen = (order < n_top_genes).sum(0)
     order[order >= n_top_genes] = np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # genes that are nowhere among the first
+        warnings.simplefilter("ignore", RuntimeWarning)  # genes that no batch chooses
         rank = np.nanmedian(order, axis=0)
     return np.lexsort((-n_batches_chosen, np.where(np.isnan(rank), np.inf, rank)))[:n_top_genes]

@@ -27,7 +27,7 @@ def match_genes(genes: Sequence[str], var_names: pd.Index) -> NDArray[np.intp]:
 
 
 def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
-    """Put columns into the model's order; columns that it does not know are left out, missing ones are empty.
+    """Put columns into the model's order. Leave out unknown columns, and fill missing ones with zeros.
 
     Examples
     --------
@@ -48,7 +48,7 @@ def align(x: sp.csr_matrix, columns: NDArray[np.intp]) -> sp.csr_matrix:
 
 
 def kind_of_names(names: Sequence[str]) -> str:
-    """What most of these names are: one of a few kinds of identifier, or "symbols".
+    """Return the kind of identifier that most of these names are, or "symbols".
 
     Examples
     --------
@@ -63,14 +63,14 @@ def kind_of_names(names: Sequence[str]) -> str:
 
 
 def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
-    """Say how many of a model's genes these data lack, and what would match more of them.
+    """Describe how many of a model's genes these data lack, and what would match more of them.
 
     Parameters
     ----------
     genes
-        Of the model.
+        Genes of the model.
     var
-        Table of the data's genes, indexed by name: its columns are looked through as well.
+        Table of the data's genes, indexed by name. Its columns are searched as well.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
 
 
 def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, n_matched: int) -> list[str]:
-    """Name the column of var that matches most of the wanted genes, if it matches more than the names do."""
+    """Describe the column of var that matches most wanted genes, if it matches more than the names do."""
     matches = {
         column: len(set(var[column].dropna().astype(str)) & set(wanted))
         for column in var.columns

@@ -1,4 +1,4 @@
-"""Log-normalisation of counts. Numpy and scipy only."""
+"""Log-normalise counts, with numpy and scipy only."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 __all__ = ["COUNTS_PER_CELL", "log_normalise"]
 
 COUNTS_PER_CELL = 1e4
-"""Library size to which counts are scaled before the logarithm, as is customary for single cells."""
+"""Library size to which counts are scaled before the logarithm, the usual one for single cells."""
 
 
 def log_normalise(x: Any, library: NDArray[np.floating[Any]]) -> Any:
@@ -18,10 +18,10 @@ def log_normalise(x: Any, library: NDArray[np.floating[Any]]) -> Any:
     Parameters
     ----------
     x
-        Counts: an array, or a sparse matrix, which stays sparse. float32 stays float32.
+        Counts: an array or a sparse matrix. Sparse matrices stay sparse, and float32 stays float32.
     library
-        Library sizes, of a shape that broadcasts against ``x``. A value below 1 counts as 1, so that a cell without
-        counts is 0 everywhere.
+        Library sizes, of a shape that broadcasts against ``x``. Values below 1 are replaced by 1, so that cells
+        without counts become zeros.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Open an HDF5 file and walk through it, in a process of its own: a damaged file can crash or hang the HDF5 library.
+"""Read through an HDF5 file in a separate process, because a damaged file can crash or hang the HDF5 library.
 
-Run as a script: ``python probe.py counts.h5ad``. It imports nothing of celbo, prints nothing, and ends with 0 where the
-file could be walked, or with the reason on stderr.
+Run as a script: ``python probe.py counts.h5ad``. It imports nothing from celbo. It exits with 0 if the file is
+readable; otherwise it writes the reason to stderr.
 """
 
 import sys
@@ -37,5 +37,5 @@ if __name__ == "__main__":
         walk(sys.argv[1])
     except ImportError:
         sys.exit(NO_H5PY)
-    except Exception as error:  # noqa: BLE001 - whatever HDF5 has to say
+    except Exception as error:  # noqa: BLE001 - any error of HDF5
         sys.exit(f"{error}")

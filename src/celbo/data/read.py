@@ -1,4 +1,4 @@
-"""Read an AnnData from a path: only the parts that a model needs, in memory or left on disk; explain damage."""
+"""Read the parts of an AnnData that a model needs, into memory or lazily from disk, and explain damaged files."""
 
 import os
 import re
@@ -19,56 +19,56 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
-from celbo.data.stored import refuse_layer
+from celbo.data.stored import raise_no_layer
 from celbo.errors import DataError, StorageError, warn
 
 __all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
 
 ORIGIN = "celbo_read_from"
-"""Key of uns with the path of the file that an AnnData was read from."""
+"""Key of uns that holds the path of the source file."""
 
 MISSING_LEVEL = "(missing)"
-"""Level of cells without a value, if missing values are a level."""
+"""Level that replaces missing values."""
 
 _PROBE_SECONDS = 60
 _AGAIN = "Copy the file again from where it came."
 
 
 def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk: bool = False) -> AnnData:
-    """Return an AnnData as it is, or read one from a ``.h5ad`` file or ``.zarr`` folder.
+    """Return an AnnData unchanged, or read one from a ``.h5ad`` file or ``.zarr`` folder.
 
-    Of a file, obs, var and the wanted values are read, and nothing else: neither other layers nor obsm, obsp or uns.
-    The file is opened for reading only.
+    From a file, celbo reads only obs, var and the requested values: no other layers, obsm, obsp or uns. It opens the
+    file for reading only.
 
     Parameters
     ----------
     data
         The AnnData, or its path.
     layer
-        Layer whose values are wanted; None for X.
+        Layer with the values; None for X.
     on_disk
-        Leave the values on disk: less memory, slower, and the file stays open.
+        Whether to leave the values on disk. This uses less memory, is slower, and keeps the file open.
 
     Raises
     ------
     DataError
         If the path does not exist, is damaged, or holds no AnnData.
     StorageError
-        If it may not be read.
+        If permission to read it is missing.
     """
     if isinstance(data, AnnData):
         return data
     if not isinstance(data, str | Path):
         raise DataError(
             f"expected an AnnData, or the path of an .h5ad or .zarr; found a {type(data).__name__}. "
-            "Cells by genes become one with anndata.AnnData(counts), with names in obs_names and var_names."
+            "anndata.AnnData(counts) makes one of a matrix of cells by genes; set obs_names and var_names."
         )
     path = Path(data).expanduser()
     if not path.exists():
         raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks say it better
+            warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks report it
             return _assemble(path, _open(path), layer, on_disk)
     except DataError:
         raise
@@ -84,7 +84,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
 
 @contextmanager
 def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
-    """Open all parts of a file on disk, and close it afterwards."""
+    """Open a file with all layers and raw left on disk, and close it afterwards."""
     store = _open(Path(path))
     try:
         yield _assemble(Path(path), store, layer, on_disk=True)
@@ -96,7 +96,7 @@ def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
 def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool = False) -> AnnData:
     """Name genes by a column of var, and number names that occur more than once, in place.
 
-    Genes without a name there keep the one they have.
+    Genes without a name in that column keep their name.
 
     Examples
     --------
@@ -116,7 +116,7 @@ def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool =
 
 
 def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
-    """Give cells without a value in these columns of obs the level `MISSING_LEVEL`, in place.
+    """Replace missing values in these columns of obs by the level `MISSING_LEVEL`, in place.
 
     Examples
     --------
@@ -124,7 +124,7 @@ def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
     >>> list(fill_missing_levels(adata, ["batch"]).obs["batch"])
     ['a', '(missing)']
     """
-    for column in columns:  # a missing number is no level
+    for column in columns:  # floating-point columns are continuous, and have no levels
         if column in adata.obs.columns and pd.api.types.is_float_dtype(adata.obs[column]):
             continue
         if column in adata.obs.columns and adata.obs[column].isna().any():
@@ -150,26 +150,26 @@ def _open(path: Path) -> h5py.File | zarr.Group:
             ) from error
         raise
     if not is_hdf5:
-        path.open("rb").close()  # a file that may not be read is not a file of another kind
+        path.open("rb").close()  # raises a PermissionError if the file is not readable
         raise DataError(
-            f"{path} cannot be read as an AnnData: it is no HDF5 file. Give an .h5ad or a .zarr; text files "
-            "become one with anndata.read_csv and write_h5ad."
+            f"{path} cannot be read as an AnnData: it is no HDF5 file. Give an .h5ad or a .zarr; convert text "
+            "files with anndata.read_csv and write_h5ad."
         )
-    _walk_in_a_process_of_its_own(path)
+    _probe_in_subprocess(path)
     return h5py.File(path, "r")
 
 
-def _walk_in_a_process_of_its_own(path: Path) -> None:
-    """Find out whether HDF5 survives this file; what it says of damage is raised here."""
+def _probe_in_subprocess(path: Path) -> None:
+    """Raise a `DataError` if HDF5 fails, crashes or hangs on this file; a subprocess protects this one."""
     command = [sys.executable, "-P", probe.__file__, str(path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # wherever h5py was found here
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # finds the same h5py
     options: dict[str, Any] = {"env": environment, "timeout": _PROBE_SECONDS}
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{path} is damaged: HDF5 was still reading it after {_PROBE_SECONDS} s. {_AGAIN}") from error
     if done.returncode == probe.NO_H5PY:
-        return  # nothing is known of the file
+        return  # the file cannot be checked
     if done.returncode < 0:
         raise DataError(f"{path} is damaged: the HDF5 library crashed reading it (signal {-done.returncode}). {_AGAIN}")
     if done.returncode:
@@ -178,17 +178,17 @@ def _walk_in_a_process_of_its_own(path: Path) -> None:
 
 def _assemble(path: Path, store: Any, layer: str | None, on_disk: bool) -> AnnData:
     if store.attrs.get("encoding-type") != "anndata":
-        if isinstance(store, h5py.File) and "obs" in store:  # as anndata wrote them before 0.8
+        if isinstance(store, h5py.File) and "obs" in store:  # the format of anndata before 0.8
             return anndata.read_h5ad(store.filename)
         raise DataError(f"{_name(store)} holds no AnnData (it has {', '.join(map(repr, store)) or 'nothing'}).")
     values: dict[str | None, Any] = {None: store["X"]} if "X" in store else {}
     values |= {name: store["layers"][name] for name in store.get("layers", ())}
     if layer not in values:
-        refuse_layer(layer, [name for name in values if name is not None])
+        raise_no_layer(layer, [name for name in values if name is not None])
     if on_disk:
         kept = {name: _lazy(item) for name, item in values.items()}
     else:
-        _lazy(values[layer])  # for what it says of missing chunks
+        _lazy(values[layer])  # reports missing chunks
         kept = {layer: read_elem(values[layer])}
     adata = AnnData(X=kept.pop(None, None), obs=_frame(store, "obs"), var=_frame(store, "var"), layers=kept)
     if on_disk:
@@ -196,41 +196,42 @@ def _assemble(path: Path, store: Any, layer: str | None, on_disk: bool) -> AnnDa
     else:
         adata.uns[ORIGIN] = str(path.resolve())
         if isinstance(store, h5py.File):
-            store.close()  # nobody waits for it
+            store.close()
     return adata
 
 
 def _frame(store: Any, name: str) -> pd.DataFrame:
     if name not in store:
-        raise DataError(f"{_name(store)} is no complete AnnData: it has no {name}.")
+        raise DataError(f"{_name(store)} is an incomplete AnnData: it has no {name}.")
     return read_elem(store[name])
 
 
 def _raw(store: Any) -> Any:
-    """Return the cells of ``raw``, left on disk; only a hint uses them."""
+    """Return ``raw`` with its values left on disk; only `find_counts` uses it."""
     if "raw" not in store or "X" not in store["raw"] or "var" not in store["raw"]:
         return None
     return AnnData(X=_lazy(store["raw"]["X"]), obs=_frame(store, "obs"), var=read_elem(store["raw"]["var"]))
 
 
 def _lazy(item: Any) -> Any:
-    """Return values that stay on disk."""
+    """Return values without reading them; warn or raise a `DataError` if chunks are missing."""
     if isinstance(item, zarr.Array) and (missing := item.nchunks - item.nchunks_initialized):
         warn(
-            f"{item.store_path}: {missing:,} of {item.nchunks:,} chunks are not there, and are read as zeros. If the "
-            "counts there are not all zero, the store is damaged."
+            f"{item.store_path}: {missing:,} of {item.nchunks:,} chunks are missing, and are read as zeros. If their "
+            "counts are not all zero, the store is damaged."
         )
     if isinstance(item, h5py.Dataset | zarr.Array):
         return item
     if isinstance(item, zarr.Group):
-        _refuse_missing_chunks(item)
+        _check_chunks(item)
     return sparse_dataset(item)
 
 
-def _refuse_missing_chunks(group: zarr.Group) -> None:
-    """Warn about missing chunks: they read as zeros. Writers also leave out chunks that hold only zeros.
+def _check_chunks(group: zarr.Group) -> None:
+    """Raise a `DataError` if a sparse matrix lacks chunks, which would be read as zeros.
 
-    Of a sparse matrix's values none is zero, and indices are all zero in a matrix of one gene alone.
+    Writers leave out chunks of zeros. A sparse matrix stores no zeros, and its indices are all zero only if it has one
+    gene.
     """
     n_genes = int(group.attrs["shape"][1])  # type: ignore[index, arg-type]
     for name in ("data", "indices", "indptr"):
@@ -239,7 +240,7 @@ def _refuse_missing_chunks(group: zarr.Group) -> None:
             continue
         if (n_chunks := part.nchunks_initialized) < part.nchunks:
             raise DataError(
-                f"{group.store_path}/{name} is not complete: it has {n_chunks:,} of {part.nchunks:,} chunks. {_AGAIN}"
+                f"{group.store_path}/{name} is incomplete: it has {n_chunks:,} of {part.nchunks:,} chunks. {_AGAIN}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Schema: the genes in order, the values, and the conditions with their levels that a model expects of an AnnData."""
+"""Describe what a model expects of an AnnData: the genes in order, the kind of values, and the conditions."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,25 +19,25 @@ from celbo.errors import DataError, UsageError, listed
 __all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
 
 MOST_COMBINATIONS = 100
-"""Largest number of combinations of levels over which decoded means are averaged."""
+"""Largest number of combinations of levels over which celbo averages decoded means."""
 
 VALUES = ("counts", "pseudo_counts", "detected", "log_normalised", "real")
-"""What the model sees: counts; such that need not be whole; 1 where a count is above 0; ``log(1 + 10,000 count /
-library)``; a layer of reals."""
+"""Kinds of values that a model takes: counts; estimated counts, which need not be whole; 1 if a count is above 0;
+``log(1 + 10,000 count / library)``; a layer of real numbers."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a model expects of an AnnData, and how it encodes the conditions."""
+    """Genes, conditions and kind of values that a model expects of an AnnData, and the encoding of conditions."""
 
     genes: tuple[str, ...]
     conditions: tuple[Condition, ...] = ()
     layer: str | None = None
     """Layer with the values; None for X."""
     size_factor: str | None = None
-    """Column of obs used in place of the sum of counts."""
+    """Column of obs that replaces the sum of counts."""
     library_scale: float = 1.0
-    """Factor that brings size factors to the scale of counts."""
+    """Factor that scales size factors to counts."""
     values: str = "counts"
     """One of `VALUES`."""
     selection: str | None = None
@@ -46,7 +46,7 @@ class Schema:
     """Labels that the classifier predicts."""
 
     def __repr__(self) -> str:
-        """Show the number of genes, the conditions with their levels, and which values the model takes."""
+        """Show the number of genes, the conditions with their levels, and the kind of values."""
         conditions = [
             f"{condition.name} ({'continuous' if condition.levels is None else f'{len(condition.levels):,} levels'})"
             for condition in (*self.conditions, *([] if self.labels is None else [self.labels]))
@@ -56,7 +56,7 @@ class Schema:
 
     @property
     def context_dim(self) -> int:
-        """Width of the encoded conditions together."""
+        """Return the total width of the encoded conditions."""
         return sum(condition.dim for condition in self.conditions)
 
     def encode(self, obs: pd.DataFrame, given: Mapping[str, Any] | None = None, *, unseen: str = "refuse") -> Tensor:
@@ -67,9 +67,9 @@ class Schema:
         obs
             Table of cells with a column for each condition.
         given
-            Conditions set to one value for all cells, whatever ``obs`` says.
+            Conditions with one value for all cells, which replaces the column of ``obs``.
         unseen
-            What to do with levels not seen in fit, one of `celbo.data.conditions.UNSEEN`.
+            How to read levels not seen in fit, one of `celbo.data.conditions.UNSEEN`.
 
         Returns
         -------
@@ -79,9 +79,9 @@ class Schema:
         Raises
         ------
         DataError
-            If a column is missing, or holds what fit did not see.
+            If a column is missing, or has values that the condition cannot encode.
         UsageError
-            If ``given`` names what is no condition of the model.
+            If ``given`` names a condition that the model does not have.
 
         Examples
         --------
@@ -97,16 +97,16 @@ class Schema:
 
     @property
     def context_columns(self) -> list[slice]:
-        """Columns of the context that each condition has."""
+        """Return the columns of the context that belong to each condition."""
         ends = np.cumsum([0, *(condition.dim for condition in self.conditions)])
         return [slice(int(start), int(end)) for start, end in pairwise(ends)]
 
     def codes(
         self, obs: pd.DataFrame, given: Mapping[str, Any] | None = None, *, unseen: str = "refuse"
     ) -> NDArray[np.float32]:
-        """Return the number of the level, or the standardised value, by condition: ``(cells, conditions)`` float32.
+        """Return the position of the level, or the standardised value: ``(cells, conditions)`` float32.
 
-        Parameters and errors are those of `encode`, which expands them.
+        Parameters and errors are those of `encode`, which expands the result.
         """
         given = given or {}
         if not isinstance(given, Mapping):
@@ -132,17 +132,17 @@ class Schema:
         return np.stack(columns, axis=1) if columns else np.empty((len(obs), 0), np.float32)
 
     def expand(self, codes: NDArray[np.float32]) -> Tensor:
-        """Make the context of what `codes` gave, ``(cells, context_dim)`` float32."""
+        """Expand the result of `codes` to the context, ``(cells, context_dim)`` float32."""
         columns = [condition.expand(column) for condition, column in zip(self.conditions, codes.T, strict=True)]
         return torch.from_numpy(np.concatenate([np.empty((len(codes), 0), np.float32), *columns], axis=1))
 
     def pairs(self, interactions: Sequence[str]) -> list[tuple[slice, slice]]:
-        """Columns of the context that belong to each "one:other", two conditions by name.
+        """Return the columns of the context for the two conditions of each interaction "one:other".
 
         Raises
         ------
         UsageError
-            If that is not two conditions of the model, is named twice, or one has so many levels that it is embedded.
+            If an interaction is not two conditions of the model, is repeated, or has a condition that is embedded.
 
         Examples
         --------
@@ -164,14 +164,14 @@ class Schema:
                     f"interaction {text!r} is not two conditions of this model joined by a colon, as "
                     f"'batch:treatment'; it has {listed(columns) or 'none'} (one with a single level is none)."
                 )
-            if odd := many.intersection(known[text]):
+            if embedded := many.intersection(known[text]):
                 raise UsageError(
-                    f"interaction {text!r}: {listed(odd)} has too many levels to learn their combinations; leave it "
-                    "out, or make a column of fewer."
+                    f"interaction {text!r}: {listed(embedded)} has too many levels to learn their combinations. Leave "
+                    "it out, or merge levels."
                 )
             one, other = known[text]
             if (pair := (columns[one], columns[other])) in pairs or pair[::-1] in pairs:
-                raise UsageError(f"interaction {text!r} is named twice, whichever comes first; name it once.")
+                raise UsageError(f"interaction {text!r} is named twice (the order does not matter); name it once.")
             pairs.append(pair)
         return pairs
 
@@ -185,7 +185,7 @@ class Schema:
         Raises
         ------
         UsageError
-            If one of these is no categorical condition, or is given already; or if there are more combinations.
+            If a name in ``over`` is no categorical condition or is in ``given``, or there are more combinations.
 
         Examples
         --------
@@ -212,11 +212,11 @@ class Schema:
         return [{**given, **dict(zip(over, levels, strict=True))} for levels in combinations]
 
     def with_genes(self, positions: NDArray[np.intp], selection: str) -> "Schema":
-        """Keep the genes at these positions, chosen as ``selection`` says."""
+        """Keep the genes at these positions; ``selection`` describes how they were chosen."""
         return replace(self, genes=tuple(self.genes[position] for position in positions), selection=selection)
 
     def with_levels_of(self, obs: pd.DataFrame) -> "Schema":
-        """Add the levels that these cells have and the schema does not, after those it has.
+        """Append the levels of these cells that the schema does not have.
 
         Examples
         --------
@@ -235,12 +235,12 @@ class Schema:
         return replace(self, conditions=tuple(conditions))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for ``model.json``; `from_json` reads them."""
+        """Return plain values for ``model.json``, which `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Schema":
-        """Read what `to_json` wrote.
+        """Make a schema from the result of `to_json`.
 
         Raises
         ------
@@ -295,7 +295,7 @@ def _strings(values: Any) -> tuple[str, ...]:
 def _range(values: Any) -> tuple[float, float]:
     low, high = map(_finite, _typed(values, list))
     if low > high:
-        raise ValueError(f"the range {low:g} to {high:g}")
+        raise ValueError(f"the range from {low:g} to {high:g} is empty")
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""Source of minibatches. Counts stay sparse (CSR) until they are on the device that computes."""
+"""Make minibatches of cells. Counts stay sparse (CSR) until they are on the device that computes."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -24,7 +24,7 @@ __all__ = ["CellSource", "make_source", "open_source", "sum_of_genes"]
 
 
 class CellSource:
-    """Cells of an AnnData, genes in the model's order; in memory, or read from disk as they are asked for.
+    """Cells of an AnnData, with genes in the model's order; in memory, or read from disk on demand.
 
     Parameters
     ----------
@@ -35,9 +35,9 @@ class CellSource:
     codes
         Conditions as `Schema.codes` gives them, ``(cells, conditions)``.
     expand
-        Makes the context of some cells from their codes; `Schema.expand`.
+        Function that turns codes into contexts: `Schema.expand`.
     values
-        One of `celbo.data.schema.VALUES`: what a minibatch's x is made of.
+        One of `celbo.data.schema.VALUES`: the values in a minibatch's x.
     library
         Library sizes, ``(cells,)``; None for the sum over the model's genes.
     library_is_sum
@@ -76,7 +76,7 @@ class CellSource:
 
     @property
     def empty(self) -> NDArray[np.bool_]:
-        """Which cells have no count of the model's genes, ``(cells,)``; none where values are real numbers."""
+        """Return which cells have no count of the model's genes, ``(cells,)``; none if values are real numbers."""
         return np.zeros(self.n_cells, bool) if self._values == "real" else self._sums == 0
 
     def take(self, rows: Rows) -> Minibatch:
@@ -89,7 +89,7 @@ class CellSource:
         return Minibatch(x, self.contexts(rows), torch.from_numpy(self.library[rows, None]), self._observed, labels)
 
     def contexts(self, rows: Rows) -> Tensor:
-        """Return the contexts of these cells, ``(cells, context_dim)``; their values are not read."""
+        """Return the contexts of these cells, ``(cells, context_dim)``, without reading their values."""
         return self.expand(self.codes[rows])
 
 

@@ -1,4 +1,4 @@
-"""Read values of an AnnData by rows: in memory or on disk, sparse or dense, a view or not."""
+"""Read rows of values of an AnnData: in memory or on disk, sparse or dense, a view or not."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 
 from celbo.errors import DataError
 
-__all__ = ["Stored", "layer_names", "layer_values", "place_of", "refuse_layer", "stored_matrix", "stored_values"]
+__all__ = ["Stored", "layer_names", "layer_values", "place_of", "raise_no_layer", "stored_matrix", "stored_values"]
 
 _BLOCK = 1 << 22
 """Approximate number of values in a block of rows; data on disk are read one block at a time."""
 
 _LEAST_ROWS = 256
-"""Smallest number of rows in a block: with many genes, blocks would become too small."""
+"""Smallest number of rows in a block. Without it, data with many genes would have tiny blocks."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix of values, ``(cells, genes)``, that is read by rows."""
+    """A matrix of values, ``(cells, genes)``, from which rows are read."""
 
     shape: tuple[int, ...]
     on_disk: bool
-    """Whether values are read from disk, and must not be kept in memory."""
+    """Whether values are on disk, and must not be kept in memory."""
     read: Callable[[Any], sp.csr_matrix]
-    """Reads rows by a slice or by positions, in that order, as CSR; values keep their stored type."""
+    """Function that reads rows as CSR, in the order of a slice or of positions; values keep their stored type."""
 
     def blocks(self) -> Iterator[sp.csr_matrix]:
         """Yield all rows, in consecutive blocks of bounded size.
@@ -52,9 +52,8 @@ class Stored:
 def stored_values(adata: AnnData, layer: str | None) -> Stored:
     """Make X, or a layer, readable by rows.
 
-    Sparse matrices and arrays, dense ones, AnnData's on-disk datasets and dask arrays all become CSR blocks with sorted
-    indices, duplicates summed. What is stored by gene (CSC), views of files, and what dask computes are brought into
-    memory once.
+    Sparse and dense matrices, AnnData's on-disk datasets and dask arrays all become CSR blocks with sorted indices and
+    without duplicates. Matrices stored by gene (CSC), views of files and dask arrays are loaded into memory once.
 
     Raises
     ------
@@ -67,7 +66,7 @@ def stored_values(adata: AnnData, layer: str | None) -> Stored:
 
 
 def stored_matrix(matrix: Any, place: str) -> Stored:
-    """Make something that is read by rows of any matrix an AnnData may hold; ``place`` names it in messages."""
+    """Make any matrix of an AnnData readable by rows; ``place`` names it in messages."""
     if isinstance(matrix, CSCDataset):
         matrix = matrix.to_memory()
     elif hasattr(matrix, "compute"):
@@ -88,19 +87,19 @@ def stored_matrix(matrix: Any, place: str) -> Stored:
 
 
 def layer_values(adata: AnnData, layer: str | None) -> Any:
-    """Return X, or a layer, as it is stored; raise a `DataError` if there is none."""
+    """Return X, or a layer, as it is stored; raise a `DataError` if it does not exist."""
     if layer not in adata.layers and (layer is not None or adata.X is None):
-        refuse_layer(layer, layer_names(adata))
+        raise_no_layer(layer, layer_names(adata))
     return adata.X if layer is None else adata.layers[layer]
 
 
 def layer_names(adata: AnnData) -> list[str]:
-    """Return the names of the layers; newer versions of anndata also list None, the key of X."""
+    """Return the names of the layers without None, under which newer versions of anndata list X."""
     return [name for name in adata.layers if name is not None]
 
 
-def refuse_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
-    """Raise the `DataError` of data that have no such layer, but these."""
+def raise_no_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
+    """Raise a `DataError` that says that the layer is missing, and lists the existing ``layers``."""
     known = ", ".join(map(repr, layers)) or "none"
     if layer is None:
         raise DataError(
@@ -146,7 +145,7 @@ def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
     try:
         if isinstance(rows, slice) or not isinstance(matrix, h5py.Dataset | zarr.Array):
             block = matrix[rows]
-        else:  # HDF5 wants increasing rows, each once
+        else:  # HDF5 requires increasing rows without repeats
             unique, inverse = np.unique(rows, return_inverse=True)
             rows_read: Any = matrix[unique] if isinstance(matrix, h5py.Dataset) else matrix.oindex[unique]
             block = rows_read[inverse]
@@ -158,7 +157,7 @@ def _from_disk(matrix: Any, place: str, rows: Any) -> sp.csr_matrix:
 
 
 def _csr(block: Any) -> sp.csr_matrix:
-    """Make a block CSR, with sorted indices and without duplicates; no copy if it is so already."""
+    """Convert a block to CSR with sorted indices and without duplicates; copy only if needed."""
     block = block if sp.issparse(block) else np.asarray(block)
     if block.dtype in (bool, np.float16):  # scipy does not compute with these
         block = block.astype(np.float32)
@@ -171,7 +170,7 @@ def _csr(block: Any) -> sp.csr_matrix:
 
 
 def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
-    """Sort indices and sum duplicates; small integers are widened first, so that sums do not overflow."""
+    """Sort indices and sum duplicates; widen small integers first, so that sums do not overflow."""
     if x.dtype.kind in "biu" and x.dtype.itemsize < 4:
         x = x.astype(np.int64)
     x.sum_duplicates()
@@ -179,7 +178,7 @@ def _summed(x: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _csr_of_dense(block: NDArray[Any]) -> sp.csr_matrix:
-    """Make a dense block CSR, in a third of scipy's time and memory."""
+    """Convert a dense block to CSR, in a third of scipy's time and memory."""
     n_rows, n_columns = block.shape
     is_stored = block != 0
     indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(is_stored, axis=1))])
@@ -196,7 +195,7 @@ def _check_structure(
     place: str,
     indices: NDArray[Any] | None = None,
 ) -> None:
-    """Raise a `DataError` for a compressed matrix with wrong pointers, before they are followed."""
+    """Raise a `DataError` if the pointers of a compressed matrix are wrong, before code follows them."""
     n_rows, n_columns = shape
     again = "The file is damaged: write or copy it again from where it came."
     if len(indptr) != n_rows + 1 or indptr[0] != 0 or indptr[-1] > n_values:

@@ -1,4 +1,4 @@
-"""Check every stored value in one pass, and explain what is wrong with values that are not counts."""
+"""Check every stored value in one pass, and explain values that are not counts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +17,13 @@ from celbo.errors import DataError
 __all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
 
 LARGEST_COUNT = 1e9
-"""Larger counts are refused: no sequencer has counted more of one gene in one sample."""
+"""Larger counts are errors: no experiment counts more of one gene in one sample."""
 
 _EXACT = 2**24
-"""From here on float32 cannot represent all whole numbers."""
+"""float32 cannot represent all whole numbers above this one."""
 
 _SAMPLE = 1000
-"""Number of cells, evenly spaced, from which the kind of values that are not counts is guessed."""
+"""Number of cells, evenly spaced, from which `diagnose` guesses the kind of values."""
 
 
 class Fault(NamedTuple):
@@ -43,17 +43,17 @@ class Scan(NamedTuple):
     library: NDArray[np.float64]
     """Sum of each cell's values ``(cells,)``."""
     detected: NDArray[np.int64]
-    """Number of cells with a value other than 0, by gene of the data, ``(genes,)``."""
+    """Number of cells with a non-zero value, by gene of the data, ``(genes,)``."""
     faults: dict[str, Fault]
-    """Faults by kind, of `KINDS`; only kinds that occur."""
+    """Faults by their kind in `KINDS`; kinds that do not occur are absent."""
 
 
 class Kind(NamedTuple):
     """A kind of bad value."""
 
-    bad: Callable[[NDArray[Any]], NDArray[np.bool_]]
-    found: str
-    """Description for messages."""
+    is_bad: Callable[[NDArray[Any]], NDArray[np.bool_]]
+    description: str
+    """Description in messages."""
 
 
 def _not_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -94,7 +94,7 @@ def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
     stored
         The values.
     hashes
-        A fingerprint that takes in the same blocks; none if None.
+        Fingerprint to which the blocks are added; None for no fingerprint.
 
     Returns
     -------
@@ -113,10 +113,10 @@ def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
     n_values = start = 0
     for block in stored.blocks():
         stop = start + block.shape[0]
-        _look(block, start, faults)
+        _add_faults(block, start, faults)
         if hashes is not None:
             hashes.add(block)
-        with np.errstate(all="ignore"):  # what is not finite is reported, not warned about
+        with np.errstate(all="ignore"):  # the scan reports values that are not finite
             library[start:stop] = block @ weights
         detected += np.bincount(block.indices[block.data != 0], minlength=n_genes)
         n_values += len(block.data)
@@ -125,24 +125,24 @@ def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
 
 
 def holds_counts(stored: Stored) -> bool:
-    """Whether all values are finite whole numbers of at least 0; looks no further than the first that is not.
+    """Return whether all values are finite whole numbers of at least 0; stop at the first block with another value.
 
     Examples
     --------
     >>> [holds_counts(stored_values(AnnData(np.array([[x]])), None)) for x in (3.0, 0.5, -1.0)]
     [True, False, False]
     """
-    return not any(_first_look(block) & {"not-finite", "negative", "not-whole"} for block in stored.blocks())
+    return not any(_bad_kinds(block) & {"not-finite", "negative", "not-whole"} for block in stored.blocks())
 
 
 def value_faults(scan: Scan, adata: AnnData, layer: str | None, kinds: tuple[str, ...]) -> dict[str, str]:
-    """Say in a sentence what is wrong with the values, by kind: the first place, and how many there are."""
+    """Describe the faults of each kind in a sentence, with the first place and the number of values."""
     place = place_of(layer)
     return {
         kind: (
             f"{place} is {fault.value:g} in cell {adata.obs_names[fault.row]!r} (row {fault.row:,}), "
             f"gene {adata.var_names[fault.column]!r}; "
-            f"{fault.n:,} of {scan.n_values:,} stored values are {KINDS[kind].found}."
+            f"{fault.n:,} of {scan.n_values:,} stored values are {KINDS[kind].description}."
         )
         for kind in kinds
         if (fault := scan.faults.get(kind))
@@ -150,10 +150,10 @@ def value_faults(scan: Scan, adata: AnnData, layer: str | None, kinds: tuple[str
 
 
 def diagnose(stored: Stored, scan: Scan) -> str:
-    """Name what values are that are no counts, from a thousand cells; an empty text if nothing fits.
+    """Guess from a thousand cells what values are that are not counts; return an empty text if nothing fits.
 
-    Scaled values have mean 0 and variance 1 in every gene. Normalised counts are, within a cell, whole multiples of
-    what one count became; logged ones are that after ``exp(x) - 1`` or ``2**x - 1``.
+    Scaled values have mean 0 and variance 1 in every gene. Normalised counts are, within a cell, whole multiples of the
+    value of one count. Logged counts are so after ``exp(x) - 1`` or ``2**x - 1``.
     """
     n_cells = stored.shape[0]
     rows = np.unique(np.linspace(0, n_cells - 1, min(n_cells, _SAMPLE)).astype(np.intp))
@@ -166,20 +166,20 @@ def diagnose(stored: Stored, scan: Scan) -> str:
     if (x.data < 0).any():
         return _diagnose_negative(x)
     largest = f"largest value {x.data.max():.3g}"
-    if x.data.max() < 40:  # exp(40) counts are not met
-        for undo, name in ((np.expm1, "log1p"), (lambda y: np.exp2(y) - 1, "log2(1 + x)")):
-            undone = x.copy()
-            undone.data = undo(x.data)
-            if total := _same_total(undone):
+    if x.data.max() < 40:  # no data have exp(40) counts
+        for inverse, name in ((np.expm1, "log1p"), (lambda y: np.exp2(y) - 1, "log2(1 + x)")):
+            unlogged = x.copy()
+            unlogged.data = inverse(x.data)
+            if total := _same_total(unlogged):
                 return f"look like {name} of counts per {total:,.0f} ({largest})"
-            if _multiples(undone):
+            if _are_multiples(unlogged):
                 return f"look like {name} of counts scaled by a factor for each cell ({largest})"
     if total := _same_total(x):
         unit = {1_000_000: " (TPM or CPM)"}.get(total, "")
         return f"look normalised and not logged: every cell sums to {total:,.0f}{unit}"
     if np.mean(x.data == np.rint(x.data)) > 0.5:
-        return "are mostly whole: estimated counts, perhaps (RSEM, salmon, or corrected for ambient RNA)"
-    if _multiples(x):
+        return "are mostly whole, perhaps estimated counts (RSEM, salmon, or corrected for ambient RNA)"
+    if _are_multiples(x):
         return "look like counts scaled by a factor for each cell"
     if x.data.max() < 20:
         return f"look normalised and logged ({largest})"
@@ -187,11 +187,11 @@ def diagnose(stored: Stored, scan: Scan) -> str:
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:
-    """Name another layer that holds counts, or ``raw``, and how to use it; an empty text if there is none."""
+    """Describe how to use another layer, or ``raw``, that holds counts; return an empty text if there is none."""
     if ORIGIN not in adata.uns or not Path(adata.uns[ORIGIN]).exists():
         return _find_counts(adata, layer)
-    with left_on_disk(adata.uns[ORIGIN], layer) as whole:
-        return _find_counts(whole, layer)
+    with left_on_disk(adata.uns[ORIGIN], layer) as full_adata:
+        return _find_counts(full_adata, layer)
 
 
 def _find_counts(adata: AnnData, layer: str | None) -> str:
@@ -206,25 +206,25 @@ def _find_counts(adata: AnnData, layer: str | None) -> str:
 
 
 def _are_counts(adata: AnnData, layer: str | None) -> bool:
-    """Whether a layer holds counts; no, if it cannot even be read."""
+    """Return whether a layer holds counts; False if it cannot be read."""
     try:
         return holds_counts(stored_values(adata, layer))
     except DataError:
         return False
 
 
-def _look(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
+def _add_faults(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:
     """Add the faults of a block whose first row is row ``start``."""
-    for kind in _first_look(block):
-        bad = np.flatnonzero(KINDS[kind].bad(block.data))
+    for kind in _bad_kinds(block):
+        bad = np.flatnonzero(KINDS[kind].is_bad(block.data))
         first = int(bad[0])
         row = start + int(np.searchsorted(block.indptr, first, side="right")) - 1
         fault = Fault(len(bad), row, int(block.indices[first]), float(block.data[first]))
         faults[kind] = faults[kind]._replace(n=faults[kind].n + fault.n) if kind in faults else fault
 
 
-def _first_look(block: sp.csr_matrix) -> set[str]:
-    """Find which kinds of bad values a block has, exactly, and faster than testing for each kind."""
+def _bad_kinds(block: sp.csr_matrix) -> set[str]:
+    """Return the kinds of bad values in a block; faster than a test for each kind, and exact."""
     values = block.data
     if not len(values):
         return set()
@@ -247,7 +247,7 @@ def _first_look(block: sp.csr_matrix) -> set[str]:
 
 
 def _same_total(x: sp.csr_matrix) -> int:
-    """Return the total that all cells with values share, as a round number; 0 if totals differ."""
+    """Return the common total of all cells with values, to three digits; 0 if totals differ."""
     totals = np.asarray(x.sum(axis=1)).ravel()
     totals = totals[totals > 0]
     if len(totals) < 2 or np.ptp(totals) > 1e-3 * np.median(totals):
@@ -255,8 +255,8 @@ def _same_total(x: sp.csr_matrix) -> int:
     return int(float(f"{np.median(totals):.3g}"))
 
 
-def _multiples(x: sp.csr_matrix) -> bool:
-    """Whether, within cells, values are whole multiples of the smallest: counts times a factor."""
+def _are_multiples(x: sp.csr_matrix) -> bool:
+    """Return whether, within cells, values are whole multiples of the smallest, as scaled counts are."""
     if x.nnz < 2 or (x.data <= 0).any():
         return False
     cells = np.diff(x.indptr) > 0
@@ -273,8 +273,8 @@ def _diagnose_negative(x: sp.csr_matrix) -> str:
     if not varying.any():
         return ""
     if np.median(np.abs(mean[varying])) > 0.2 * np.median(sd[varying]):
-        return "are negative in places: corrected or centred values, not counts"
-    # What was zero before scaling has one value per gene; residuals of a count model depend on a cell's depth as well.
+        return "are partly negative: corrected or centred values, not counts"
+    # Scaling turns the zeros of a gene into one value. Residuals of a count model also depend on the depth of the cell.
     ties = np.mean([np.unique(column, return_counts=True)[1].max() for column in dense[:, varying].T[:200]])
     if len(dense) >= 20 and ties < 0.05 * len(dense):
         return "look like Pearson residuals (SCTransform) or values corrected for a batch effect"
