@@ -275,7 +275,7 @@ def test_the_gpu_kernels_can_be_compiled_where_there_is_no_gpu(capability, tmp_p
 
 
 def test_without_numba_the_reference_serves(monkeypatch):
-    monkeypatch.setattr(kernels, "_is_there", lambda library: False)
+    monkeypatch.setattr(kernels, "_is_installed", lambda library: False)
     assert kernels._tier(torch.zeros(1)) is reference
     with pytest.raises(UsageError, match="pip install numba"):
         kernels.use("cpu")

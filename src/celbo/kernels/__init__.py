@@ -1,1 +1,1 @@
-"""Log-likelihoods of counts with their gradients, and the product of sparse counts with a weight."""
+"""Compute log-likelihoods of counts with their gradients, and products of sparse counts with a weight."""

@@ -1,22 +1,22 @@
-"""Softmax, log-likelihood and derivatives of blocks of cells and genes, in Triton for `celbo.kernels.gpu`.
+"""Compute softmax, log-likelihood and derivatives of blocks of cells and genes, in Triton for `celbo.kernels.gpu`.
 
-Everything is float32 but sums over a cell, what is made of them, and two differences at counts above zero: many devices
-do float64 64 times slower. What would cancel is written so that it does not:
+Only sums over a cell, values computed from them, and two differences at counts above zero are float64, because float64
+is up to 64 times slower on many devices. These forms avoid cancellation:
 
-- ``t - log1p(t)`` has its own series (`_log1p`).
-- Counts above zero are taken from the best that any mean could give, by the deviance (saddle-point) form: with
-  S(y) what Stirling's formula leaves of ``lgamma(y)``, and KL that of two Bernoulli distributions::
+- `_log1p` computes ``t - log1p(t)`` by its own series.
+- The log-probability of a count above zero is its largest value over all means, less a deviance (saddle-point form).
+  With S(y) the remainder of Stirling's formula for ``lgamma(y)``, and KL that of two Bernoulli distributions::
 
       log NB(x) = -(log(2 pi x) + log1p(x / theta)) / 2 + S(x + theta) - S(theta) - S(x)
                   - (x + theta) KL(x / (x + theta) || mu / (mu + theta))
 
-- ``s(y) = digamma(y) - log(y)`` rises by ``e(1 / y)`` from y to y + 1, with ``e(t) = t - log1p(t)``; sums of these
-  shift small y to where the asymptotic series is exact. Of the derivative in log theta,
-  ``theta (s(x + theta) - s(theta) - e(u))``, u = (x - mu) / (theta + mu), the large parts at small theta are taken
-  together: with w = 1 - theta u, ``theta (e(1 / theta) - e(u)) = w + theta log1p(-w / (1 + theta))``.
+- ``s(y) = digamma(y) - log(y)`` rises by ``e(1 / y)`` from y to y + 1, with ``e(t) = t - log1p(t)``. Sums of these
+  steps shift small y to values at which the asymptotic series is exact. The derivative in log theta is
+  ``theta (s(x + theta) - s(theta) - e(u))`` with u = (x - mu) / (theta + mu). At small theta its large terms are
+  combined: with w = 1 - theta u, ``theta (e(1 / theta) - e(u)) = w + theta log1p(-w / (1 + theta))``.
 
-Elementary functions are polynomials, not the device's approximations: the same bits, nearly, on every device and in
-Triton's interpreter.
+Elementary functions are polynomials instead of the device's approximations, so that results are nearly the same bits
+on every device and in Triton's interpreter.
 """
 
 import triton
@@ -25,13 +25,13 @@ import triton.language as tl
 __all__ = ["nb", "poisson"]
 
 _LOWEST = tl.constexpr(-3.0e38)
-"""Below any logit, and finite: no difference of two is undefined."""
+"""Finite value below any logit, so that differences are defined."""
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
 _LEAST_LOG_THETA = tl.constexpr(-60.0)
-"""With the next: wider than any model's, and narrow enough that nothing overflows."""
+"""The range of log theta is wider than that of any model, and narrow enough to avoid overflow."""
 _MOST_LOG_THETA = tl.constexpr(40.0)
 _SERIES_FROM = tl.constexpr(4.0)
-"""From here the asymptotic series of lgamma and digamma are exact to float32."""
+"""Above this value the asymptotic series of lgamma and digamma are exact in float32."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def poisson(
     x_at, logits_at, log_library_at, value_at, d_library_at, d_logits_at, n_cells, n_genes,
     WANT: tl.constexpr, CELLS: tl.constexpr, GENES: tl.constexpr,
 ):  # fmt: skip
-    """Poisson log-probability of each cell, and its derivatives in log library and, if wanted, in the logits."""
+    """Compute the Poisson log-probability of each cell, its derivative in log library and, if wanted, in the logits."""
     cells, of_cells, rows = _my_cells(n_cells, n_genes, CELLS)
     top, total = _softmax_sums(logits_at, rows, of_cells, n_genes, CELLS, GENES)
     log_library = tl.load(log_library_at + cells, mask=of_cells, other=0.0).to(tl.float64)
@@ -61,7 +61,7 @@ def poisson(
         log_prob += tl.sum(tl.where(genes < n_genes, log_poisson, 0.0), 1).to(tl.float64)
         sum_x += tl.sum(x.to(tl.float64), 1)
 
-    # The means of a cell add up to its library, whatever the logits: these have the derivatives x - share sum(x).
+    # The means of a cell always sum to its library, so that the derivatives in the logits are x - share sum(x).
     _store_sums(value_at, d_library_at, log_prob, sum_x - library, total, cells, of_cells)
     if WANT:
         _through_softmax(logits_at, x_at, d_logits_at, top, sum_x / total, rows, of_cells, n_genes, GENES)
@@ -73,9 +73,9 @@ def nb(
     theta_step, n_cells, n_genes,
     WANT: tl.constexpr, INFLATED: tl.constexpr, CELLS: tl.constexpr, GENES: tl.constexpr,
 ):  # fmt: skip
-    """Negative binomial, zero-inflated if so wanted; derivatives in the logits of gates take the place of these.
+    """Compute the negative binomial, zero-inflated if ``INFLATED``; derivatives in the logits of gates replace these.
 
-    ``theta_step`` is how far one cell's log theta is from the next one's: 0 if all share one row. Derivatives in log
+    ``theta_step`` is the distance between the log theta of successive cells: 0 if all share one row. Derivatives in log
     theta have a row for each cell.
     """
     cells, of_cells, rows = _my_cells(n_cells, n_genes, CELLS)
@@ -117,27 +117,27 @@ def nb(
 
     _store_sums(value_at, d_library_at, log_prob, sum_mu, total, cells, of_cells)
     if WANT:
-        tl.debug_barrier()  # what other threads of this program have stored is read
+        tl.debug_barrier()  # the next step reads values that other threads of this program stored
         _through_softmax(logits_at, d_logits_at, d_logits_at, top, sum_mu / total, rows, of_cells, n_genes, GENES)
 
 
 @triton.jit
 def _my_cells(n_cells, n_genes, CELLS: tl.constexpr):
-    """Cells of this program, which of them there are, and where their rows start."""
+    """Return the cells of this program, which of them exist, and the positions of their rows."""
     cells = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     return cells, cells < n_cells, cells.to(tl.int64)[:, None] * n_genes
 
 
 @triton.jit
 def _my_genes(start, rows, of_cells, n_genes, GENES: tl.constexpr):
-    """Genes from ``start``, where there are such cells and genes, and where they lie."""
+    """Return genes from ``start``, which cells and genes exist, and their positions."""
     genes = start + tl.arange(0, GENES)[None, :]
     return genes, of_cells[:, None] & (genes < n_genes), rows + genes
 
 
 @triton.jit
 def _softmax_sums(logits_at, rows, of_cells, n_genes, CELLS: tl.constexpr, GENES: tl.constexpr):
-    """The largest logit of each cell, and ``sum(exp(logits - largest))``."""
+    """Return the largest logit of each cell, and ``sum(exp(logits - largest))``."""
     top = tl.full([CELLS], _LOWEST, tl.float32)
     total = tl.zeros([CELLS], tl.float64)
     for start in range(0, n_genes, GENES):
@@ -151,16 +151,16 @@ def _softmax_sums(logits_at, rows, of_cells, n_genes, CELLS: tl.constexpr, GENES
 
 @triton.jit
 def _store_sums(value_at, d_library_at, log_prob, sum_mu, total, cells, of_cells):
-    not_a_number = total - total  # or else zero; branches may have lost it
+    not_a_number = total - total  # restores NaN that branches may have lost; otherwise zero
     tl.store(value_at + cells, (log_prob + not_a_number).to(tl.float32), mask=of_cells)
     tl.store(d_library_at + cells, sum_mu.to(tl.float32), mask=of_cells)
 
 
 @triton.jit
 def _through_softmax(logits_at, from_at, to_at, top, factor, rows, of_cells, n_genes, GENES: tl.constexpr):
-    """Derivatives in log mu become those in the logits, ``d - share sum(d)``; factor is ``sum(d) / total``.
+    """Turn derivatives in log mu into derivatives in the logits, ``d - share sum(d)``; factor is ``sum(d) / total``.
 
-    In float64: where one gene has nearly all of a cell, the two nearly cancel.
+    It computes in float64, because the terms nearly cancel if one gene has nearly all counts of a cell.
     """
     for start in range(0, n_genes, GENES):
         _, inside, at = _my_genes(start, rows, of_cells, n_genes, GENES)
@@ -172,7 +172,7 @@ def _through_softmax(logits_at, from_at, to_at, top, factor, rows, of_cells, n_g
 
 @triton.jit
 def _zeros(mu, theta):
-    """Log-probability of a zero, ``-theta log1p(r)`` with r = mu / theta; derivatives in log mu and log theta."""
+    """Compute the log-probability of a zero, ``-theta log1p(mu / theta)``; derivatives in log mu and log theta."""
     r = mu / theta
     success = r / (1.0 + r)
     softplus, excess = _log1p(r, 1.0 + r)
@@ -183,7 +183,7 @@ def _zeros(mu, theta):
 
 @triton.jit
 def _counts(x, theta, log_theta, logits, shift):
-    """Log-probability of a count above zero; derivatives in log mu and log theta."""
+    """Compute the log-probability of a count above zero; derivatives in log mu and log theta."""
     log_ratio, relative, _, log_x, misses = _against_counts(x, logits, shift)
     mu = tl.where(log_ratio < -0.5, x * _exp(log_ratio), x - misses)
     x_theta, mu_theta = x + theta, mu + theta
@@ -196,12 +196,12 @@ def _counts(x, theta, log_theta, logits, shift):
     b = theta / x_theta * back
     log1p_b, excess_b = _log1p(b, 1.0 + b)
     log1p_b = tl.where(b < 1.0, log1p_b, -log_ratio - log1p_u)
-    # x log(p / q) + theta log((1 - p) / (1 - q)); where these are near, without the terms that cancel.
+    # x log(p / q) + theta log((1 - p) / (1 - q)); if p and q are near, without the terms that cancel.
     p, a = x / x_theta, -misses / x_theta
     near = theta * (excess_u + a * u - p * relative * back) - x * excess_b
     divergence = tl.where(tl.abs(log_ratio) < 0.5, near, x * log1p_b - theta * log1p_u)
 
-    # At theta = 0.001, d_mu may be 1 - 1e-3, and of the difference nothing may be lost.
+    # float64: at theta = 0.001, d_mu may be 1 - 1e-3, and w needs the exact difference from 1.
     odds = tl.exp(logits.to(tl.float64) + shift - log_theta.to(tl.float64))
     w = (1.0 - (x.to(tl.float64) - odds * theta.to(tl.float64)) / (1.0 + odds)).to(tl.float32)
     more = 1.0 + theta
@@ -215,9 +215,9 @@ def _counts(x, theta, log_theta, logits, shift):
 
 @triton.jit
 def _against_counts(x, logits, shift):
-    """``log(mu / x)``, ``mu / x - 1``, ``mu / x - 1 - log(mu / x)``, ``log(x)`` and ``x - mu``.
+    """Compute ``log(mu / x)``, ``mu / x - 1``, ``mu / x - 1 - log(mu / x)``, ``log(x)`` and ``x - mu``.
 
-    The logarithms nearly cancel where a large count is met well, and their difference is multiplied by the count.
+    The logarithms are float64: they nearly cancel if mu is near a large count, which multiplies their difference.
     """
     log_x = tl.log(x.to(tl.float64))
     log_ratio = (logits.to(tl.float64) + shift - log_x).to(tl.float32)
@@ -227,10 +227,12 @@ def _against_counts(x, logits, shift):
 
 @triton.jit
 def _through_gates(log_nb, gates):
-    """For a zero: ``logaddexp(gate, log NB(0)) - softplus(gate)``, the negative binomial's part of it, the derivative
-    in the gate. For a count above zero: ``-softplus(gate)``, and its derivative.
-    """  # noqa: D205
-    less, _ = _expm1(log_nb)  # not 1 - NB(0), which loses what is left where gate and NB agree on zeros
+    """Compute the effect of gates on the log-probability.
+
+    For a zero: ``logaddexp(gate, log NB(0)) - softplus(gate)``, the share of the negative binomial in it, and the
+    derivative in the gate. For a count above zero: ``-softplus(gate)`` and its derivative.
+    """
+    less, _ = _expm1(log_nb)  # 1 - NB(0) would lose precision at NB(0) near 1
     a = _exp(-tl.abs(gates))
     opened = tl.where(gates > 0, 1.0, a) / (1.0 + a)
     shut = tl.where(gates > 0, a, 1.0) / (1.0 + a)
@@ -247,7 +249,7 @@ def _through_gates(log_nb, gates):
 
 @triton.jit
 def _rises(x, theta):
-    """Whether theta is small, and by how much s and S rise from theta to x + theta; s without its first step if so."""
+    """Return whether theta is small, and the rises of s (if so, without its first step) and S from theta by x."""
     small = theta < _SERIES_FROM
     theta_steps, theta_steps_of_gamma = _steps(theta, 1)
     sum_steps, sum_steps_of_gamma = _steps(x + theta, 0)
@@ -262,7 +264,7 @@ def _rises(x, theta):
 
 @triton.jit
 def _stirling(y):
-    """What Stirling's formula leaves, ``S(y) = lgamma(y) - ((y - 1/2) log(y) - y + log(2 pi) / 2)``."""
+    """Compute the remainder of Stirling's formula, ``S(y) = lgamma(y) - ((y - 1/2) log(y) - y + log(2 pi) / 2)``."""
     small = y < _SERIES_FROM
     _, steps = _steps(y, 0)
     return _gamma_series(1.0 / tl.where(small, y + 4.0, y)) + tl.where(small, steps, 0.0)
@@ -270,7 +272,7 @@ def _stirling(y):
 
 @triton.jit
 def _steps(y, FIRST: tl.constexpr):
-    """From y + FIRST to y + 4, what s rises by; and from y to y + 4, what S falls by."""
+    """Compute the rise of s from y + FIRST to y + 4, and the fall of S from y to y + 4."""
     of_digamma = y * 0.0
     of_gamma = y * 0.0
     for k in tl.static_range(4):
@@ -284,28 +286,28 @@ def _steps(y, FIRST: tl.constexpr):
 
 @triton.jit
 def _gamma_series(i):
-    """S(y) for large y = 1 / i."""
+    """Compute S(y) for large y = 1 / i."""
     square = i * i
     return i * (0.08333333333 - square * (0.002777777778 - square * (0.0007936507937 - square * 0.0005952380952)))
 
 
 @triton.jit
 def _digamma_series(i):
-    """``log(y) - 1 / (2 y) - digamma(y)`` for large y = 1 / i."""
+    """Compute ``log(y) - 1 / (2 y) - digamma(y)`` for large y = 1 / i."""
     square = i * i
     p = 0.004166666667 - square * 0.007575757576
     return square * (0.08333333333 - square * (0.008333333333 - square * (0.003968253968 - square * p)))
 
 
-# Polynomials of exp and log are those of Cephes (Moshier 1989).
+# The polynomials of exp and log are from Cephes (Moshier 1989).
 
 
 @triton.jit
 def _exp(x):
-    x = tl.where(x < -87.0, -87.0, x)  # unlike minimum and maximum keeps what is not a number
+    x = tl.where(x < -87.0, -87.0, x)  # keeps NaN, unlike minimum and maximum
     x = tl.where(x > 88.0, 88.0, x)
     n = tl.floor(x * 1.44269504 + 0.5)
-    n = tl.where(x == x, n, 0.0)  # what is not a number is no integer either, and numpy would say so
+    n = tl.where(x == x, n, 0.0)  # avoids numpy's warning about NaN as an integer
     r = x - n * 0.693359375 + n * 2.12194440e-4
     p = 1.9875691500e-4
     p = p * r + 1.3981999507e-3
@@ -319,7 +321,7 @@ def _exp(x):
 
 @triton.jit
 def _expm1(x):
-    """``exp(x) - 1`` and ``exp(x) - 1 - x``, without cancellation."""
+    """Compute ``exp(x) - 1`` and ``exp(x) - 1 - x``, without cancellation."""
     p = 1.0 / 362880
     p = p * x + 1.0 / 40320
     p = p * x + 1.0 / 5040
@@ -337,7 +339,7 @@ def _expm1(x):
 @triton.jit
 def _log(y):
     bits = y.to(tl.int32, bitcast=True)
-    n = (bits - 0x3F3504F3) >> 23  # so that the rest lies around 1
+    n = (bits - 0x3F3504F3) >> 23  # so that the mantissa lies around 1
     f = (bits - (n << 23)).to(tl.float32, bitcast=True) - 1.0
     p = 7.0376836292e-2
     p = p * f - 1.1514610310e-1
@@ -354,7 +356,7 @@ def _log(y):
 
 @triton.jit
 def _log1p(t, above):
-    """``log1p(t)`` and ``t - log1p(t)``; ``above`` is 1 + t, as exactly as it can be had where t is near -1.
+    """Compute ``log1p(t)`` and ``t - log1p(t)``; ``above`` is 1 + t, computed exactly if t is near -1.
 
     With s = t / (2 + t), log1p(t) is ``2 s + 2 s**3 / 3 + 2 s**5 / 5 + ...``, and ``t - 2 s = t s``.
     """

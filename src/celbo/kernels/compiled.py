@@ -1,6 +1,6 @@
-"""Loops over genes and counts, compiled by numba for `celbo.kernels.cpu`.
+"""Loop over genes and counts, compiled by numba for `celbo.kernels.cpu`.
 
-Those of ``_vector`` are free of branches and tables, so that the compiler makes vector instructions of them.
+Loops of ``_vector`` functions have no branches or tables, so that the compiler vectorises them.
 """
 
 import math
@@ -11,23 +11,23 @@ from numba import njit
 
 __all__ = ["nb", "poisson", "times"]
 
-# Without an explicit False a function takes on the fastmath of whoever calls it, and compensation is optimised away.
+# Without an explicit False a function inherits its caller's fastmath, which removes compensation of rounding errors.
 _scalar: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
-# Sums may be taken in any order, which vector instructions need; not-a-number and infinity keep their meaning.
+# Vector instructions sum in any order; NaN and infinity keep their meaning.
 _vector: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 _f = np.float32
 _SMALL = 16
-"""Up to this count Gamma(x + theta) / Gamma(theta) is a product of x factors; above, it needs logarithms of Gamma."""
+"""Up to this count Gamma(x + theta) / Gamma(theta) is a product of x factors; larger counts use log Gamma."""
 _LOG_FACTORIALS = np.array([math.lgamma(k + 1) for k in range(1024)])
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 _BLOCK = 1024
-"""Number of genes that are summed in float32; these sums are summed in float64."""
+"""Number of genes in a float32 sum; float64 adds up these sums."""
 
 
 @_scalar
 def poisson(starts, columns, values, logits, top, log_library, weight, want, value, d_library):
-    """Compute the Poisson log-probability of each cell; if wanted, its derivatives replace the logits."""
+    """Compute the Poisson log-probability of each cell; if ``want``, its derivatives replace the logits."""
     n_cells, n_genes = logits.shape
     shares = np.empty(n_genes, np.float32)
     d_mu = np.empty(np.diff(starts[: n_cells + 1]).max())
@@ -67,11 +67,13 @@ def nb(
     Theta and d_theta have a row for each cell, or one for all.
     """
     n_cells, n_genes = logits.shape
-    work = np.empty((4, n_genes), np.float32)  # loops over arrays that overlap would not be vectorised
+    work = np.empty(
+        (4, n_genes), np.float32
+    )  # one array: the compiler does not vectorise loops over arrays that may overlap
     shares, gate, unused_mu, unused_gate = work[0], work[1], work[2], work[3]
     most = np.diff(starts[: n_cells + 1]).max()
     genes, kept = np.empty(most, np.int32), np.empty(most, np.float32)
-    # Rows a multiple of 4,096 bytes apart would share one place in the cache.
+    # Rows must not be a multiple of 4,096 bytes apart, because they would compete for the same cache lines.
     counts = np.empty((8, most // 64 * 64 + 72), np.float64)
     zero_inflated = len(gates) > 0
     for cell in range(n_cells):
@@ -85,7 +87,7 @@ def nb(
         scale = _f(math.exp(log_library[cell]) / total)
         shift = log_library[cell] - top[cell] - math.log(total)
 
-        # Counts above zero leave the row: a mean of zero explains a zero perfectly, and adds nothing to any sum.
+        # Remove counts above zero from the row: a zero with a mean of zero adds nothing to any sum.
         n = 0
         for k in range(starts[cell], starts[cell + 1]):
             if values[k] > 0:
@@ -134,8 +136,8 @@ def nb(
 def _counts(counts, shares, scale, shift):
     """Sum the log-probability of counts above zero.
 
-    Rows are x, theta and ``log mu - log theta`` (but for ``shift``); the first becomes the derivative in log mu, the
-    second that in log theta. Each loop touches few rows: of many the compiler cannot tell that none overlap.
+    Rows are x, theta and ``log mu - log theta`` (without ``shift``). The first becomes the derivative in log mu, the
+    second the derivative in log theta. Each loop uses few rows, because the compiler can check only few for overlap.
     """
     n = len(shares)
     xs, thetas, log_odds = counts[0][:n], counts[1][:n], counts[2][:n]
@@ -146,11 +148,11 @@ def _counts(counts, shares, scale, shift):
         log_odds[k] += shift
     product[:] = 1.0
     derivative[:] = 0.0
-    # Gamma(x + theta) / Gamma(theta) is a product of x factors. Shorter ones wait for the longest: no branch.
+    # Gamma(x + theta) / Gamma(theta) is a product of x factors. All counts run _SMALL steps, to avoid branches.
     for i in range(_SMALL):
         _multiply(xs, thetas, float(i), product, derivative)
     for k in range(len(xs)):
-        derivative[k] /= product[k]  # now that of the logarithm
+        derivative[k] /= product[k]  # now the derivative of the logarithm
     for k in range(len(xs)):
         x = xs[k]
         if x <= _SMALL and x == np.floor(x):
@@ -166,7 +168,7 @@ def _counts(counts, shares, scale, shift):
     total = 0.0
     for k in range(len(xs)):
         total += _log_64(product[k]) + log_rest[k]
-    softplus = product  # in its place
+    softplus = product  # reuses the memory
     for k in range(len(xs)):
         softplus[k] = _log1p_64(mus[k] / thetas[k])
     for k in range(len(xs)):
@@ -184,7 +186,7 @@ def _counts(counts, shares, scale, shift):
 
 @_vector
 def _multiply(xs, thetas, i, product, derivative):
-    """Take the factor ``theta + i`` into the products of more than i factors, and into their derivatives in theta."""
+    """Multiply products of more than i factors by ``theta + i``, and update their derivatives in theta."""
     for k in range(len(xs)):
         factor = thetas[k] + i
         is_factor = i < xs[k]
@@ -202,9 +204,9 @@ def _log_factorial(x):
 
 @_scalar
 def _log_gamma(y):
-    """``log Gamma(y)`` and ``digamma(y) - log(y)`` by their asymptotic series, y shifted to where those are exact.
+    """Compute ``log Gamma(y)`` and ``digamma(y) - log(y)`` by asymptotic series, after a shift to y of at least 10.
 
-    The C library's own function writes to a global variable, over which threads would fight.
+    The function of the C library writes to a global variable, which slows threads down.
     """
     shifted, product, back = y, 1.0, 0.0
     while shifted < 10:
@@ -230,7 +232,7 @@ def _log_gamma(y):
 
 @_vector
 def _exponentials(logits, top, into):
-    """``exp(logits - top)``; returns its sum."""
+    """Write ``exp(logits - top)``, and return its sum."""
     total = 0.0
     for gene in range(len(logits)):
         e = _exp(logits[gene] - top)
@@ -258,7 +260,7 @@ def _zeros(shares, scale, theta, inverse, w, d_mu, d_theta):
 
 @_vector
 def _inflated_zeros(shares, scale, theta, inverse, gate, w, d_mu, d_theta, d_gate):
-    """As `_zeros`, with ``logaddexp(gate, log NB(0)) - softplus(gate)``; the gate's derivative without cancellation."""
+    """Sum ``logaddexp(gate, log NB(0)) - softplus(gate)``, with derivatives as in `_zeros` and in the gate."""
     log_prob, sum_mu = _f(0), _f(0)
     for gene in range(len(shares)):
         r = shares[gene] * scale * inverse[gene]
@@ -267,7 +269,7 @@ def _inflated_zeros(shares, scale, theta, inverse, gate, w, d_mu, d_theta, d_gat
         t, g = theta[gene], gate[gene]
         log_nb = -t * softplus
         nb = _exp(log_nb)
-        p = _f(1) + log_nb * _f(1 / 5)  # of -expm1, which the difference 1 - nb loses where both are nearly equal
+        p = _f(1) + log_nb * _f(1 / 5)  # series of -expm1: 1 - nb would cancel at nb near 1
         p = _f(1) + log_nb * _f(1 / 4) * p
         p = _f(1) + log_nb * _f(1 / 3) * p
         p = _f(1) + log_nb * _f(1 / 2) * p
@@ -314,7 +316,7 @@ def _through_softmax(shares, factor, w, d_mu):
 
 @_vector
 def times(starts, columns, values, dense, out):
-    """``x @ dense`` for sparse x, four of a row's values at a time."""
+    """Compute ``x @ dense`` for sparse x, four values of a row at a time."""
     for row in range(len(out)):
         into = out[row]
         into[:] = 0
@@ -332,9 +334,9 @@ def times(starts, columns, values, dense, out):
             k += 1
 
 
-# Elementary functions without branches or tables, so that loops over them become vector instructions; relative errors
-# are 1e-7 (float32) and 2e-16 (float64). Argument reduction and polynomials are those of Cephes (Moshier 1989) for
-# float32, of fdlibm (Sun 1993) for the logarithm in float64.
+# Elementary functions have no branches or tables, so that the compiler vectorises loops over them. Relative errors are
+# 1e-7 (float32) and 2e-16 (float64). Argument reduction and polynomials are from Cephes (Moshier 1989) for float32, and
+# from fdlibm (Sun 1993) for the logarithm in float64.
 
 
 @_scalar
@@ -356,7 +358,7 @@ def _exp(x):
 def _log1p(x):
     u = _f(1) + x
     bits = _f(u).view(np.int32)
-    n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # so that the rest lies around 1
+    n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # so that the mantissa lies around 1
     f = np.int32(bits - (n << np.int32(23))).view(np.float32) - _f(1)
     p = _f(7.0376836292e-2)
     p = p * f + _f(-1.1514610310e-1)
@@ -367,14 +369,14 @@ def _log1p(x):
     p = p * f + _f(2.0000714765e-1)
     p = p * f + _f(-2.4999993993e-1)
     p = p * f + _f(3.3333331174e-1)
-    rounded = (x - (u - _f(1))) / u  # what was lost in adding 1
+    rounded = (x - (u - _f(1))) / u  # the rounding error of 1 + x
     n_32 = _f(n)
     return f + (p * f * f * f + n_32 * _f(-2.12194440e-4) - _f(0.5) * f * f + rounded) + n_32 * _f(0.693359375)
 
 
 @_scalar
 def _softplus_less_success(softplus, success):
-    """``log1p(r) - r / (1 + r)``, in powers of ``r / (1 + r)`` where the two are nearly equal."""
+    """Compute ``log1p(r) - r / (1 + r)``, by a series in ``r / (1 + r)`` if the terms nearly cancel."""
     q = success
     p = _f(1 / 8)
     p = p * q + _f(1 / 7)

@@ -1,7 +1,7 @@
-r"""Kernels for processors: fused with the decoder's last layer, with loops compiled by numba.
+r"""Compute log-likelihoods on CPUs, fused with the decoder's last layer, in loops compiled by numba.
 
-Values and gradients come from one pass over blocks of cells that stay in the cache: product with the weight,
-log-likelihood, and products of its derivatives. `celbo.kernels.threads` says how many threads share the blocks.
+One pass over blocks of cells, which stay in the cache, computes the product with the weight, the log-likelihood, and
+the products of its derivatives. `celbo.kernels.threads` sets the number of threads that share the blocks.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ __all__ = ["decoded_log_prob", "sparse_linear"]
 Csr = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
 _BLOCK = 128
-"""Largest number of cells that are computed together."""
+"""Largest number of cells in a block."""
 _LOG_THETA_RANGE = (-60.0, 40.0)
 """This range is wider than that of any model, and no product of sixteen factors overflows in it."""
 _DENSEST = 0.2
-"""Above this share of non-zero values a dense product is faster."""
-_NOTHING = np.empty((0, 0), np.float32)
+"""Above this share of non-zero values, a dense product is faster."""
+_NO_GATES = np.empty((0, 0), np.float32)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """``sum_g log p(x_g)``, ``(cells,)``."""
+    """Compute ``sum_g log p(x_g)``, ``(cells,)``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        # A loss is a mean over cells, nearly always: what is found for equal weights then needs but one factor.
+        # Most losses are a mean over cells. Their gradients are those for weights of 1, times one factor.
         weights = torch.ones(len(DecodedCounts(*inputs).h)) if any(ctx.needs_input_grad) else None  # type: ignore[arg-type]
         value, ctx.gradients = _run(DecodedCounts(*inputs), weights)  # type: ignore[arg-type]
         ctx.save_for_backward(*inputs)
@@ -87,7 +87,7 @@ def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Te
 
     @torch.no_grad()
     def work(turn: int) -> list[Tensor]:
-        """Take this turn's blocks; returns its sums of the gradients in weight, bias, theta and gate."""
+        """Compute this turn's blocks; return its sums of the gradients in weight, bias, theta and gate."""
         parts = (inputs.weight, inputs.bias, inputs.gate_weight, inputs.gate_bias) if gradient else ()
         sums = [torch.empty_like(part) for part in parts if part is not None]
         d_theta = torch.zeros(n_genes, dtype=torch.float64)
@@ -101,7 +101,7 @@ def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Te
             if inputs.log_theta is None:
                 compiled.poisson(*data, log_library[cells], *outputs)
             else:
-                gates = _NOTHING
+                gates = _NO_GATES
                 if inputs.gate_weight is not None and inputs.gate_bias is not None:
                     gate_logits = torch.addmm(inputs.gate_bias, h, inputs.gate_weight.t())
                     gates = gate_logits.numpy()
@@ -114,7 +114,9 @@ def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Te
             if gradient:
                 for (d_out, its_weight), d_weight, d_bias in zip(wide, sums[::2], sums[1::2], strict=True):
                     d_h[cells].addmm_(d_out, its_weight)
-                    d_weight.addmm_(d_out.t(), h, beta=min(number, 1))  # the first time into empty room
+                    d_weight.addmm_(
+                        d_out.t(), h, beta=min(number, 1)
+                    )  # the first block overwrites uninitialised memory
                     d_bias.copy_(d_out.sum(0) if number == 0 else d_bias + d_out.sum(0))
         return [*sums, d_theta]
 
@@ -137,7 +139,7 @@ def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:
 
 
 def _thetas(log_theta: Tensor | None, n_genes: int) -> list[NDArray[Any]]:
-    """Return log theta and theta in float64, theta and its inverse in float32; one row, or one for each cell."""
+    """Return log theta and theta in float64, theta and its inverse in float32; one row, or a row for each cell."""
     if log_theta is None:
         return []
     exact = log_theta.reshape(-1, n_genes).clamp(*_LOG_THETA_RANGE).double()
@@ -145,7 +147,7 @@ def _thetas(log_theta: Tensor | None, n_genes: int) -> list[NDArray[Any]]:
 
 
 class _SparseLinear(torch.autograd.Function):
-    """``x @ weight.T`` for sparse x; only the weight has a gradient."""
+    """Compute ``x @ weight.T`` for sparse x, with a gradient in the weight only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def _times(csr: Csr, dense: Tensor) -> Tensor:
 
 
 def _csr(x: Tensor) -> Csr:
-    """Return row starts, columns and values; a dense tensor is made sparse."""
+    """Return row starts, columns and values; convert a dense tensor to sparse."""
     if x.layout == torch.sparse_csr:
         starts, columns, values = x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()
     else:

@@ -1,8 +1,8 @@
-"""The fastest kernels that fit a tensor: which tier computes, and a way to force one.
+"""Choose the fastest kernels for a tensor, or force a tier.
 
 ``reference.py`` is the definition, in plain torch, on any device that has float64. The faster tiers ``cpu.py`` (numba)
-and ``gpu.py`` (Triton) have the same functions, and are tested against it. The
-fastest tier that is installed and fits device and dtype computes; `use` forces one.
+and ``gpu.py`` (Triton) have the same functions, and are tested against it. celbo uses the fastest tier that is
+installed and fits the device and dtype; `use` forces one.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ _forced = "auto"
 
 
 def use(tier: str) -> None:
-    """Take this tier from now on: "reference", "cpu", "gpu"; or "auto", the fastest that fits.
+    """Use this tier from now on: "reference", "cpu", "gpu"; or "auto", the fastest that fits.
 
     Examples
     --------
@@ -32,8 +32,8 @@ def use(tier: str) -> None:
     """
     global _forced
     if tier not in TIERS:
-        raise UsageError(f"there is no tier of kernels {tier!r}; choose one of {', '.join(TIERS)}")
-    if tier in _NEEDS and not _is_there(_NEEDS[tier]):
+        raise UsageError(f"tier of kernels {tier!r} does not exist; choose one of {', '.join(TIERS)}")
+    if tier in _NEEDS and not _is_installed(_NEEDS[tier]):
         raise UsageError(f"the {tier} kernels need {_NEEDS[tier]}, which is not installed; pip install {_NEEDS[tier]}")
     _forced = tier
 
@@ -51,16 +51,16 @@ def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _tier(tensor: Tensor) -> ModuleType:
-    """The tier for where and what this tensor is."""
+    """Return the module of the tier for the device and dtype of this tensor."""
     name = _forced
     if name == "auto":
         name = "gpu" if tensor.is_cuda else "cpu"
-        name = name if _is_there(_NEEDS[name]) else "reference"
+        name = name if _is_installed(_NEEDS[name]) else "reference"
     if tensor.dtype != float32:
         name = "reference"
     return import_module(f"celbo.kernels.{name}")
 
 
 @cache
-def _is_there(library: str) -> bool:
+def _is_installed(library: str) -> bool:
     return find_spec(library) is not None

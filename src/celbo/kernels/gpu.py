@@ -1,12 +1,12 @@
-r"""Kernels for CUDA devices: matrix products by cuBLAS, softmax and log-likelihood fused in Triton.
+r"""Compute log-likelihoods on CUDA devices: matrix products by cuBLAS, softmax and log-likelihood fused in Triton.
 
-Values and all derivatives come from one kernel over the logits; `celbo.kernels.blocks` has it. Products are float32 in
-full: TF32, with three digits, is used only where ``torch.backends.cuda.matmul.allow_tf32`` was switched on. Nothing
-waits for the device and nothing depends on values, so that a training step can be captured in a CUDA graph. Sums have
-a fixed order: the same inputs give the same bits.
+One kernel over the logits, in `celbo.kernels.blocks`, computes values and all derivatives. Products have full float32
+precision; TF32, with three digits, is used only if ``torch.backends.cuda.matmul.allow_tf32`` is on. No step waits for
+the device or depends on values, so that a CUDA graph can capture a training step. Sums have a fixed order, so that the
+same inputs give the same bits.
 
-Where Triton interprets its kernels (``TRITON_INTERPRET=1`` in the environment before triton is imported), tensors on
-the processor are taken too: slow, for tests.
+If Triton interprets its kernels (``TRITON_INTERPRET=1`` in the environment before triton is imported), they also take
+tensors on the CPU. This is slow, and meant for tests.
 """
 
 from typing import Any, NamedTuple
@@ -24,13 +24,13 @@ __all__ = ["decoded_log_prob", "sparse_linear"]
 
 _INTERPRETED = not isinstance(blocks.nb, triton.JITFunction)
 _BLOCK = 65536 if _INTERPRETED else 512
-"""Cells times genes that a program computes at a time: on a device four for each of its threads, as many as their
-registers hold; in the interpreter many cost little more than one."""
+"""Cells times genes that a program computes at a time: on a device four per thread, as many as the registers hold; in
+the interpreter many, because a large block costs little more than a small one."""
 _FEWEST_GENES, _MOST_GENES = 16, 512
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `celbo.kernels.reference.sparse_linear`; on a GPU minibatches are dense, and so is the product."""
+    """See `celbo.kernels.reference.sparse_linear`; on a GPU, minibatches and the product are dense."""
     return x.to_dense() @ weight.t()
 
 
@@ -39,8 +39,8 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
     device = counts.h.device
     if device.type != "cuda" and not _INTERPRETED:
         raise UsageError(
-            f"the gpu kernels take tensors on a CUDA device, these are on {device}; use('auto') finds the kernels that"
-            " fit, and with TRITON_INTERPRET=1 in the environment from the start Triton's interpreter takes them"
+            f"the gpu kernels take tensors on a CUDA device, these are on {device}; use('auto') chooses kernels that "
+            "fit. To use Triton's interpreter, set TRITON_INTERPRET=1 in the environment before Python starts."
         )
     if not torch.is_grad_enabled():
         return _run(counts, want=False)[0]
@@ -49,15 +49,15 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """``sum_g log p(x_g)``, ``(cells,)``; its derivatives, for a weight of one each, come with it."""
+    """Compute ``sum_g log p(x_g)``, ``(cells,)``, with its derivatives for cells of weight one."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        given = DecodedCounts(*inputs)  # type: ignore[arg-type]
-        value, derivatives = _run(given, want=any(ctx.needs_input_grad))
-        ctx.save_for_backward(given.h, given.weight, given.gate_weight, *derivatives)
-        ctx.of_library = given.log_library.shape
-        ctx.of_theta = None if given.log_theta is None else given.log_theta.shape
+        counts = DecodedCounts(*inputs)  # type: ignore[arg-type]
+        value, derivatives = _run(counts, want=any(ctx.needs_input_grad))
+        ctx.save_for_backward(counts.h, counts.weight, counts.gate_weight, *derivatives)
+        ctx.of_library = counts.log_library.shape
+        ctx.of_theta = None if counts.log_theta is None else counts.log_theta.shape
         return value
 
     @staticmethod
@@ -65,7 +65,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, gate_weight, *derivatives = ctx.saved_tensors
         d_library, d_logits, d_theta, d_gates = _Derivatives(*derivatives)
-        # The weights of cells go to the narrow factor of each product, and no wide matrix is written again.
+        # Weights of cells scale the narrow factor of each product, so that no wide matrix is rewritten.
         by_cell = grad[:, None]
         weighted = by_cell * h
         d_h = d_logits @ weight
@@ -92,7 +92,7 @@ class _Derivatives(NamedTuple):
 
 @torch.no_grad()
 def _run(inputs: DecodedCounts, want: bool) -> tuple[Tensor, _Derivatives]:
-    """Compute log-likelihoods, ``(cells,)``, and derivatives; without ``want``, matrices have no meaning."""
+    """Compute log-likelihoods, ``(cells,)``, and derivatives; without ``want``, matrices of these are invalid."""
     n_cells, n_genes = len(inputs.h), len(inputs.weight)
     x = inputs.x.to_dense().float().contiguous()
     logits = torch.addmm(inputs.bias, inputs.h, inputs.weight.t())
@@ -105,7 +105,7 @@ def _run(inputs: DecodedCounts, want: bool) -> tuple[Tensor, _Derivatives]:
     programs = (triton.cdiv(n_cells, _BLOCK // genes),)
     if inputs.log_theta is None:
         of_poisson = value, d_library, d_logits
-        with torch.cuda.device_of(x):  # Triton would take the current one
+        with torch.cuda.device_of(x):  # Triton uses the current device
             blocks.poisson[programs](x, logits, log_library, *of_poisson, n_cells, n_genes, **block)
         return value, _Derivatives(d_library, d_logits)
     log_theta = inputs.log_theta.float().contiguous()

@@ -1,8 +1,8 @@
-r"""Count log-likelihoods in plain torch: the definition that every faster tier is tested against.
+r"""Compute log-likelihoods of counts in plain torch: the definition that tests compare every faster tier with.
 
-Everything is a function of ``log mu`` and ``log theta``. Arithmetic is in float64, because float32 loses the negative
-binomial near its Poisson limit (at theta = 1e6 nothing is left of it); the special functions, which cost ten times
-the rest, are taken at non-zero counts alone.
+All functions take ``log mu`` and ``log theta``. They compute in float64, because float32 cannot compute the negative
+binomial near its Poisson limit (at theta = 1e6 no digit is right). They evaluate special functions, which cost ten
+times the rest, only at non-zero counts.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ __all__ = [
     "zinb_log_prob",
 ]
 
-# Beyond this digamma(y) - log(y) comes from its asymptotic series, whose first neglected term is 1e-17 here;
-# below it digamma itself is exact enough, because theta no longer multiplies the rounding of two large logarithms.
+# Above this value, digamma(y) - log(y) uses its asymptotic series, whose first neglected term is 1e-17 here. Below,
+# digamma is exact enough, because a small theta does not amplify the rounding errors of the logarithms.
 _SERIES_FROM = 64.0
 
 
@@ -59,7 +59,7 @@ def nb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
 
 
 class _NegativeBinomial(torch.autograd.Function):
-    """The formulas of `nb_log_prob`; the gradient is analytic: exact where autograd through lgamma is not."""
+    """Compute the formulas of `nb_log_prob`, with an analytic gradient, which is more exact than autograd of lgamma."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _NegativeBinomial(torch.autograd.Function):
             shape, dtype = ctx.of_mu
             grad_mu = (grad * d_log_mu).sum_to_size(shape).to(dtype)
         if ctx.needs_input_grad[2]:
-            d_log_theta = (theta * (success - softplus)).contiguous()  # what the lines below give at x = 0
+            d_log_theta = (theta * (success - softplus)).contiguous()  # the formula below at x = 0
             x, theta = _at(counted, x).double(), _at(counted, theta)
             mu = theta * _at(counted, log_ratio).exp()
             u = (x - mu) / (theta + mu)
@@ -102,7 +102,7 @@ class _NegativeBinomial(torch.autograd.Function):
 def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, gate_logits: Tensor) -> Tensor:
     r"""Compute the zero-inflated negative binomial log-probability, a mixture in log space.
 
-    With g the logit of the probability that a count is zeroed::
+    With g the logit of the probability that a count is set to zero::
 
         log p(0)     = logaddexp(g, log NB(0)) - softplus(g)
         log p(x > 0) = log NB(x) - softplus(g)
@@ -114,7 +114,7 @@ def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, gate_logits: Ten
     x
         Counts, ``(cells, genes)``.
     log_mu, log_theta
-        As in `nb_log_prob`: of the negative binomial before zeros are added.
+        As in `nb_log_prob`, for the negative binomial before zero inflation.
     gate_logits
         Logit of the zero-inflation probability; any shape that broadcasts with ``x``.
 
@@ -155,7 +155,7 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
     tensor([-1.0000, -1.6931])
     """
     x, log_rate = torch.broadcast_tensors(x, log_mu.double())
-    # A mean of zero explains a zero perfectly; 0 * -inf would make that NaN.
+    # A zero with a mean of zero has log-probability 0, but 0 * -inf is NaN.
     log_prob = torch.where(x > 0, x * log_rate, 0.0) - log_rate.exp()
     cells_genes = x.nonzero(as_tuple=True)
     log_factorial = torch.zeros_like(log_prob)
@@ -165,7 +165,7 @@ def poisson_log_prob(x: Tensor, log_mu: Tensor) -> Tensor:
 
 
 class DecodedCounts(NamedTuple):
-    """Counts, and the decoder's last layer, which gives their distribution."""
+    """Counts, and the last layer of the decoder, which gives their distribution."""
 
     x: Tensor
     """Counts, ``(cells, genes)``, dense or CSR."""
@@ -179,7 +179,7 @@ class DecodedCounts(NamedTuple):
     log_theta: Tensor | None = None
     """As in `nb_log_prob`, ``(genes,)`` or ``(cells, genes)``; None for a Poisson distribution."""
     gate_weight: Tensor | None = None
-    """Weight and bias of the linear map to the logits of gates, if zeros are inflated."""
+    """Weight and bias of the linear map to the logits of gates, for zero inflation."""
     gate_bias: Tensor | None = None
 
 
@@ -187,7 +187,7 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
     r"""Compute the log-probability of each cell's counts under the decoder's last layer.
 
     ``sum_g log NB(x_g | mu_g, theta_g)`` with ``mu = library softmax(h @ weight.T + bias)``; without theta
-    ``sum_g log Poisson(x_g | mu_g)``; with gates zero-inflated, with logits ``h @ gate_weight.T + gate_bias``.
+    ``sum_g log Poisson(x_g | mu_g)``; with gates zero-inflated, by logits ``h @ gate_weight.T + gate_bias``.
 
     Returns
     -------
@@ -215,7 +215,7 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``x @ weight.T``; x ``(cells, genes)`` is dense or CSR, weight ``(units, genes)`` that of a linear layer.
+    """Compute ``x @ weight.T``; x ``(cells, genes)`` is dense or CSR, weight is ``(units, genes)``.
 
     Returns ``(cells, units)``. Differentiable in the weight.
 
@@ -234,7 +234,7 @@ def _at(positions: Tensor, values: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """Compute log(1 + exp(x)). torch's default switches to x at 20; counts multiply that error of 2e-9 by a million."""
+    """Compute log(1 + exp(x)). By default torch returns x above 20, an error of 2e-9 that counts would amplify."""
     return F.softplus(x, threshold=40.0)
 
 

@@ -1,4 +1,4 @@
-"""Threads: each computes few large pieces of work, instead of a part of every small operation."""
+"""Run few large pieces of work in threads, instead of dividing every small operation among them."""
 
 import os
 import threading
@@ -13,21 +13,21 @@ import torch
 __all__ = ["in_threads", "n_threads", "threads"]
 
 T = TypeVar("T")
-_here = threading.local()
+_of_thread = threading.local()
 
 
 def n_threads() -> int:
-    """Return the number of threads that share a large piece of work: one outside of `threads`."""
-    n: int = getattr(_here, "n_threads", 1)
+    """Return the number of threads that share a large piece of work; it is one outside of `threads`."""
+    n: int = getattr(_of_thread, "n_threads", 1)
     return n
 
 
 @contextmanager
 def threads(n: int | None) -> Iterator[None]:
-    """Compute on n threads, or on as many as torch has; torch's own operations meanwhile have one each.
+    """Compute on n threads, or on as many as torch has; limit torch's own operations to one thread meanwhile.
 
-    Torch would wake all threads for every small operation, and let them spin until the next one: two processes on one
-    machine, or torch beside the kernels' threads, would hinder each other.
+    Torch would wake all its threads for every small operation, and let them spin until the next one. They would slow
+    down the kernels' threads and other processes.
 
     Examples
     --------
@@ -36,28 +36,28 @@ def threads(n: int | None) -> Iterator[None]:
     (2, 1)
     """
     before, of_torch = n_threads(), torch.get_num_threads()
-    _here.n_threads = max(before, of_torch) if n is None else n
+    _of_thread.n_threads = max(before, of_torch) if n is None else n
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        _here.n_threads = before
+        _of_thread.n_threads = before
         torch.set_num_threads(of_torch)
 
 
 def in_threads(work: Callable[[int], T], n: int) -> list[T]:
-    """``[work(0), ..., work(n - 1)]``, the first on this thread, each other on its own; none divides its work again."""
+    """Return ``[work(0), ..., work(n - 1)]``, each computed on one thread, the first on this one."""
     others = [_pool(os.getpid()).submit(work, turn) for turn in range(1, n)]
-    before, _here.n_threads = n_threads(), 1
+    before, _of_thread.n_threads = n_threads(), 1
     try:
         first = work(0)
     finally:
-        _here.n_threads = before
+        _of_thread.n_threads = before
         wait(others)
     return [first, *(other.result() for other in others)]
 
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; a forked child does not have those of its parent."""
+    """Return the threads of this process; a forked child needs its own."""
     return ThreadPoolExecutor(os.cpu_count(), "celbo", torch.set_num_threads, (1,))
