@@ -1,4 +1,4 @@
-"""Simulate counts of single cells with known truth: all effects are stored with the counts."""
+"""Simulate counts of single cells with known truth, and store all effects with the counts."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ __all__ = ["simulate_cells", "true_share"]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-# One random stream per ingredient, told apart by its position: append new ones, never reorder.
+# The position of an ingredient selects its random stream: append new ones, never reorder.
 _INGREDIENTS = (
     *("base", "theta", "lineage_lfc", "type_lfc", "programme_lfc", "batch_lfc", "treatment_lfc"),
     *("type", "batch", "treatment", "programme", "library"),
@@ -28,12 +28,12 @@ _TREATMENTS = ("ctrl", "treated")
 _EFFECTS = ("type_lfc", "programme_lfc", "batch_lfc", "treatment_lfc")  # in varm, and in _Genes
 _LIKELIHOODS = ("nb", "poisson", "zinb")
 
-_BASE_SD = 1.8  # natural log; wide enough that, by default, four counts in five are zero
+_BASE_SD = 1.8  # natural log; by default four counts in five are zero
 _THETA_SD = 0.7  # natural log, between genes
 _LINEAGE_GENES, _MARKER_GENES, _PROGRAMME_GENES = 0.06, 0.05, 0.2  # shares of the genes
-_MARKERS_UP, _TREATMENT_UP = 0.8, 0.5  # markers mostly rise in their type, treatment effects go either way
-_BLOCK_ENTRIES = 1 << 19  # entries drawn at a time, 4 MiB per array: the cache holds a block, memory stays bounded
-_LARGEST_LIBRARY = 1e6  # float32 is exact up to 1.6e7, which leaves room for overdispersion
+_MARKERS_UP, _TREATMENT_UP = 0.8, 0.5  # shares of effects that are up: most markers, half of the treatment effects
+_BLOCK_ENTRIES = 1 << 19  # entries drawn at a time, 4 MiB per array: a block fits the cache, and memory is bounded
+_LARGEST_LIBRARY = 1e6  # float32 is exact up to 1.6e7: overdispersed counts may be larger than the library
 
 _BOUNDS: dict[str, tuple[type, float, float]] = {
     "n_cells": (Integral, 1, 1e9),
@@ -58,7 +58,7 @@ _BOUNDS: dict[str, tuple[type, float, float]] = {
 
 
 class _Genes(NamedTuple):
-    """Effects of each gene: natural logarithms, before the softmax."""
+    """Effects of each gene, as natural logarithms before the softmax."""
 
     log_base: FloatArray  # (genes,)
     theta: FloatArray  # (genes,), inverse dispersion
@@ -105,7 +105,7 @@ def simulate_cells(
     threads: int = 4,
     seed: int = 0,
 ) -> AnnData:
-    r"""Simulate droplet-like counts of cell types, programmes, batches and a treatment, with their truth.
+    r"""Simulate droplet-like counts of cells with types, programmes, batches and a treatment, and their truth.
 
     Cell :math:`i` of type :math:`t` in batch :math:`b`, treated (:math:`s = 1`) or not (:math:`s = 0`), has
 
@@ -115,26 +115,26 @@ def simulate_cells(
         x_{ig} &\sim \mathrm{NB}(\mu_{ig}, \theta_g), \qquad \mathrm{var}(x_{ig}) = \mu_{ig} + \mu_{ig}^2 / \theta_g
 
     with :math:`a_{ik}, \epsilon_i \sim N(0, 1)`. Marker and treatment effects are sparse: up or down by the strength
-    times a number in [0.5, 1.5], zero elsewhere. Each type has its own markers on 5 % of the genes, and types 0 and 1,
-    2 and 3, ... have those of a common lineage on 6 %, so that they are close. Each programme moves about 20 % of the
-    genes, each batch all of them, by normal effects. Types and batches come in exact proportions, independently;
-    treatment is balanced within every type and batch. The treatment leaves alone genes with more than five times the
-    average base share, so that what it adds to some genes takes little from the others.
+    times a number in [0.5, 1.5], zero elsewhere. Each type has its own markers on 5 % of the genes. Types 0 and 1, 2
+    and 3, ... also share the markers of a lineage on 6 %, so that they are similar. Each programme changes about 20 %
+    of the genes, and each batch all genes, by normal effects. Types and batches have exact proportions and are
+    independent; treatment is balanced within every type and batch. The treatment does not change genes with more than
+    five times the average base share, so that its effects change the shares of other genes little.
 
-    Each ingredient has its own random stream. Under one seed, ``batch_strength=0`` gives the same cells without their
-    batch effects, and "zinb" gives the counts of "nb" with some of them set to zero.
+    Each ingredient has its own random stream. With the same seed, ``batch_strength=0`` gives the same cells without
+    batch effects, and "zinb" gives the counts of "nb" with some set to zero.
 
     Parameters
     ----------
     n_cells, n_genes
-        Size of the counts.
+        Number of cells and of genes.
     n_types, n_programmes, n_batches
         Number of cell types (``type_0``, ...), of continuous programmes that vary within all types, and of technical
         batches (``batch_0``, ...).
     type_proportions
         Share of the cells in each type, summing to 1. By default the last type is a third as common as the first.
     type_strength, programme_strength, batch_strength, treatment_strength
-        Size of the effects, natural log; 0 switches them off.
+        Size of the effects, natural log; 0 for no effects.
     batch_depth
         :math:`d_b` runs evenly from ``-batch_depth`` (first batch) to ``batch_depth`` (last), natural log.
     treated_types
@@ -143,8 +143,8 @@ def simulate_cells(
     treatment_fraction
         Share of the genes that respond in each responding type, at most 0.5.
     treatment_shared
-        Share of those that are the same genes, changed by the same amount, in all responding types; the others are
-        drawn type by type. With 1 and ``treated_types="all"`` the treatment does the same to every cell.
+        Share of these genes that respond by the same amount in all responding types; the others are drawn for each
+        type. With 1 and ``treated_types="all"``, the treatment has the same effect on every cell.
     median_library, library_sd
         :math:`\bar l`, counts per cell, and :math:`\sigma`, natural log.
     likelihood
@@ -152,13 +152,13 @@ def simulate_cells(
     median_theta
         Median over genes of the inverse dispersion theta, log-normal with standard deviation 0.7.
     gate
-        Probability of an extra zero, for "zinb" only; 0.2 by default.
+        Probability of an additional zero, for "zinb" only; 0.2 by default.
     keep_mean
-        Also store the expected counts, dense: cells x genes x 4 bytes.
+        Whether to store the expected counts too, as a dense matrix of cells x genes x 4 bytes.
     threads
-        How many threads draw counts; the result does not depend on it.
+        Number of threads that draw counts; it does not change the result.
     seed
-        Same options and seed, same cells.
+        Random seed; the same options and seed give the same cells.
 
     Returns
     -------
@@ -168,8 +168,8 @@ def simulate_cells(
           total (before zero inflation), counts.
         - ``var``: ``base_share`` (beta, sums to 1), ``theta``, ``is_marker``, ``treatment_gene``.
         - ``varm``: ``type_lfc``, ``batch_lfc`` and ``treatment_lfc``, frames of genes by level; ``programme_lfc``,
-          (genes, programmes). These are the tau, delta, omega and pi of the formula: what the log share of a gene
-          changes by, but for a constant common to all genes of a cell. `true_share` gives the shares themselves.
+          (genes, programmes). These are the tau, delta, omega and pi of the formula: the change in the log share of
+          a gene, up to a constant common to all genes of a cell. `true_share` computes the shares.
         - ``obsm``: ``programme``, the activities a, (cells, programmes).
         - ``layers``: with `keep_mean`, ``mean``: expected counts (after zero inflation), float32.
         - ``uns``: ``simulation``, the options, plain JSON.
@@ -177,16 +177,16 @@ def simulate_cells(
     Raises
     ------
     UsageError
-        If options are out of range or do not fit each other; the message names all of them.
+        If options are out of range or contradict each other. The message names all of them.
 
     Notes
     -----
-    Counts are drawn in blocks of cells; beside the result, memory stays at some tens of MiB per thread.
+    Counts are drawn in blocks of cells; besides the result, each thread needs some tens of MiB.
 
     References
     ----------
     Zappia, Phipson & Oshlack (2017), "Splatter: simulation of single-cell RNA sequencing data", Genome Biology 18,
-    is a relative. Here all effects are log-linear, so that the truth is one number per gene and level.
+    is a similar simulation. Here all effects are log-linear, so that the truth is one number per gene and level.
 
     Examples
     --------
@@ -266,19 +266,20 @@ def _check_largest_library(library: FloatArray, median_library: float) -> None:
 
 
 def true_share(adata: AnnData, *, treatment: str | None = None, batch: str | None = None) -> FloatArray:
-    """Compute the true mean share of every gene in simulated cells, as they are or as they would have been.
+    """Compute the true mean share of every gene in simulated cells, as they are or in another batch or treatment.
 
-    The softmax over genes in `simulate_cells`, from the effects stored there. Times ``obs["library"]`` it is the
-    expected count (before zero inflation). On a subset of the genes, shares are among the genes kept.
+    The share is the softmax over genes in `simulate_cells`, computed from the stored effects. Multiplied by
+    ``obs["library"]`` it is the expected count (before zero inflation). For a subset of the genes, shares sum to 1 over
+    this subset.
 
     Parameters
     ----------
     adata
-        Cells made by `simulate_cells`, or some of them.
+        Cells of `simulate_cells`, or a subset.
     treatment
-        "ctrl" or "treated" for all cells; by default each cell's own.
+        "ctrl" or "treated", for all cells; None for each cell's own.
     batch
-        The name of a batch for all cells; by default each cell's own.
+        Name of a batch, for all cells; None for each cell's own.
 
     Returns
     -------
@@ -288,7 +289,7 @@ def true_share(adata: AnnData, *, treatment: str | None = None, batch: str | Non
     Raises
     ------
     DataError
-        If `adata` does not carry what `simulate_cells` stores.
+        If `adata` lacks entries that `simulate_cells` stores.
     UsageError
         If `treatment` or `batch` was not simulated.
 
@@ -316,7 +317,7 @@ def true_share(adata: AnnData, *, treatment: str | None = None, batch: str | Non
 
 def _share(genes: _Genes, cells: _Cells) -> FloatArray:
     """Compute the mean share of each gene in each cell, ``(cells, genes)``: the softmax in `simulate_cells`."""
-    # einsum and not a matrix product, whose BLAS threads would fight with ours.
+    # einsum uses no BLAS threads, which would compete with ours.
     eta: FloatArray = np.einsum("ik,kg->ig", cells.programme, genes.programme_lfc)
     eta += (genes.log_base + genes.type_lfc)[cells.types]
     eta += genes.batch_lfc[cells.batches]
@@ -328,7 +329,7 @@ def _share(genes: _Genes, cells: _Cells) -> FloatArray:
 
 
 def _rng(seed: int, ingredient: str, block: int = 0) -> np.random.Generator:
-    """Give an ingredient, and a block of cells, its own stream, as two levels of ``SeedSequence.spawn`` would."""
+    """Return the random stream of an ingredient and a block of cells, as two levels of ``SeedSequence.spawn`` would."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_INGREDIENTS.index(ingredient), block)))
 
 
@@ -351,7 +352,7 @@ def _check_bounds(options: dict[str, Any]) -> None:
 
 
 def _settle(options: dict[str, Any]) -> dict[str, Any]:
-    """Check options that depend on each other, fill those left open, and make all of them plain JSON."""
+    """Check options that depend on each other, fill in defaults, and convert all of them to plain JSON."""
     types = _names("type", options["n_types"])
     proportions, treated, faults = options["type_proportions"], options["treated_types"], []
     if proportions is None:
@@ -383,7 +384,7 @@ def _settle(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(rng: np.random.Generator, n: int, share_up: float) -> FloatArray:
-    """Draw effects that are neither tiny nor huge: [0.5, 1.5] up or down."""
+    """Draw effects with sizes in [0.5, 1.5], up or down."""
     return rng.uniform(0.5, 1.5, n) * np.where(rng.random(n) < share_up, 1.0, -1.0)
 
 
@@ -397,17 +398,17 @@ def _marker_effects(rng: np.random.Generator, n_rows: int, n_genes: int, fractio
 
 
 def _programme_effects(rng: np.random.Generator, n_programmes: int, n_genes: int) -> FloatArray:
-    taking_part = rng.random((n_programmes, n_genes)) < _PROGRAMME_GENES
-    return taking_part * rng.normal(size=(n_programmes, n_genes))
+    is_member = rng.random((n_programmes, n_genes)) < _PROGRAMME_GENES
+    return is_member * rng.normal(size=(n_programmes, n_genes))
 
 
 def _treatment_effects(
     rng: np.random.Generator, log_base: FloatArray, n_types: int, fraction: float, shared: float
 ) -> FloatArray:
-    """Draw effects of equally many genes per type, (types, genes), the first of them common to all types."""
+    """Draw effects on the same number of genes in each type, (types, genes); some are common to all types."""
     n_changed = round(fraction * len(log_base))
     n_shared = round(shared * n_changed)
-    # At most a fifth of the genes can exceed five times the average, so there are always enough for fraction <= 0.5.
+    # At most a fifth of the genes can exceed five times the average, so that enough are left for fraction <= 0.5.
     order = rng.permutation(np.flatnonzero(log_base <= np.log(5 / len(log_base))))
     effects = np.zeros((n_types, len(log_base)))
     effects[:, order[:n_shared]] = _sizes(rng, n_shared, _TREATMENT_UP)
@@ -422,7 +423,7 @@ def _draw_cells(seed: int, n_cells: int, proportions: list[float], n_batches: in
     last = np.rint(np.cumsum(proportions[:-1]) * n_cells)
     types = _rng(seed, "type").permutation(np.searchsorted(last, np.arange(n_cells), side="right"))
     batches = _rng(seed, "batch").permutation(np.arange(n_cells) % n_batches)
-    # Every other cell, in random order within type and batch: balanced in each of them to one cell.
+    # Treat every other cell, in random order within type and batch: numbers differ by one cell at most.
     treated = np.empty(n_cells, np.int64)
     treated[np.lexsort((_rng(seed, "treatment").random(n_cells), batches, types))] = np.arange(n_cells) % 2
     return _Cells(types, batches, treated, _rng(seed, "programme").normal(size=(n_cells, n_programmes)))
@@ -437,7 +438,7 @@ def _draw_counts(
     threads: int,
     mean: npt.NDArray[np.float32] | None,
 ) -> sparse.csr_matrix:
-    """Draw the counts of all cells block by block, and write what is expected into `mean` where there is one."""
+    """Draw the counts of all cells block by block, and write the expected counts into `mean` unless it is None."""
     n_cells, n_genes = len(library), len(genes.theta)
     n_rows = max(1, _BLOCK_ENTRIES // n_genes)
 
@@ -446,7 +447,7 @@ def _draw_counts(
         mu = library[rows, None] * _share(genes, cells.take(rows))
         if mean is not None:
             mean[rows] = (1 - gate) * mu
-        if np.isfinite(genes.theta).all():  # NB is a Poisson whose rate is gamma distributed
+        if np.isfinite(genes.theta).all():  # an NB is a Poisson with a gamma-distributed rate
             mu *= _rng(seed, "overdispersion", block).standard_gamma(genes.theta, mu.shape) / genes.theta
         x = _rng(seed, "count", block).poisson(mu)
         if gate > 0:
@@ -462,11 +463,11 @@ def _draw_counts(
             start, stop = stop, stop + part.nnz
             indptr[done + 1 : done + part.shape[0] + 1] = start + part.indptr[1:]
             done += part.shape[0]
-            if stop > len(data):  # room for all cells at the density so far; grown in place, never held twice
+            if stop > len(data):  # reserve memory for all cells at the density so far, in place
                 _resize(int(1.05 * stop * n_cells / done), indices, data)
             indices[start:stop], data[start:stop] = part.indices, part.data
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the blocks still queued
+        pool.shutdown(cancel_futures=True)  # an interrupt cancels the queued blocks
     _resize(stop, indices, data)
     return sparse.csr_matrix((data, indices, indptr), shape=(n_cells, n_genes))
 
@@ -503,7 +504,7 @@ def _varm(genes: _Genes) -> dict[str, Any]:
 
 
 def _codes(adata: AnnData, column: str, level: str | None, known: Sequence[str]) -> IntArray:
-    """Return the position of each cell's level among the known levels, or of ``level`` for all cells."""
+    """Return the position of each cell's level, or of ``level`` for all cells, among the known levels."""
     levels = list(adata.obs[column]) if level is None else [level] * adata.n_obs
     if unknown := set(map(str, levels)) - set(known):
         names, choice = ", ".join(sorted(unknown)), ", ".join(known)

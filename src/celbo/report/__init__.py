@@ -1,8 +1,8 @@
-"""One offline HTML file about a trained model, as a pure function of a JSON summary.
+"""Make one offline HTML file about a trained model from a JSON summary.
 
-Anything shown can be recomputed from the summary, and the same summary gives the same bytes. A summary is what
-``json.loads`` returns: an object with these entries, where any number may be ``null`` (shown as a dash) and a part
-that does not apply is ``null`` or absent. ELBO terms are unweighted, nats per cell.
+The page depends only on the summary: the same summary gives the same bytes. A summary is an object, as ``json.loads``
+returns it, with the entries below. Any number may be ``null``, which the page shows as a dash. A part that does not
+apply is ``null`` or absent. ELBO terms are unweighted, in nats per cell.
 
 ``title``, ``verdict``, ``celbo_version``, ``notes``
     Strings; the verdict is one sentence and comes first, ``notes`` is a list of warnings.
@@ -15,10 +15,10 @@ that does not apply is ``null`` or absent. ELBO terms are unweighted, nats per c
 ``run``
     ``options``, ``versions`` and ``data`` (objects), ``seed``.
 ``history``
-    A list of ``epoch, step, kl_weight, train_elbo, validation_elbo``, and what else training recorded.
+    A list of ``epoch, step, kl_weight, train_elbo, validation_elbo``, and other records of training.
 ``latent``
     ``method``, ``xy`` (a pair per cell shown), ``n_cells_shown``, ``n_cells``, and ``colours``: by column name,
     ``kind`` (``"categorical"`` or ``"continuous"``) and ``values`` (one per cell shown; ``null`` is a missing value).
 ``recovery``
-    For simulated data, a list of ``name, value, reference, meaning``: how well the truth was found again.
+    For simulated data, a list of ``name, value, reference, meaning``: how well the model recovers the truth.
 """

@@ -1,4 +1,4 @@
-"""Draw the pictures of a report: matplotlib figures from a summary."""
+"""Draw the figures of a report with matplotlib, from a summary."""
 
 import warnings
 from collections import Counter
@@ -20,8 +20,8 @@ from celbo.report.text import natural, number, shorten
 __all__ = ["Legend", "Level", "history_figure", "kl_figure", "latent_figure", "legend", "numbers", "to_png"]
 
 PALETTE = (
-    # Okabe & Ito (2008) first; the others were found one by one, each farthest in OKLab from those before it and from
-    # both greys, to the eye that sees all colours and to those that do not see red or green.
+    # The first are from Okabe & Ito (2008). Each other one is farthest in OKLab from those before it and both greys,
+    # for viewers with full colour vision and for viewers who do not see red or green.
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#78003C", "#3C1E96", "#A6E070", "#695A3C"),
     *("#8778F0", "#A53C87", "#87C387", "#5A3C69", "#2CDDE8", "#4B4BC3", "#B41E0F", "#692D00", "#006969", "#D8CC1F"),
 )
@@ -30,12 +30,12 @@ MISSING = "#C4C4C4"
 INK = "#30343B"
 
 DEAD_KL = 0.01
-"""A latent dimension with less KL than this, nats per cell, carries no information."""
+"""A latent dimension with less KL than this, in nats per cell, has no information about the cells."""
 WEAK_KL = 0.1
-"""... and one with less than this, little."""
+"""A latent dimension with less KL than this, in nats per cell, has little information about the cells."""
 
 HUGE = 1e100
-"""Larger numbers cannot be drawn: squares and axis limits overflow."""
+"""matplotlib cannot draw larger numbers, because squares and axis limits overflow."""
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": "#9AA0A8",
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
     "ytick.color": INK,
     "ytick.labelsize": 9,
 }
-"""Settings on top of matplotlib's defaults; the matplotlibrc of the reader has no effect."""
+"""Settings that override matplotlib's defaults; the user's matplotlibrc has no effect."""
 
 
 class Level(NamedTuple):
@@ -76,7 +76,7 @@ class Legend(NamedTuple):
 
 
 def legend(values: Sequence[str | None]) -> Legend:
-    """Give each level its colour: the twenty largest their own, the rest one together, missing values grey.
+    """Assign colours to levels: one to each of the twenty largest, one to all others, grey to missing values.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def legend(values: Sequence[str | None]) -> Legend:
 
 
 def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
-    """Read numbers that may be missing; what cannot be drawn is NaN.
+    """Convert numbers to an array; missing ones, and those that cannot be drawn, become NaN.
 
     Examples
     --------
@@ -123,16 +123,16 @@ def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
 
 @style.context(["default", STYLE])
 def latent_figure(summary: Mapping[str, Any], columns: Sequence[str] | None = None, *, labels: bool = True) -> Figure:
-    """Draw the cells in the plane, one panel for each column that colours them.
+    """Draw the cells in the plane, with a panel for each column of colours.
 
     Parameters
     ----------
     summary
-        See `celbo.report`; ``latent`` must be there.
+        See `celbo.report`; it must have ``latent``.
     columns
-        The columns to draw; all of them if None. Without any, one panel in one colour.
+        The columns to draw; None for all. Without columns, the figure has one panel in one colour.
     labels
-        Write names and legends into the picture.
+        Whether to write names and legends into the figure.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def latent_figure(summary: Mapping[str, Any], columns: Sequence[str] | None = No
     Raises
     ------
     DataError
-        A column that has not one value for each cell.
+        If a column does not have one value for each cell.
 
     Examples
     --------
@@ -162,7 +162,7 @@ def latent_figure(summary: Mapping[str, Any], columns: Sequence[str] | None = No
     n_rows = -(-n_panels // n_columns)
     figure = Figure(figsize=((6.4 if labels else 4.4) * n_columns, 4.4 * n_rows))
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    # The same cells in the same random order in each panel: no level lies on top of all others.
+    # Each panel draws the cells in the same random order, so that no level covers the others.
     order = np.random.default_rng(0).permutation(len(xy))
     for axes in grid:
         axes.set(xticks=[], yticks=[])
@@ -189,7 +189,7 @@ def _draw_levels(axes: Axes, xy: NDArray[np.float64], order: NDArray[np.intp], l
     if not legend.levels:
         return
     missing = legend.levels[-1].colour == MISSING
-    if missing:  # underneath
+    if missing:  # draw missing values first, below the others
         order = order[np.argsort(legend.codes[order] != len(legend.levels) - 1, kind="stable")]
     palette = np.array([level.colour for level in legend.levels])
     _scatter(axes, xy, order, color=palette[legend.codes[order]])
@@ -205,7 +205,7 @@ def _draw_values(axes: Axes, xy: NDArray[np.float64], order: NDArray[np.intp], v
     if not known.any():
         return
     shown = order[known]
-    # A few extreme cells would leave one colour for all others.
+    # The full range would give most cells one colour if a few are extreme.
     low, high = np.percentile(values[shown], [1, 99])
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     beyond = bool(values[shown].min() < low), bool(values[shown].max() > high)
@@ -223,7 +223,7 @@ def _tick(value: float, _: int | None) -> str:
 
 @style.context(["default", STYLE])
 def history_figure(summary: Mapping[str, Any]) -> Figure:
-    """Draw how training went: the ELBO of training and held-out cells by step, and the weight of the KL term.
+    """Draw the ELBO of training and held-out cells, and the weight of the KL term, by training step.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def history_figure(summary: Mapping[str, Any]) -> Figure:
     upper.plot(step, series["train_elbo"], marker=marker, color=OTHER, label="training cells")
     upper.plot(step, series["validation_elbo"], marker=marker, color=PALETTE[0], label="held-out cells")
     upper.set_ylabel("ELBO, nats per cell")
-    _leave_out_the_first_fall(upper, np.concatenate(list(series.values())))
+    _cut_low_values(upper, np.concatenate(list(series.values())))
     upper.legend(loc="lower right")
     lower.plot(step, weight, marker=marker, color=PALETTE[5])
     lower.set(xlabel="training step", ylabel="KL weight")
@@ -267,8 +267,8 @@ def history_figure(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _leave_out_the_first_fall(axes: Axes, values: NDArray[np.float64]) -> None:
-    """End the axis above a few values that are far below all others, with a note."""
+def _cut_low_values(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Exclude a few values far below all others from the axis, and say so in a note."""
     values = values[np.isfinite(values)]
     if len(values) < 10:
         return
@@ -282,7 +282,7 @@ def _leave_out_the_first_fall(axes: Axes, values: NDArray[np.float64]) -> None:
 
 @style.context(["default", STYLE])
 def kl_figure(summary: Mapping[str, Any]) -> Figure:
-    """Draw the KL term of each latent dimension, beside the lines under which one is weak or dead.
+    """Draw the KL term of each latent dimension, with the limits of weak and dead dimensions.
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ def kl_figure(summary: Mapping[str, Any]) -> Figure:
     kl = numbers(summary["metrics"].get("kl_per_dim") or [])
     figure = Figure(figsize=(5.2, 3.9))
     axes = figure.subplots()
-    # Linear up to the lower line, so that a bar begins at zero.
+    # The axis is linear up to the lower limit, so that bars begin at zero.
     axes.set_yscale("symlog", linthresh=DEAD_KL, linscale=0.5)
     colour = np.select([kl < DEAD_KL, kl < WEAK_KL], [OTHER, PALETTE[1]], PALETTE[0])
     axes.bar(np.arange(1, len(kl) + 1), kl, color=colour, width=0.75)
@@ -321,19 +321,19 @@ def kl_figure(summary: Mapping[str, Any]) -> Figure:
 
 @style.context(["default", STYLE])
 def to_png(figure: Figure, *, scale: float = 2.0) -> bytes:
-    r"""Make a PNG of a figure, the same bytes for the same figure.
+    r"""Convert a figure to PNG; the same figure gives the same bytes.
 
     Parameters
     ----------
     figure
-        What a function of this module draws.
+        A figure of this module.
     scale
-        Pixels of the picture per pixel on the page, which has 100 to the inch.
+        Pixels of the PNG per pixel on the page, which has 100 pixels per inch.
 
     Returns
     -------
     bytes
-        For ``path.write_bytes``.
+        The PNG, for ``path.write_bytes``.
 
     Examples
     --------
@@ -342,7 +342,7 @@ def to_png(figure: Figure, *, scale: float = 2.0) -> bytes:
     """
     buffer = BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that matplotlib's font lacks is drawn as boxes; the page spells it out.
+        # matplotlib draws boxes for scripts that its font lacks; the page has the names as text.
         warnings.filterwarnings("ignore", r"Glyph .* missing from|Matplotlib currently does not support", UserWarning)
         figure.savefig(buffer, format="png", dpi=100 * scale, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()

@@ -14,7 +14,7 @@ MIN_CELLS = 10
 """t-SNE needs at least this many cells."""
 
 MAX_ITER = 500
-"""t-SNE steps: half of scikit-learn's default costs half the time, and 2000 cells look the same."""
+"""Number of t-SNE steps. Half of scikit-learn's default takes half the time, and shows 2000 cells as well."""
 
 
 class Layout(NamedTuple):
@@ -31,18 +31,17 @@ class Layout(NamedTuple):
 def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
     """Place cells in the plane, so that neighbours in the latent space stay neighbours.
 
-    The method is t-SNE (van der Maaten & Hinton 2008) if there are at least ten cells and three latent dimensions;
-    otherwise the plane is that of the latent dimensions themselves, or of principal components. The same input and
-    seed give the same plane.
+    The method is t-SNE (van der Maaten & Hinton 2008) if there are at least ten cells and three latent dimensions.
+    Otherwise the axes are the latent dimensions or principal components. The same input and seed give the same plane.
 
     Parameters
     ----------
     mu_z
-        Posterior means, ``(cells, latent_dim)``. A cell with a value that is not finite is not shown.
+        Posterior means, ``(cells, latent_dim)``. Cells with values that are not finite are left out.
     max_cells
-        Show at most this many cells, drawn at random.
+        Largest number of cells to show; more are sampled at random.
     seed
-        Seed of the choice of cells, and of the heights if there is only one latent dimension.
+        Seed of the sample of cells, and of the heights if there is only one latent dimension.
 
     Returns
     -------
@@ -77,17 +76,17 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
         init=(plane / spread * 1e-3).astype(np.float32),
         perplexity=min(30.0, (len(z) - 1) / 3),
         max_iter=MAX_ITER,
-        random_state=seed % 2**32,  # all that numpy takes
+        random_state=seed % 2**32,  # the range that numpy accepts
     )
-    # One thread: sums keep their order, and a busy machine is not slower than an idle one.
+    # One thread keeps the order of sums, and does not compete with other processes.
     with threadpool_limits(1):
         return Layout(rows, tsne.fit_transform(z / spread).astype(np.float64), "t-SNE")
 
 
 def _principal_plane(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute the first two principal components, ``(cells, 2)``; zeros where there are fewer than two cells."""
+    """Compute the first two principal components, ``(cells, 2)``; zeros if there are fewer than two cells."""
     if len(z) < 2:
         return np.zeros((len(z), 2))
-    with np.errstate(invalid="ignore"):  # cells that do not differ have no share of variance
+    with np.errstate(invalid="ignore"):  # equal cells have a variance of zero
         plane: NDArray[np.float64] = PCA(2, svd_solver="full").fit_transform(z)
     return plane

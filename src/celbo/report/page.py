@@ -1,4 +1,4 @@
-"""Make a JSON summary one HTML file that needs no other file."""
+"""Render a JSON summary as one HTML file that needs no other file."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ LIKELIHOODS = {
     "nb": "negative binomial",
     "zinb": "zero-inflated negative binomial",
 }
-"""Names that need spelling out; any other is shown as it is."""
+"""Full names of likelihoods; others are shown unchanged."""
 
 
 class Card(NamedTuple):
@@ -39,17 +39,17 @@ class Picture(NamedTuple):
 
     title: str
     source: str
-    """``data:`` address of the PNG."""
+    """``data:`` URL of the PNG."""
     width: int
     """Width in pixels; ``height`` likewise."""
     height: int
     alt: str
     levels: list[Level]
-    """The legend, if the picture has one."""
+    """Lines of the legend; empty without a legend."""
 
 
 class Finding(NamedTuple):
-    """A known truth of simulated data, and how well the model recovered it."""
+    """A measure of how well the model recovers the truth of simulated data."""
 
     name: str
     value: str
@@ -65,7 +65,7 @@ class Facts(NamedTuple):
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """Make the page.
+    """Render the page.
 
     Parameters
     ----------
@@ -75,12 +75,12 @@ def render(summary: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        HTML without scripts or outside addresses, the same text for the same summary; write it as UTF-8.
+        HTML without scripts or external URLs, the same text for the same summary. Write it as UTF-8.
 
     Raises
     ------
     DataError
-        A colour that has not one value for each cell shown.
+        If a colour does not have one value for each cell shown.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def render(summary: Mapping[str, Any]) -> str:
     True
     """
     latent, history = summary.get("latent") or {}, summary.get("history") or []
-    # A clean string has no lone surrogates, so that the page can always be written as UTF-8.
+    # `clean` removes lone surrogates, so that the page can be written as UTF-8.
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -158,7 +158,7 @@ def cards(metrics: Mapping[str, Any]) -> list[Card]:
 
 
 def latent_pictures(summary: Mapping[str, Any]) -> list[Picture]:
-    """Draw one picture of the cells for each column that colours them."""
+    """Draw a picture of the cells for each column of colours."""
     latent = summary["latent"]
     colours = latent.get("colours") or {}
     n_cells = number(len(latent["xy"]))
@@ -177,7 +177,7 @@ def latent_pictures(summary: Mapping[str, Any]) -> list[Picture]:
 
 
 def history_pictures(history: list[Mapping[str, Any]]) -> list[Picture]:
-    """Draw the training curve, where there is one."""
+    """Draw the training curve, if the summary has one."""
     if not history:
         return []
     train, validation = ([epoch.get(key) for epoch in history] for key in ("train_elbo", "validation_elbo"))
@@ -190,7 +190,7 @@ def history_pictures(history: list[Mapping[str, Any]]) -> list[Picture]:
 
 
 def kl_pictures(metrics: Mapping[str, Any]) -> list[Picture]:
-    """Draw the KL of each latent dimension, where it is known."""
+    """Draw the KL of each latent dimension, if the summary has it."""
     kl = metrics.get("kl_per_dim")
     if not kl:
         return []
@@ -199,14 +199,14 @@ def kl_pictures(metrics: Mapping[str, Any]) -> list[Picture]:
 
 
 def picture(title: str, figure: Figure, alt: str, levels: list[Level] | None = None) -> Picture:
-    """Put a figure into an address of its own, at twice the resolution of the page."""
+    """Embed a figure as a ``data:`` URL, at twice the resolution of the page."""
     width, height = (round(100 * inches) for inches in figure.get_size_inches())
     source = "data:image/png;base64," + base64.b64encode(to_png(figure)).decode()
     return Picture(title, source, width, height, alt, levels or [])
 
 
 def recovery(summary: Mapping[str, Any]) -> list[Finding]:
-    """Return what is known of simulated data, and how well the model recovered it."""
+    """Return how well the model recovers the truth of simulated data."""
     return [
         Finding(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
         for row in summary.get("recovery") or []
@@ -224,7 +224,7 @@ def diagnosis(summary: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 
 def facts(run: Mapping[str, Any]) -> list[Facts]:
-    """Return everything that is needed to repeat the run.
+    """Return tables of everything needed to repeat the run.
 
     Examples
     --------
@@ -237,7 +237,7 @@ def facts(run: Mapping[str, Any]) -> list[Facts]:
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Walk nested tables, joining the names by dots.
+    """Yield names and values of nested tables, with names joined by dots.
 
     Examples
     --------
@@ -253,7 +253,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def span(values: list[float | None]) -> str:
-    """Write the range of the values that are there.
+    """Format the range of the values that are not missing.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Names and numbers as a page shows them."""
+"""Format names and numbers for the page."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _UNPRINTABLE = _CONTROL | _DIRECTION | _SURROGATE
 
 
 def clean(text: str) -> str:
-    r"""Take out of a name what cannot be shown, or would change how its neighbours are shown.
+    r"""Remove characters that cannot be shown, or that would change how other text is shown.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, width: int = 40) -> str:
-    """Cut the middle out of a long name; its two ends tell it from its neighbours.
+    """Cut the middle out of a long name; its two ends usually distinguish it from others.
 
     Examples
     --------
@@ -40,19 +40,19 @@ def shorten(text: str, width: int = 40) -> str:
 
 
 def natural(name: str) -> list[str | int]:
-    """Sort key that puts ``"C10"`` after ``"C9"``.
+    """Return a sort key that puts ``"C10"`` after ``"C9"``.
 
     Examples
     --------
     >>> sorted(["C10", "C9"], key=natural)
     ['C9', 'C10']
     """
-    # Every other part is a number, of at most 18 digits: Python refuses to read one of thousands.
+    # Every other part is a number, of at most 18 digits, because Python does not parse numbers of thousands of digits.
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 
 def number(value: float | None, *, whole: bool = False) -> str:
-    """Write a number for a reader: four digits or so (``whole``: no fraction), thousands apart, a dash for None.
+    """Format a number with about four digits (``whole``: no fraction), commas between thousands, and a dash for None.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def number(value: float | None, *, whole: bool = False) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Write a time span.
+    """Format a time span.
 
     Examples
     --------
