@@ -25,7 +25,7 @@ from celbo.fit.older import modern_options
 from celbo.fit.remedies import Recipe, recipe_for
 from celbo.fit.saved import read_fitted, take_weights, write_fitted
 from celbo.fit.shown import is_same, shown_state, shown_table, shown_value
-from celbo.fit.start import Architecture, cells_to_fit, check_to_fit
+from celbo.fit.start import DATA_OPTIONS, Architecture, cells_to_fit, check_prepared, check_to_fit
 from celbo.fit.train import Track, TrainConfig, settle_device
 from celbo.model.likelihoods import LIKELIHOODS
 from celbo.model.objective import OBJECTIVES
@@ -34,8 +34,8 @@ from celbo.trust.advice import Diagnosis
 
 __all__ = ["ExpressionVAE", "load"]
 
-CellsLike: TypeAlias = AnnData | str | Path | Cells
-"""Cells in memory, their path, or cells that were checked and aligned before."""
+CellsLike: TypeAlias = AnnData | str | Path
+"""Cells in memory, or the path of an ``.h5ad`` file or ``.zarr`` folder."""
 Array = NDArray[np.float32]
 
 _MADE_BY_FIT = ("fitted_", "schema_", "vae_", "history_", "split_", "reference_")
@@ -49,8 +49,7 @@ class ExpressionVAE:
     and conditions), ``vae_`` (the `celbo.VAE`), ``history_`` (a record per epoch). Cells given later are aligned to
     the model's genes by name. The model keeps no counts, and changes no AnnData.
 
-    Every question takes cells as an AnnData, as the path of an ``.h5ad`` file or ``.zarr`` folder, or as
-    `celbo.fit.cells.Cells`, which were checked and aligned before.
+    Every question takes cells as an AnnData, or as the path of an ``.h5ad`` file or ``.zarr`` folder.
 
     Examples
     --------
@@ -115,13 +114,13 @@ class ExpressionVAE:
 
     fitted_: Fitted = field(init=False)
 
-    def fit(self, adata: CellsLike, *, track: Track | None = None) -> "ExpressionVAE":
+    def fit(self, adata: CellsLike | Cells, *, track: Track | None = None) -> "ExpressionVAE":
         """Learn from cells with raw counts.
 
         Parameters
         ----------
         adata
-            The cells.
+            The cells; or what `prepare` made of them for a model with the same options of data.
         track
             Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
 
@@ -140,6 +139,7 @@ class ExpressionVAE:
         parts = self._parts()
         settle_device(self.train.device)  # before anything is read
         cells = adata if isinstance(adata, Cells) else self.prepare(adata)
+        check_prepared(cells, self._data_options())
         fitted = fit_model(cells, architecture=self._architecture(), track=track, **parts)
         cells = cells.seen_by(fitted)
         fitted = readings.with_readings(fitted, cells)
@@ -171,15 +171,13 @@ class ExpressionVAE:
         >>> check.errors[0].name
         'not-whole'
         """
-        names = ("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer")
-        options = {name: getattr(self, name) for name in (*names, "size_factor", "allow_noninteger", "remedies")}
         adata = read_adata(adata, layer=self.layer)
-        return check_to_fit(
-            adata, chosen_row("likelihood", self.likelihood, LIKELIHOODS), fingerprint=fingerprint, **options
-        )
+        return check_to_fit(adata, fingerprint=fingerprint, **self._data_options())
 
     def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
         """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.
+
+        They share memory with the AnnData: do not change its values before the last fit.
 
         Parameters
         ----------
@@ -197,7 +195,7 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.layer)
         check = self.check(adata, fingerprint=fingerprint)
-        return cells_to_fit(adata, check, n_top_genes=self.n_top_genes, labels=self.labels, unlabelled=self.unlabelled)
+        return cells_to_fit(adata, check, self._data_options())
 
     def embed(self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8) -> Array:
         """Return the posterior means of z, ``(cells, latent_dim)``: the latent space. Options as in `posterior`."""
@@ -777,12 +775,12 @@ class ExpressionVAE:
 
     def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:
         """Open cells for this model; options as in `posterior`."""
-        fitted = self.fitted_
-        if not isinstance(adata, Cells):
-            return mapping.open_any(fitted, adata, unseen=unseen, genes_present=genes_present)
-        if adata.schema != fitted.schema:
-            raise UsageError("these Cells were opened for a model of other genes or conditions; give the AnnData.")
-        return fitted, adata if adata.vae is fitted.vae else adata.seen_by(fitted)
+        return mapping.open_any(self.fitted_, adata, unseen=unseen, genes_present=genes_present)
+
+    def _data_options(self) -> dict[str, Any]:
+        """Return the kind of values that the likelihood takes, and the options that say how cells are read."""
+        values = chosen_row("likelihood", self.likelihood, LIKELIHOODS).values
+        return {"values": values, **{name: getattr(self, name) for name in DATA_OPTIONS}}
 
     def _parts(self) -> dict[str, Any]:
         """Turn options into the objects that a fit takes, and refuse options that cannot be used."""

@@ -1,4 +1,4 @@
-"""Cells opened for a model: checked and aligned once, and encoded once. They live for one question, or for one run."""
+"""Cells opened for a model: checked and aligned once. They live for one question, or from a fit to its written run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,10 @@ __all__ = ["Cells", "open_cells"]
 
 @dataclass(eq=False)
 class Cells:
-    """Cells that were checked against a schema, aligned by gene name, and can be read by position."""
+    """Cells that were checked against a schema, aligned by gene name, and can be read by position.
+
+    The posteriors of all cells are computed at most once, for one model; see `seen_by`.
+    """
 
     source: CellSource
     obs: "pd.DataFrame"
@@ -40,6 +43,8 @@ class Cells:
     """Processor threads of the model."""
     fingerprint: Mapping[str, Any] | None = None
     """Shape and hashes of the values and names, if they were asked for."""
+    prepared_with: Mapping[str, Any] | None = None
+    """Options with which they were prepared for a fit; None if they were opened for a question."""
 
     _view: "Cells | None" = field(default=None, init=False, repr=False)
 
@@ -87,7 +92,7 @@ class Cells:
         return lambda rows: self.schema.expand(codes[rows])
 
     def seen_by(self, fitted: "Fitted") -> "Cells":
-        """Return the same cells, to be encoded by this model: the same object as long as the model is the same."""
+        """Return the same cells, to be encoded by this model. The view of the last model, with its posteriors, is kept."""
         if self.vae is fitted.vae:
             return self
         if self._view is None or self._view.vae is not fitted.vae:

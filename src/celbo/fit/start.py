@@ -1,9 +1,9 @@
 """The model before its first step: cells made ready for a fit, the architecture, and the closed-form start."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,8 +26,22 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-__all__ = ["Architecture", "cells_to_fit", "check_to_fit", "make_vae", "split_of_fit", "start_vae"]
+__all__ = [
+    "DATA_OPTIONS",
+    "Architecture",
+    "cells_to_fit",
+    "check_prepared",
+    "check_to_fit",
+    "make_vae",
+    "split_of_fit",
+    "start_vae",
+]
 
+DATA_OPTIONS = (
+    *("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer", "size_factor"),
+    *("allow_noninteger", "remedies"),
+)
+"""Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
 _FEW_CELLS = 30
 """A fit to fewer cells gets a warning."""
 
@@ -60,8 +74,8 @@ class Architecture:
 
 def check_to_fit(
     adata: "AnnData",
-    likelihood: Likelihood,
     *,
+    values: str,
     conditions: Sequence[str],
     nuisance: Sequence[str],
     interactions: Sequence[str],
@@ -76,7 +90,8 @@ def check_to_fit(
 ) -> Check:
     """Check cells that a model is to be fitted to: values, names, conditions, labels; nothing is trained.
 
-    Parameters are options of `celbo.ExpressionVAE`; with ``fingerprint`` all values are hashed in the same pass.
+    Parameters are `DATA_OPTIONS` of `celbo.ExpressionVAE`, and ``values`` the kind of values of its likelihood. With
+    ``fingerprint`` all values are hashed in the same pass.
     """
     check_names({"conditions": conditions, "nuisance": nuisance, "interactions": interactions, "remedies": remedies})
     if labels is not None and labels in (*conditions, *nuisance):
@@ -85,7 +100,7 @@ def check_to_fit(
         raise UsageError(f"n_top_genes={n_top_genes!r}; give a whole number of at least 1, or None for all.")
     check = check_adata(
         adata,
-        values=likelihood.values,
+        values=values,
         conditions=conditions,
         nuisance=nuisance,
         layer=layer,
@@ -138,9 +153,7 @@ def _check_labels(check: Check, obs: "pd.DataFrame", labels: str, unlabelled: st
         check.add("labels", "warning", str(warning.message))
 
 
-def cells_to_fit(
-    adata: "AnnData", check: Check, *, n_top_genes: int | None, labels: str | None, unlabelled: str
-) -> Cells:
+def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> Cells:
     """Choose genes, align the cells, and number their labels.
 
     Parameters
@@ -149,10 +162,8 @@ def cells_to_fit(
         The cells, which passed the check.
     check
         What `celbo.data.checks.check_adata` found.
-    n_top_genes
-        How many genes to choose; None for all.
-    labels, unlabelled
-        Column of obs with labels, and its value where a label is not known.
+    options
+        The options with which they were checked, as `check_to_fit` takes them.
 
     Raises
     ------
@@ -160,15 +171,44 @@ def cells_to_fit(
         If the check found errors.
     """
     schema = check.accept()
+    n_top_genes, labels = options["n_top_genes"], options["labels"]
     if n_top_genes is not None and check.stored is not None:
         schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
     source = make_source(check, adata, schema)
     if labels is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the check has given these warnings
-            levels, source.labels = known_labels(column_of(adata.obs, labels), unlabelled)
+            levels, source.labels = known_labels(column_of(adata.obs, labels), options["unlabelled"])
         schema = replace(schema, labels=levels)
-    return Cells(source, adata.obs, schema, fingerprint=check.fingerprint)
+    return Cells(source, adata.obs, schema, fingerprint=check.fingerprint, prepared_with=_comparable(options))
+
+
+def check_prepared(cells: Cells, options: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` if cells were not prepared for a fit with these options.
+
+    Examples
+    --------
+    >>> import celbo
+    >>> cells = celbo.ExpressionVAE().prepare(celbo.simulate_cells(n_cells=50, n_genes=20))
+    >>> celbo.ExpressionVAE(nuisance=["batch"]).fit(cells)
+    Traceback (most recent call last):
+    ...
+    celbo.errors.UsageError: these cells were prepared for a model with other options (nuisance); give the AnnData, ...
+    """
+    if cells.prepared_with is None:
+        raise UsageError("these cells were opened for a question, and not prepared for a fit; give the AnnData.")
+    wanted = _comparable(options)
+    if other := [name for name, value in wanted.items() if cells.prepared_with[name] != value]:
+        raise UsageError(
+            f"these cells were prepared for a model with other options ({', '.join(other)}); give the AnnData, or call "
+            "prepare of this model."
+        )
+
+
+def _comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy options, with tuples for lists of names."""
+    names = ("conditions", "nuisance", "interactions", "remedies")
+    return {name: tuple(value) if name in names else value for name, value in options.items()}
 
 
 def make_vae(architecture: Architecture, schema: Schema, likelihood: Likelihood) -> VAE:
