@@ -11,7 +11,7 @@ from pathlib import Path
 
 import celbo
 from celbo.fit import fitted
-from celbo.runs.writing import write_run
+from celbo.runs.run_folder import write_run
 
 
 def main() -> None:

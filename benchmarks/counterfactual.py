@@ -24,9 +24,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
 
 import celbo
-from celbo.data.genes import select_genes
 from celbo.data.stored import stored_values
-from celbo.trust.diagnostics import energy_distance
+from celbo.data.variable_genes import select_genes
+from celbo.trust.findings import energy_distance
 
 N_GENES, N_TOP, N_DRAWS, N_MEMBERS = 2000, 100, 20, 3
 

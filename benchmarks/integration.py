@@ -26,8 +26,8 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 import celbo
-from celbo.data.genes import select_genes
 from celbo.data.stored import stored_values
+from celbo.data.variable_genes import select_genes
 
 SETS = {
     "pbmc_3tech": ("cell_type", "batch"),

@@ -22,8 +22,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 import celbo
 from celbo.ask.labels import NONE_OF_THESE
-from celbo.data.genes import select_genes
 from celbo.data.stored import stored_values
+from celbo.data.variable_genes import select_genes
 
 SETS = {"pbmc_3tech": "batch", "cellmix_tech": "batch", "kang_ifnb": "condition"}
 """Sets with types known otherwise than by their counts' clusters alone, and the nuisance in each."""

@@ -27,8 +27,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import celbo
-from celbo.data.genes import select_genes
 from celbo.data.stored import stored_values
+from celbo.data.variable_genes import select_genes
 
 N_GENES, N_EVALUATED, NEIGHBOURS = 2000, 300, 15
 UNLABELLED = ("unassigned", "nan", "unknown")

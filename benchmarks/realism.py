@@ -19,8 +19,8 @@ import anndata
 import numpy as np
 
 import celbo
-from celbo.data.genes import select_genes
 from celbo.data.stored import stored_values
+from celbo.data.variable_genes import select_genes
 
 N_GENES = 2000
 CONDITIONS = {"pbmc3k": [], "kang_ifnb": ["condition"]}

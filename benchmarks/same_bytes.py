@@ -1,6 +1,6 @@
 """Print SHA-256 hashes of what models learn and answer, to compare two versions of celbo in one environment.
 
-python benchmarks/same_bytes.py [DATA] > after.json
+python benchmarks/same_bytes.py [DATA [golden simulated real]] > after.json
 PYTHONPATH=/other/checkout/src python benchmarks/same_bytes.py [DATA] > before.json
 
 Without DATA (the folder of real counts) only simulated cells are used. The same seed must give the same bytes on the
@@ -32,13 +32,17 @@ TRAIN = celbo.TrainConfig(max_epochs=12, seed=3, threads=2)
 def digest(value) -> str:
     """SHA-256 of an array, sparse matrix, table, AnnData, or JSON value."""
     if isinstance(value, anndata.AnnData):
-        return digest([digest(value.X), digest(value.obs), *(digest(value.obsm[name]) for name in sorted(value.obsm))])
+        parts = {"X": value.X, "obs": value.obs, "var": value.var}
+        parts |= {f"obsm {name}": part for name, part in value.obsm.items()}
+        parts |= {f"layer {name}": part for name, part in value.layers.items() if name is not None}
+        return digest({name: digest(part) for name, part in parts.items() if part is not None})
     if isinstance(value, pd.DataFrame):
-        return digest([value.to_csv(float_format=None), list(map(str, value.columns))])
+        return digest([value.to_csv(float_format=None), list(map(str, value.columns)), list(map(str, value.dtypes))])
     if sparse.issparse(value):
         value = value.toarray()
     if isinstance(value, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+        kind = f"{value.dtype} {value.shape}".encode()
+        return hashlib.sha256(kind + np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -90,7 +94,7 @@ def answers(model, cells, fit_cells, given=None, groupby=None) -> dict[str, str]
 
 
 def simulated():
-    """Four sets and a few kinds of models of simulated cells."""
+    """Hash 14 kinds of models of simulated cells."""
     cells = celbo.simulate_cells(900, 200, n_types=5, n_batches=3, median_library=600, seed=1)
     cells.obs["known"] = cells.obs["cell_type"].astype(str).where(np.arange(900) % 4 > 0, "unknown")
     treated = {"treatment": "treated"}
@@ -177,12 +181,13 @@ def main() -> None:
         before, after = (json.loads(Path(path).read_text()) for path in sys.argv[2:])
         differ = [
             f"{name}: {key}"
-            for name in before
-            for key in sorted(before[name].keys() | after.get(name, {}).keys())
-            if before[name].get(key) != after.get(name, {}).get(key)
+            for name in sorted(before.keys() | after.keys())
+            for key in sorted(before.get(name, {}).keys() | after.get(name, {}).keys())
+            if before.get(name, {}).get(key) != after.get(name, {}).get(key)
         ]
-        print("\n".join(differ) or f"all {sum(map(len, before.values()))} hashes are the same")
-        sys.exit(bool(differ))
+        n_hashes = sum(map(len, before.values()))
+        print("\n".join(differ) or f"all {n_hashes} hashes are the same" if n_hashes else "there are no hashes")
+        sys.exit(bool(differ) or not n_hashes)
     warnings.simplefilter("ignore")
     found = {}
     only = sys.argv[2:] if len(sys.argv) > 2 else ["golden", "simulated", "real"]

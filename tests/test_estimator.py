@@ -1,5 +1,6 @@
 """ExpressionVAE: fit, query, save and load, the same answer each time."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -446,3 +447,14 @@ def test_options_that_are_not_lists_of_names_are_refused(cells, name, value):
     for ask in ("fit", "check", "prepare"):
         with pytest.raises(celbo.UsageError, match=f"{name}=.*give a list of names"):
             getattr(ExpressionVAE(**{name: value}), ask)(cells)
+
+
+def test_a_history_without_a_good_step_is_saved_and_loaded(cells, fitted, tmp_path):
+    model = clone(fitted).fit(cells)
+    nan = float("nan")
+    record = dataclasses.replace(model.history_[0], train_elbo=nan, kl_per_dim=(nan,) * 4)
+    model.fitted_ = dataclasses.replace(model.fitted_, history=[record])
+    model.save(tmp_path / "model")
+    (loaded,) = celbo.load(tmp_path / "model").history_
+    assert loaded.train_elbo is None
+    assert np.isnan(loaded.kl_per_dim).all()

@@ -34,9 +34,9 @@ from celbo.data.checks import check_adata, check_query
 from celbo.data.read import read_adata
 from celbo.errors import StorageError
 from celbo.fit.cells import open_cells
+from celbo.runs.answers import write_embedding, write_table
 from celbo.runs.claims import claimed_folder
-from celbo.runs.outputs import write_embedding, write_table
-from celbo.runs.writing import embedding
+from celbo.runs.run_folder import embedding
 
 QUICK = celbo.TrainConfig(max_epochs=2, seed=0)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -620,8 +620,8 @@ def claimed_elsewhere(folder):
 import sys, time
 from pathlib import Path
 from celbo.runs.claims import claimed_folder
-from celbo.runs.outputs import write_embedding, write_table
-from celbo.runs.writing import embedding
+from celbo.runs.answers import write_embedding, write_table
+from celbo.runs.run_folder import embedding
 with claimed_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -297,7 +297,8 @@ class ExpressionVAE:
 
         Each cell has four readings: ``-log p(x)``; its distance in the latent space to training cells; and how much
         better two typical profiles together, or the mean of all, explain its counts than its own profile does. They are
-        standardised given log library size and batch, joined (Fisher 1925), and compared with those of held-out cells.
+        standardised given log library size and batch. The score joins all but that of two profiles (Fisher 1925), and
+        is compared with those of held-out cells.
 
         Parameters
         ----------
@@ -765,7 +766,7 @@ class ExpressionVAE:
             raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
         value = getattr(self.fitted_, name[:-1])
         if name == "split_" and value is None:
-            raise NotFittedError("this model has no split_: fit makes it, and save does not keep it.")
+            raise NotFittedError("this model has no split_: it was loaded or mapped, and only fit makes it.")
         return History(value) if name == "history_" else value
 
     def _chosen(self) -> dict[str, Any]:

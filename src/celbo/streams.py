@@ -1,4 +1,4 @@
-"""Random streams: each use of a seed has its own number, so that two uses do not share random numbers."""
+"""Random streams: each use of a seed has a number. Uses with the same number never meet in one computation."""
 
 from enum import IntEnum
 
@@ -29,7 +29,7 @@ class Stream(IntEnum):
     LEAKAGE = 8
     """Cells among which leakage of a condition is measured."""
     EVIDENCE = 9
-    """Cells that simpler models learn from."""
+    """Choices of cells in a diagnosis: to learn from, to measure sensitivity on, and to measure information among."""
     IMPORTANCE = 10
     """Importance samples of a cell."""
     PSEUDO_CELLS = 11
@@ -49,13 +49,13 @@ class Stream(IntEnum):
     SAMPLE = 18
     """New cells."""
     READ_CELLS = 18
-    """Held-out cells that are read after a fit. It has the number of `SAMPLE`, which is used with other seeds."""
+    """Held-out cells that are read after a fit. It has the number of `SAMPLE`."""
     SUPPORT = 19
     """Known cells that are tested for support."""
     COMPARED_CELLS = 19
-    """Cells that models are compared on. It has the number of `SUPPORT`; no computation uses both."""
+    """Cells that models are compared on. It has the number of `SUPPORT`."""
     REALISM = 19
-    """Cells, halves and folds of the comparison with real cells; no computation uses it with the two above."""
+    """Cells, halves and folds of the comparison with real cells. It has the number of `SUPPORT`."""
     BOOTSTRAP = 20
     """Resampled cells that give the certainty of a choice."""
     SHRINKAGE = 21

@@ -12,7 +12,8 @@ from scipy.stats import kstest
 from sklearn.metrics import roc_auc_score
 
 import celbo
-from celbo.ask.outliers import READINGS, joined, p_values, standardised
+from celbo.ask.outliers import joined, p_values, standardised
+from celbo.fit.reference import READINGS
 
 
 @pytest.fixture(scope="module")

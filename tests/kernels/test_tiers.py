@@ -246,9 +246,11 @@ def without_interpreter(code, folder):
 
 def test_the_gpu_kernels_refuse_tensors_that_are_not_there(tmp_path):
     found = without_interpreter(
-        "import torch; from celbo.kernels import dispatch as kernels\n"
+        "import torch\n"
+        "from celbo.kernels import dispatch as kernels\n"
+        "from celbo.kernels.reference import DecodedCounts\n"
         "kernels.use('gpu')\n"
-        "kernels.decoded_log_prob(kernels.DecodedCounts(*[torch.zeros(1, 1)] * 3, torch.zeros(1), torch.zeros(1, 1)))",
+        "kernels.decoded_log_prob(DecodedCounts(*[torch.zeros(1, 1)] * 3, torch.zeros(1), torch.zeros(1, 1)))",
         tmp_path,
     )
     assert "UsageError: the gpu kernels take tensors on a CUDA device, these are on cpu" in found.stderr

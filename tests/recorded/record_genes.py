@@ -1,4 +1,4 @@
-"""Record which genes scanpy chooses, for tests/test_genes.py; how to run it: README.md, beside it."""
+"""Record which genes scanpy chooses, for tests/test_variable_genes.py; how to run it: README.md, beside it."""
 
 import hashlib
 import json

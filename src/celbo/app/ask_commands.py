@@ -44,8 +44,8 @@ def embed(
     standard deviations), but no counts.
     """
     from celbo.ask.mapping import open_any
-    from celbo.runs.outputs import check_embedding_path, write_embedding
-    from celbo.runs.writing import embedding
+    from celbo.runs.answers import check_embedding_path, write_embedding
+    from celbo.runs.run_folder import embedding
 
     refuse_overwriting_data(output, data)
     check_embedding_path(output)
@@ -78,9 +78,9 @@ def map_query(
     """
     from celbo.app.progress import shown_progress
     from celbo.fit.cells import open_cells
+    from celbo.runs.answers import write_embedding
     from celbo.runs.claims import claimed_folder
-    from celbo.runs.outputs import write_embedding
-    from celbo.runs.writing import embedding
+    from celbo.runs.run_folder import embedding
 
     refuse_overwriting_run(run, output)
     if (output / "run.json").exists():
@@ -118,7 +118,7 @@ def predict(
     The table has a line per cell: **label** (or "none of these"), **probability**, **p_known**, and the probability
     of each label.
     """
-    from celbo.runs.outputs import check_table_path, write_table
+    from celbo.runs.answers import check_table_path, write_table
 
     check_table_path(output, "predict")
     model = celbo.load(run)
@@ -153,7 +153,7 @@ def score(
     The table has a line per cell: **log_p**, its standard error **se**, the effective number of draws **ess**,
     **trusted**. With `--outliers`: **score**, **p_value**, **q_value**, **kind** (doublet-like, ...), **top_genes**.
     """
-    from celbo.runs.outputs import check_table_path, write_table
+    from celbo.runs.answers import check_table_path, write_table
 
     check_table_path(output, "score")
     if outliers and (refine or n_samples is not None):
@@ -205,7 +205,7 @@ def counterfactual(
     says per cell whether fit saw similar cells under the new condition (`celbo_verdict`: supported, edge,
     extrapolation; empty without a count), **var** how each gene changes.
     """
-    from celbo.runs.outputs import check_counterfactual_path, write_counterfactual
+    from celbo.runs.answers import check_counterfactual_path, write_counterfactual
 
     refuse_overwriting_data(output, data)
     check_counterfactual_path(output)
@@ -247,7 +247,7 @@ def de(
     is beyond `--least-change`, **fdr**. Cells are not independent donors: for other donors, add up the counts of each
     donor (`celbo.pseudobulk`).
     """
-    from celbo.runs.outputs import check_table_path, write_table
+    from celbo.runs.answers import check_table_path, write_table
 
     check_table_path(output, "de")
     model = celbo.load(run)
@@ -286,7 +286,7 @@ def sample(
     **X** has counts over the model's genes, **obs** the conditions and library sizes, **obsm["z"]** the latent
     positions.
     """
-    from celbo.runs.outputs import check_sample_path, write_sample
+    from celbo.runs.answers import check_sample_path, write_sample
 
     check_sample_path(output)
     model = celbo.load(run)

@@ -269,7 +269,7 @@ def cure(
     """
     from celbo.app.progress import shown_progress
     from celbo.runs.claims import claimed_folder
-    from celbo.runs.writing import write_run
+    from celbo.runs.run_folder import write_run
 
     refuse_overwriting_run(run, output)
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)

@@ -148,7 +148,7 @@ def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData"
 
 def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":
     """Load a fitted model, and read the named cells or those that it was fitted to."""
-    from celbo.runs.writing import record_of_run
+    from celbo.runs.run_folder import record_of_run
 
     model = celbo.load(run)
     record = record_of_run(run)
@@ -247,7 +247,7 @@ def fit_and_write(
     """Train with a progress bar, then write the run. Warnings are shown, and repeated in the report."""
     from celbo.app.progress import shown_progress
     from celbo.runs.claims import claimed_folder
-    from celbo.runs.writing import write_run
+    from celbo.runs.run_folder import write_run
 
     announce_run(model, output)
     with claimed_folder(output, path):

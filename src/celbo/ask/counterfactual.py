@@ -27,7 +27,7 @@ from celbo.streams import Stream, random_stream
 __all__ = ["LEAST_CHANGE", "Counterfactual", "changed_genes", "counterfactual", "refuse_single_levels"]
 
 LEAST_CHANGE = 0.25
-"""Change of log2 of a mean from which a gene counts as changed; for a gaussian, in standard deviations."""
+"""A gene counts as changed from this log2 ratio of means on; for a gaussian, this difference in standard deviations."""
 _SURE = 0.05
 """Largest fdr of the genes that are counted as changed."""
 _ROUNDING = 1e-5
@@ -93,21 +93,20 @@ class Counterfactual:
         return adata
 
     def group_mean(self, *, n_cells: int | None = None, n_draws: int = 100, seed: int = 0) -> pd.DataFrame:
-        """What the mean of so many real cells would be: ``log(1 + 10,000 x / library)``, by gene.
+        """Predict the mean of ``log(1 + 10,000 x / library)`` over a number of real cells, by gene.
 
-        Each draw takes as many cells as these from among them, with replacement and counts of their own, and from these
-        the group: a mean has the error of both samples, ``s**2 (1 / n + 1 / n_cells)``, since that of the cells asked
-        about is not known better than n cells tell. What another model would say is in it only if several were asked
-        (see `one_more_draw`).
+        Each draw resamples the n cells with replacement, draws their counts, and then draws the group from them. So
+        its variance is ``s**2 (1 / n + 1 / n_cells)``: that of both samples. The interval covers the difference between
+        models only if several models were given (see `one_more_draw`).
 
         Parameters
         ----------
         n_cells
-            Cells that the mean is of; as many as these if None.
+            Number of cells in the group; None for the number of these cells.
         n_draws
-            Draws of all of them, at least two for each model and answer, of each as many.
+            Number of draws, at least 4 for each model. Each model and each of the two answers has the same number.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
@@ -243,10 +242,11 @@ def one_more_draw(draws: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     """Where a draw from one more model is to be expected, nine times in ten: ``mean +- t sqrt(W + B + A)``.
 
     ``W = (1 + 1/n) w``, w the variance among draws of a model and answer, n draws in all; ``B = (1 + 1/M) b``, b the
-    variance of the M models' means, and ``A = (1 + 1/2) a``, a that of the two answers', beyond what the draws leave in
-    them. t is the 95 % quantile of Student's distribution with ``(W + B)**2 / (W**2 / (n - 2 M) + B**2 / (M - 1))``
-    degrees of freedom (Satterthwaite 1946, doi 10.2307/3002019): few models that differ say little about how much a
-    further one will. It holds 88 to 90 % from three models on; of two that differ much, 83 %.
+    variance of the M models' means; ``A = (1 + 1/2) a``, a the variance of the means of the two answers, less the part
+    that comes from the draws. t is the 95 % quantile of Student's distribution with
+    ``(W + B)**2 / (W**2 / (n - 2 M) + B**2 / (M - 1))`` degrees of freedom (Satterthwaite 1946, doi 10.2307/3002019):
+    few models say little about how much a further one differs. The interval covers 88 to 90 % with three models or
+    more, and 83 % with two models that differ much.
 
     Parameters
     ----------
@@ -286,8 +286,9 @@ def changed_genes(
 ) -> pd.DataFrame:
     """Means over cells under both conditions, by gene, and how they differ; see `Counterfactual.genes`.
 
-    To each draw comes an error of what was learned, normal, with the variance that the log ratio of two means of
-    ``n_cells`` counts has: ``var_before / (n_before before**2) + var_after / (n_after after**2)``; of a difference
+    Each draw gets a normal error, because the means were learned from a finite number of cells. Its variance is that of
+    the log ratio of two means of ``n_cells`` counts,
+    ``var_before / (n_before before**2) + var_after / (n_after after**2)``; for a difference it is
     ``var_before / n_before + var_after / n_after``.
 
     Parameters
@@ -297,16 +298,16 @@ def changed_genes(
     noise
         Variances of a count before and after, ``(2, genes)``.
     n_cells
-        Cells learned from like these that do not have the conditions, and that do; see `n_like`.
+        Number of similar training cells without the conditions, and with them; see `n_like`.
     index
         Names of the genes.
     measured
-        Which of them the cells have; of the others nothing is told but the means.
+        Which genes the cells have, ``(genes,)``; the others get means only.
     is_ratio
-        Whether means are above 0, so that their log2 ratio tells; else their difference does, and a change is one by
-        `LEAST_CHANGE` standard deviations of a value before.
+        Whether the change is the log2 ratio of means; else it is their difference, and `LEAST_CHANGE` is in standard
+        deviations of a value before.
     seed
-        Of the errors.
+        Seed of the errors.
     """
     variances = noise / np.maximum(n_cells, 1)[:, None]
     if is_ratio:

@@ -16,11 +16,12 @@ from scipy.stats import false_discovery_control, genpareto
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import SplineTransformer
 
-from celbo.ask.readings import READINGS, read_cells
+from celbo.ask.readings import read_cells
 from celbo.ask.scoring import refuse_autoencoder
 from celbo.errors import UsageError, check_seed
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.reference import READINGS
 
 __all__ = ["joined", "outliers", "p_values", "standardised", "unusual"]
 

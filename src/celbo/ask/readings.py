@@ -24,6 +24,7 @@ from torch import Tensor
 
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.reference import n_readings
 from celbo.kernels.threads import threads
 from celbo.minibatch import Rows, in_chunks
 from celbo.model.importance import BLOCK, log_prob_of_block
@@ -31,10 +32,8 @@ from celbo.model.inference import Block, encoded_blocks
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
-__all__ = ["READINGS", "CellReadings", "n_readings", "read_cells", "with_readings"]
+__all__ = ["CellReadings", "read_cells", "with_readings"]
 
-READINGS = ("unlikely", "distance", "mixture", "ambient")
-"""Names of the readings; the last two are of counts only."""
 _SAMPLES = 100
 """Importance samples for each cell."""
 _NEAREST = 15
@@ -50,16 +49,11 @@ class CellReadings(NamedTuple):
     """What was read of some cells."""
 
     readings: NDArray[np.float64]
-    """``(cells, 4)``: `READINGS`; the first two where the values are not counts."""
+    """``(cells, 4)``: `celbo.fit.reference.READINGS`; the first two where the values are not counts."""
     library: NDArray[np.float32]
     """``(cells,)``; it includes the counts that are filled in for missing genes."""
     genes: list[str]
     """For each cell the genes that surprise most; + after a gene with more counts than expected, - with fewer."""
-
-
-def n_readings(is_counts: bool) -> int:
-    """Return how many of `READINGS` have a meaning."""
-    return len(READINGS) if is_counts else 2
 
 
 def with_readings(fitted: Fitted, cells: Cells) -> Fitted:

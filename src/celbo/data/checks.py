@@ -14,7 +14,7 @@ from celbo.data.fingerprint import Fingerprint
 from celbo.data.matching import explain_mismatch
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored, stored_values
-from celbo.data.values import Scan, diagnose, find_counts, holds_counts, scan_values, value_faults
+from celbo.data.values import Scan, describe_values, find_counts, holds_counts, scan_values, value_faults
 from celbo.errors import DataError, UsageError, listed, warn
 
 __all__ = ["Check", "Problem", "check_adata", "check_query"]
@@ -297,7 +297,7 @@ def _check_values(
     if wrong_kind := {"negative", "not-whole"} & faults.keys():
         # The last of these sentences also says what the values are, and where counts are.
         last = max(wrong_kind)
-        description = diagnose(stored, scan)
+        description = describe_values(stored, scan)
         hints = [f"The values {description}." if description else "", find_counts(adata, layer) or _ADVICE[last]]
         advice |= dict.fromkeys(wrong_kind, "") | {last: " ".join(filter(None, hints))}
     for kind, sentence in faults.items():

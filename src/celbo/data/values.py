@@ -14,7 +14,7 @@ from celbo.data.read import ORIGIN, left_on_disk
 from celbo.data.stored import Stored, layer_names, place_of, stored_matrix, stored_values
 from celbo.errors import DataError
 
-__all__ = ["Fault", "Scan", "diagnose", "find_counts", "holds_counts", "scan_values", "value_faults"]
+__all__ = ["Fault", "Scan", "describe_values", "find_counts", "holds_counts", "scan_values", "value_faults"]
 
 LARGEST_COUNT = 1e9
 """Larger counts are errors: no experiment counts more of one gene in one sample."""
@@ -23,7 +23,7 @@ _EXACT = 2**24
 """float32 cannot represent all whole numbers above this one."""
 
 _SAMPLE = 1000
-"""Number of cells, evenly spaced, from which `diagnose` guesses the kind of values."""
+"""Number of cells, evenly spaced, from which `describe_values` guesses the kind of values."""
 
 
 class Fault(NamedTuple):
@@ -149,7 +149,7 @@ def value_faults(scan: Scan, adata: AnnData, layer: str | None, kinds: tuple[str
     }
 
 
-def diagnose(stored: Stored, scan: Scan) -> str:
+def describe_values(stored: Stored, scan: Scan) -> str:
     """Guess from a thousand cells what values are that are not counts; return an empty text if nothing fits.
 
     Scaled values have mean 0 and variance 1 in every gene. Normalised counts are, within a cell, whole multiples of the

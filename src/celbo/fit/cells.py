@@ -92,7 +92,7 @@ class Cells:
         return lambda rows: self.schema.expand(codes[rows])
 
     def seen_by(self, fitted: "Fitted") -> "Cells":
-        """Return the same cells, to be encoded by this model. The view of the last model, with its posteriors, is kept."""
+        """Return the same cells, to be encoded by this model. The view of the last model is kept."""
         if self.vae is fitted.vae:
             return self
         if self._view is None or self._view.vae is not fitted.vae:

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, listed
 from celbo.fit.cells import Cells
-from celbo.fit.reference import Reference, reference_rows
+from celbo.fit.reference import Reference, n_readings, reference_rows
 from celbo.fit.remedies import Recipe, remedy_table
 from celbo.fit.start import Architecture, split_of_fit, start_vae
 from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device
@@ -48,7 +48,7 @@ class Fitted:
     """Names of the remedies."""
     history: Sequence[Epoch] = ()
     split: Split | None = None
-    """Which cells were held out; None for a loaded model, which does not keep it."""
+    """Which cells were held out; None for a loaded or a mapped model."""
     reference: Reference | None = None
     """Latent positions of the cells of fit; None if they were not kept."""
 
@@ -159,7 +159,7 @@ def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
         held_out=np.isin(rows, split.validation),
         labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
         was_read=np.zeros(len(rows), bool),
-        readings=np.zeros((len(rows), 4 if fitted.is_counts else 2)),
+        readings=np.zeros((len(rows), n_readings(fitted.is_counts))),
     )
 
 
@@ -172,7 +172,7 @@ def split_again(fitted: Fitted, cells: Cells) -> Split | None:
         return None
     split = split_of_fit(cells.source, fitted.schema, fitted.config)
     rows = reference_rows(split, fitted.seed)
-    if len(rows) != len(fitted.reference.library) or not (rows < len(cells)).all():
+    if len(rows) != len(fitted.reference.library):
         return None
     return split if np.array_equal(cells.source.library[rows], fitted.reference.library) else None
 
@@ -180,8 +180,8 @@ def split_again(fitted: Fitted, cells: Cells) -> Split | None:
 def cells_to_measure(fitted: Fitted, cells: Cells) -> tuple[Rows, Rows]:
     """Choose the cells to measure a model on, and the cells that simpler models may learn from.
 
-    If these are the cells of fit, the first are held-out cells (at most 10,000) and the second training cells. Else
-    both are all cells.
+    If these are the cells of fit, the first are held-out cells and the second training cells. Else both are all cells;
+    so are the first if fewer than two cells were held out. The first are at most 10,000.
     """
     split = split_again(fitted, cells)
     held_out = cells.rows if split is None or len(split.validation) < 2 else split.validation

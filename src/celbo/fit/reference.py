@@ -12,8 +12,10 @@ from celbo.minibatch import Rows
 from celbo.streams import Stream, random_stream
 
 __all__ = [
+    "READINGS",
     "Reference",
     "has_conditions",
+    "n_readings",
     "nested_conditions",
     "reference_arrays",
     "reference_from",
@@ -21,6 +23,8 @@ __all__ = [
     "seen_together",
 ]
 
+READINGS = ("unlikely", "distance", "mixture", "ambient")
+"""Readings that show whether a cell is unusual; `celbo.ask.readings` computes them. The last two are of counts."""
 _REFERENCE_CELLS = 50_000
 """Largest number of training cells whose posteriors are kept with a model."""
 _NEAR_VALUE = 0.25
@@ -51,6 +55,11 @@ class Reference(NamedTuple):
     """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
     readings: NDArray[np.float64]
     """``(cells, 4)``: the readings of `celbo.ask.readings`, two where the values are not counts. 0 for other cells."""
+
+
+def n_readings(is_counts: bool) -> int:
+    """Return how many of `READINGS` have a meaning."""
+    return len(READINGS) if is_counts else 2
 
 
 def reference_arrays(reference: Reference) -> dict[str, NDArray[Any]]:

@@ -12,14 +12,14 @@ from celbo import checkpoint
 from celbo.data.schema import Schema
 from celbo.errors import ModelFileError
 from celbo.fit.fitted import Fitted
-from celbo.fit.reference import reference_arrays, reference_from
+from celbo.fit.reference import n_readings, reference_arrays, reference_from
 from celbo.fit.remedies import Recipe
 from celbo.fit.start import Architecture, make_vae
 from celbo.fit.train import Epoch, TrainConfig
 from celbo.model.likelihoods import Likelihood
 from celbo.model.objective import Objective
 
-__all__ = ["read_fitted", "take_weights", "write_fitted"]
+__all__ = ["read_fitted", "take_weights", "without_nan", "write_fitted"]
 
 
 def write_fitted(path: str | Path, fitted: Fitted, options: Mapping[str, Any], *, keep_reference: bool) -> None:
@@ -27,7 +27,7 @@ def write_fitted(path: str | Path, fitted: Fitted, options: Mapping[str, Any], *
     document = {
         "options": dict(options),
         "schema": fitted.schema.to_json(),
-        "history": [_without_nan(asdict(epoch)) for epoch in fitted.history],
+        "history": [without_nan(asdict(epoch)) for epoch in fitted.history],
     }
     weights = {name: value.cpu().numpy() for name, value in fitted.vae.state_dict().items()}
     reference = fitted.reference if keep_reference else None
@@ -65,13 +65,19 @@ def read_fitted(
         config=config,
         recipe=recipe,
         remedies=tuple(remedies),
-        history=[Epoch(**{**epoch, "kl_per_dim": tuple(epoch["kl_per_dim"])}) for epoch in folder.document["history"]],
+        history=[_epoch(record) for record in folder.document["history"]],
     )
     if folder.reference is None:
         return fitted
     n_conditions = len(schema.conditions)
-    reference = reference_from(folder.reference, vae.latent_dim, n_conditions, 4 if fitted.is_counts else 2)
+    reference = reference_from(folder.reference, vae.latent_dim, n_conditions, n_readings(fitted.is_counts))
     return replace(fitted, reference=reference)
+
+
+def _epoch(record: Mapping[str, Any]) -> Epoch:
+    """Read the record of an epoch; None among the KL terms was no number."""
+    kl_per_dim = tuple(math.nan if kl is None else kl for kl in record["kl_per_dim"])
+    return Epoch(**{**record, "kl_per_dim": kl_per_dim})
 
 
 def take_weights(fitted: Fitted, folder: checkpoint.ModelFolder, path: str | Path) -> None:
@@ -88,8 +94,16 @@ def take_weights(fitted: Fitted, folder: checkpoint.ModelFolder, path: str | Pat
     fitted.vae.load_state_dict(weights, assign=True)
 
 
-def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace numbers that JSON lacks by None; an epoch without a single good step has them."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+def without_nan(value: Any) -> Any:
+    """Replace numbers that JSON lacks by None, also inside; an epoch without a single good step has them.
+
+    Examples
+    --------
+    >>> without_nan({"elbo": float("nan"), "kl_per_dim": (1.0, float("inf"))})
+    {'elbo': None, 'kl_per_dim': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,9 +10,9 @@ import torch
 
 from celbo.data.checks import Check, check_adata
 from celbo.data.conditions import column_of, known_labels
-from celbo.data.genes import choose_genes
 from celbo.data.schema import Schema
 from celbo.data.sources import CellSource, make_source
+from celbo.data.variable_genes import choose_genes
 from celbo.errors import DataError, UsageError, check_count, check_names, listed
 from celbo.fit.cells import Cells
 from celbo.fit.reference import nested_conditions

@@ -272,7 +272,11 @@ def _tall(parameter: Tensor) -> Tensor:
 
 
 def _go_back(state: TrainingState, terms: ElboTerms, rows: Rows) -> None:
-    """Go back to the last good weights with half the learning rate; Adam and the average start again from there."""
+    """Go back to the last good weights with half the learning rate.
+
+    Adam loses its moments, and the average becomes these weights. The number of steps, which sets the rate of the
+    average, and what the penalty remembers stay.
+    """
     state.chances, state.learning_rate = state.chances - 1, state.learning_rate / 2
     if state.chances < 0:
         parts = {"reconstruction": terms.reconstruction, "KL": terms.kl.sum(-1)}

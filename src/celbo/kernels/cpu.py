@@ -133,7 +133,7 @@ def _run(inputs: DecodedCounts, weights: Tensor | None) -> tuple[Tensor, list[Te
 
 def _blocks(n_cells: int, n_threads: int) -> Iterator[slice]:
     """Yield blocks of even size, at least one for each thread."""
-    n_blocks = max(-(-n_cells // _BLOCK), min(n_threads, n_cells))
+    n_blocks = max(1, -(-n_cells // _BLOCK), min(n_threads, n_cells))
     edges = [turn * n_cells // n_blocks for turn in range(n_blocks + 1)]
     yield from (slice(start, stop) for start, stop in pairwise(edges))
 

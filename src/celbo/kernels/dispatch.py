@@ -15,7 +15,7 @@ from torch import Tensor, float32
 from celbo.errors import UsageError
 from celbo.kernels.reference import DecodedCounts
 
-__all__ = ["DecodedCounts", "decoded_log_prob", "sparse_linear", "use"]
+__all__ = ["decoded_log_prob", "sparse_linear", "use"]
 
 TIERS = ("auto", "reference", "cpu", "gpu")
 _NEEDS = {"cpu": "numba", "gpu": "triton"}

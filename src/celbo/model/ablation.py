@@ -109,17 +109,12 @@ def use_of_latent(
 
 def encode_with_contexts(vae: VAE, source: Source, rows: Rows) -> tuple[Encoded, sparse.csr_matrix]:
     """Encode these cells, and return their contexts too, ``(cells, context_dim)``: most are 0 if levels are many."""
-    mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
-    encoded = Encoded(mu_z, logvar_z, np.empty(len(rows), np.float32))
     contexts = dict[int, sparse.csr_matrix]()
 
-    def encode(cells: Minibatch, chunk: slice) -> None:
-        parts = (*vae.encode(cells.x, context_of(vae, cells)), cells.library[:, 0])
-        for array, part in zip(encoded, parts, strict=True):
-            array[chunk] = part.cpu().numpy()
+    def keep_context(cells: Minibatch, chunk: slice) -> None:
         contexts[chunk.start] = sparse.csr_matrix(cells.context.cpu().numpy()[:, : vae.context_dim])
 
-    for_chunks(vae, source, rows, encode)
+    encoded = encode(vae, source, rows, also=keep_context)
     return encoded, sparse.vstack([contexts[start] for start in sorted(contexts)], format="csr")
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from celbo.kernels.dispatch import DecodedCounts, decoded_log_prob
-from celbo.kernels.reference import nb_log_prob, poisson_log_prob, zinb_log_prob
+from celbo.kernels.dispatch import decoded_log_prob
+from celbo.kernels.reference import DecodedCounts, nb_log_prob, poisson_log_prob, zinb_log_prob
 
 __all__ = ["NegativeBinomial", "Poisson", "Shares", "ZeroInflatedNegativeBinomial"]
 

@@ -85,8 +85,10 @@ def evaluating(vae: VAE) -> Iterator[None]:
         vae.train(was_training)
 
 
-def encode(vae: VAE, source: Source, rows: Rows | None = None) -> Encoded:
-    """Encode these cells, or all; each cell is read, filled in and encoded once."""
+def encode(
+    vae: VAE, source: Source, rows: Rows | None = None, *, also: Callable[[Minibatch, slice], None] | None = None
+) -> Encoded:
+    """Encode these cells, or all; each cell is read, filled in and encoded once. ``also`` is called with each chunk."""
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
     library = np.empty(len(rows), np.float32)
@@ -95,6 +97,8 @@ def encode(vae: VAE, source: Source, rows: Rows | None = None) -> Encoded:
         mu, logvar = vae.encode(cells.x, context_of(vae, cells))
         mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
         library[chunk] = cells.library[:, 0].cpu().numpy()
+        if also is not None:
+            also(cells, chunk)
 
     for_chunks(vae, source, rows, encode_chunk)
     return Encoded(mu_z, logvar_z, library)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celbo.model.information import ACTIVE
-from celbo.trust.diagnostics import (
+from celbo.trust.findings import (
     DEAD,
     LEAST_ABLATION,
     Finding,
@@ -30,7 +30,7 @@ from celbo.trust.diagnostics import (
     types_kept,
 )
 
-__all__ = ["Advice", "Diagnosis", "Evidence", "Settings", "diagnose"]
+__all__ = ["Advice", "Diagnosis", "Evidence", "Settings", "conclude"]
 
 _SCHEDULES = {"linear", "sigmoid", "cosine", "cyclical", "autoencoder_start"}
 _GRAVITY = {"good": 0, "watch": 1, "bad": 2}
@@ -149,7 +149,7 @@ class Evidence(NamedTuple):
     settings: Settings = Settings()
 
 
-def diagnose(evidence: Evidence) -> Diagnosis:
+def conclude(evidence: Evidence) -> Diagnosis:
     """Make all findings, worst first, and rank the remedies."""
     e, settings = evidence, evidence.settings
     variance_alive = e.mu_z.var(0, dtype=np.float64) > ACTIVE

@@ -11,10 +11,9 @@ from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.inference import cell_terms
 from celbo.model.information import ACTIVE
 from celbo.streams import Stream, random_stream
-from celbo.trust import advice
-from celbo.trust.advice import Diagnosis
-from celbo.trust.diagnostics import condition_ablation, enough_ablation, falls_short
+from celbo.trust.advice import Diagnosis, conclude
 from celbo.trust.evidence import dispersion_of_simpler, gather, settings_of
+from celbo.trust.findings import condition_ablation, enough_ablation, falls_short
 from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
 __all__ = ["diagnose", "doubts_of_fit"]
@@ -33,7 +32,7 @@ def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: 
         raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
     types = None if groupby is None else column_of(cells.obs, groupby).astype(str).to_numpy()[rows]
     with threads(fitted.threads):
-        return advice.diagnose(gather(fitted, cells, rows, training, types=types, seed=seed))
+        return conclude(gather(fitted, cells, rows, training, types=types, seed=seed))
 
 
 def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:

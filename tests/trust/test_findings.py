@@ -21,7 +21,8 @@ from celbo.model.information import mutual_information
 from celbo.model.objective import elbo_terms, log_prob_of_cells
 from celbo.model.vae import Noise
 from celbo.trust import diagnosing
-from celbo.trust.diagnostics import (
+from celbo.trust.evidence import gather
+from celbo.trust.findings import (
     active_units,
     aggregated_gap,
     condition_ablation,
@@ -32,7 +33,6 @@ from celbo.trust.diagnostics import (
     latent_information,
     types_kept,
 )
-from celbo.trust.evidence import gather
 from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
 TRAIN = celbo.TrainConfig(seed=0)

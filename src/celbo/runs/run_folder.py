@@ -20,12 +20,13 @@ from celbo.ask.scoring import elbo, posterior
 from celbo.estimator import ExpressionVAE
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.saved import without_nan
 from celbo.model.information import ACTIVE
 from celbo.report.figures import latent_figure, to_png
 from celbo.report.latent import layout
 from celbo.report.page import render
+from celbo.runs.answers import write_embedding, write_file
 from celbo.runs.claims import WRITTEN
-from celbo.runs.outputs import write_embedding, write_file
 from celbo.trials.comparing import Comparison
 from celbo.trials.curing import Step
 from celbo.trust.advice import Diagnosis
@@ -122,7 +123,8 @@ def write_run(
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history, record of the run, picture and report.
 
-    The names of the files are `celbo.runs.claims.WRITTEN`. Files of an earlier run are removed first.
+    The names of the files are `celbo.runs.claims.WRITTEN`. The model is saved first, so that nothing can lose it; then
+    files of an earlier run are removed. A process that is killed between the two leaves the new model beside them.
 
     Parameters
     ----------
@@ -154,8 +156,8 @@ def write_run(
     dict
         The report's summary: everything that the report shows.
     """
-    model.save(folder / "model", keep_reference=keep_reference)  # first: nothing below may lose it
-    if (folder / "run.json").exists():  # an earlier run: if this one is interrupted now, no files of both remain
+    model.save(folder / "model", keep_reference=keep_reference)
+    if (folder / "run.json").exists():  # of an earlier run
         for name in set(WRITTEN) - {"model"}:
             Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
     run = _record(folder, model, cells, source, reading)
@@ -291,12 +293,4 @@ def _peak_memory_mb() -> float | None:
 
 def _json(value: Any, indent: int | None = 1) -> str:
     """Write JSON; numbers that are not finite become null."""
-
-    def finite(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: finite(part) for key, part in item.items()}
-        if isinstance(item, list | tuple):
-            return [finite(part) for part in item]
-        return None if isinstance(item, float) and not np.isfinite(item) else item
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(without_nan(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 import celbo
 from celbo import UsageError
-from celbo.data.genes import select_genes
+from celbo.data.variable_genes import select_genes
 
 SCANPY = json.loads((Path(__file__).parents[1] / "recorded" / "genes_scanpy.json").read_text())
 SIMULATED = [entry for entry in SCANPY["sets"] if entry["name"] == "simulated"]
@@ -220,5 +220,5 @@ def test_less_than_one_gene_is_refused(x):
 
 
 def test_the_compiled_loess_is_loaded_only_when_genes_are_chosen():
-    code = "import sys, celbo.data.genes; sys.exit('skmisc' in sys.modules)"
+    code = "import sys, celbo.data.variable_genes; sys.exit('skmisc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,7 @@
 """Write the files of commands in one step or not at all, and never over a file that celbo did not write."""
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -120,9 +121,10 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
         cells = read_h5ad(path, backed="r")
     except Exception:  # noqa: BLE001 - celbo did not write a file that anndata cannot read
         return False
-    answer = is_ours(cells)
-    cells.file.close()
-    return answer
+    try:
+        return is_ours(cells)
+    finally:
+        cells.file.close()
 
 
 def _write_cells(cells: AnnData, path: Path) -> None:
@@ -143,7 +145,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, then rename. Follow a link, so that it stays a link."""
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
