@@ -15,7 +15,7 @@ from rich.console import Console
 
 import celbo
 from celbo import checkpoint
-from celbo.app import ask_commands, options
+from celbo.app import model_commands, options
 from celbo.app.commands import (
     Reading,
     cells_for,
@@ -331,15 +331,15 @@ def inspect(run: options.Run, as_json: options.AsJson = False) -> None:
 
 
 for _command in (
-    ask_commands.embed,
-    ask_commands.predict,
-    ask_commands.score,
-    ask_commands.counterfactual,
-    ask_commands.de,
-    ask_commands.sample,
+    model_commands.embed,
+    model_commands.predict,
+    model_commands.score,
+    model_commands.counterfactual,
+    model_commands.de,
+    model_commands.sample,
 ):
     app.command(rich_help_panel=_ASK)(_command)
-app.command("map", rich_help_panel=_ASK)(ask_commands.map_query)
+app.command("map", rich_help_panel=_ASK)(model_commands.map_query)
 
 
 def main() -> None:
