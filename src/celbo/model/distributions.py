@@ -1,4 +1,4 @@
-"""Count distributions with the interface of torch; the kernels compute their log-probabilities.
+"""Count distributions and their formulas, with the interface of torch; the kernels compute their log-probabilities.
 
 Each can be made from its mean or, without rounding, from logarithms: `NegativeBinomial(mu, theta)` or
 `NegativeBinomial(log_mu=..., log_theta=...)`, as torch lets a Bernoulli be made from ``probs`` or ``logits``. A third
@@ -39,7 +39,7 @@ class Shares(NamedTuple):
 
 
 class Poisson(Distribution):
-    """Poisson counts: mean and variance ``mu``.
+    """Poisson counts, ``p(x) = mu**x exp(-mu) / x!``: mean and variance ``mu``.
 
     Parameters
     ----------
@@ -114,8 +114,10 @@ class Poisson(Distribution):
 class NegativeBinomial(Distribution):
     r"""Negative binomial counts with mean ``mu`` and variance ``mu + mu**2 / theta``.
 
-    ``theta`` is the inverse dispersion: the Poisson is its limit at infinity. The probability of a zero is
-    ``(theta / (theta + mu)) ** theta``. ``mu`` and ``theta`` broadcast.
+    The formula is
+    ``p(x) = Gamma(x + theta) / (Gamma(theta) x!) (theta / (theta + mu))**theta (mu / (theta + mu))**x``; its logarithm
+    is computed by `celbo.kernels.reference.nb_log_prob`. ``theta`` is the inverse dispersion: at infinity the
+    distribution is a Poisson. ``mu`` and ``theta`` broadcast.
 
     Parameters
     ----------
@@ -185,10 +187,7 @@ class NegativeBinomial(Distribution):
         return self.mu + self.mu.square() / self.theta
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Compute the log-probability of counts, nats; the formula is `celbo.kernels.reference.nb_log_prob`.
-
-        ``ln Gamma(x + theta) - ln Gamma(theta) - ln x! + theta ln(theta / (theta + mu)) + x ln(mu / (theta + mu))``
-        """
+        """Compute the log-probability of counts, nats; see `celbo.kernels.reference.nb_log_prob`."""
         if self._validate_args:
             self._validate_sample(value)
         return nb_log_prob(value, self.log_mu, self.log_theta).to(_float_dtype(value))
@@ -211,7 +210,7 @@ class NegativeBinomial(Distribution):
 class ZeroInflatedNegativeBinomial(Distribution):
     r"""Negative binomial counts, each replaced by zero with probability ``pi = sigmoid(gate_logits)``.
 
-    Mean ``(1 - pi) mu``, variance ``(1 - pi) (mu + mu**2 (1 / theta + pi))``.
+    ``p(x) = pi [x = 0] + (1 - pi) NB(x)``, mean ``(1 - pi) mu``, variance ``(1 - pi) (mu + mu**2 (1 / theta + pi))``.
 
     Parameters
     ----------

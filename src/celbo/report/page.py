@@ -48,7 +48,7 @@ class Picture(NamedTuple):
     """Lines of the legend; empty without a legend."""
 
 
-class Finding(NamedTuple):
+class Recovered(NamedTuple):
     """A measure of how well the model recovers the truth of simulated data."""
 
     name: str
@@ -205,10 +205,10 @@ def picture(title: str, figure: Figure, alt: str, levels: list[Level] | None = N
     return Picture(title, source, width, height, alt, levels or [])
 
 
-def recovery(summary: Mapping[str, Any]) -> list[Finding]:
+def recovery(summary: Mapping[str, Any]) -> list[Recovered]:
     """Return how well the model recovers the truth of simulated data."""
     return [
-        Finding(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
+        Recovered(row["name"], number(row.get("value")), number(row.get("reference")), row.get("meaning") or "")
         for row in summary.get("recovery") or []
     ]
 
