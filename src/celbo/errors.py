@@ -9,6 +9,8 @@ A message says what was found (where, how many), what was expected, and what to 
     ├── ModelFileError    4   a model folder is missing, damaged, forged, or written by a newer celbo
     ├── DivergedError     5   training diverged
     └── StorageError      6   the disk is full, permission is missing, or another process is writing
+
+A signal ends a command with 128 + its number, and a lack of memory with 137; see `celbo.app.terminal`.
 """
 
 import sys
