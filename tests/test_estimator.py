@@ -426,7 +426,7 @@ def test_cells_that_were_prepared_once_give_the_same_fits_and_answers(cells, fit
     [
         ({"conditions": ["treatment"]}, "conditions"),
         ({"conditions": ["batch"], "n_top_genes": 20}, "n_top_genes"),
-        ({"conditions": ["batch"], "likelihood": "gaussian"}, "values"),
+        ({"conditions": ["batch"], "likelihood": "gaussian"}, "likelihood"),
         ({"conditions": ["batch"], "labels": "cell_type"}, "labels"),
     ],
 )
@@ -458,3 +458,34 @@ def test_a_history_without_a_good_step_is_saved_and_loaded(cells, fitted, tmp_pa
     (loaded,) = celbo.load(tmp_path / "model").history_
     assert loaded.train_elbo is None
     assert np.isnan(loaded.kl_per_dim).all()
+
+
+def test_options_that_are_changed_after_the_fit_do_not_reach_the_files(cells, fitted, tmp_path):
+    model = clone(fitted).fit(cells)
+    model.set_params(latent_dim=9, objective="autoencoder", nuisance=["treatment"], train=None)
+    model.save(tmp_path / "model")
+    loaded = celbo.load(tmp_path / "model")
+    assert loaded.latent_dim == 4
+    for saved, own in zip(loaded.posterior(cells), fitted.posterior(cells), strict=True):
+        np.testing.assert_array_equal(saved, own)
+
+
+def test_numbers_of_numpy_and_arrays_are_options_too(cells, tmp_path):
+    model = ExpressionVAE(
+        latent_dim=np.int64(3), hidden_dims=np.array([8]), dropout=np.float32(0.1), conditions=pd.Index(["batch"]),
+        encode_context=np.True_, train=QUICK,
+    )  # fmt: skip
+    model.fit(cells).save(tmp_path / "model")
+    assert "fitted: 300 cells" in repr(model)
+    np.testing.assert_array_equal(celbo.load(tmp_path / "model").embed(cells), model.embed(cells))
+
+
+@pytest.mark.parametrize("options", [{"prior": None}, {"prior": {}}, {"dropout": None}, {"dropout": "a"}])
+def test_options_of_another_type_are_refused(cells, options):
+    with pytest.raises(UsageError, match=f"{next(iter(options))}.*(give the name|is the share)"):
+        ExpressionVAE(**options, train=QUICK).fit(cells)
+
+
+def test_prepared_cells_are_for_fit_alone(cells, fitted):
+    with pytest.raises(UsageError, match="for fit alone; give the AnnData"):
+        fitted.embed(fitted.prepare(cells))

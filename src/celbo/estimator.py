@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -144,7 +144,7 @@ class ExpressionVAE:
         cells = cells.seen_by(fitted)
         fitted = readings.with_readings(fitted, cells)
         doubts = diagnosing.doubts_of_fit(fitted, cells)
-        self.fitted_ = fitted
+        self.fitted_ = replace(fitted, options=self.options())
         for doubt in doubts:
             warn(doubt)
         return self
@@ -723,11 +723,14 @@ class ExpressionVAE:
         StorageError
             If the folder cannot be written. An older model there stays whole.
         """
-        write_fitted(path, self.fitted_, self.options(), keep_reference=keep_reference)
+        write_fitted(path, self.fitted_, keep_reference=keep_reference)
 
     def options(self) -> dict[str, Any]:
         """Return the options of this model as plain values."""
-        chosen = self.get_params(deep=False)
+        chosen = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in self.get_params(deep=False).items()
+        }
         for name in ("conditions", "nuisance", "interactions", "remedies"):
             chosen[name] = list(chosen[name])
         for name in ("hidden_dims", "decoder_dims"):
@@ -776,6 +779,8 @@ class ExpressionVAE:
 
     def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:
         """Open cells for this model; options as in `posterior`."""
+        if isinstance(adata, Cells):
+            raise UsageError("cells that prepare made are for fit alone; give the AnnData.")
         return mapping.open_any(self.fitted_, adata, unseen=unseen, genes_present=genes_present)
 
     def _data_options(self) -> dict[str, Any]:
@@ -825,7 +830,8 @@ def load(path: str | Path) -> ExpressionVAE:
     try:
         options = modern_options(folder.document["options"], _defaults())
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
-        model.fitted_ = read_fitted(folder, architecture=model._architecture(), **model._parts())
+        fitted = read_fitted(folder, architecture=model._architecture(), **model._parts())
+        model.fitted_ = replace(fitted, options=model.options())
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
             f"{path}: model.json does not describe a model ({error}); save the model again."

@@ -1,7 +1,7 @@
 """Fitted: everything that fitting makes and that a question to the model needs; and the function that makes it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,8 @@ class Fitted:
     """The remedies, combined."""
     remedies: tuple[str, ...] = ()
     """Names of the remedies."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `celbo.ExpressionVAE` at the fit, as plain values; files keep these."""
     history: Sequence[Epoch] = ()
     split: Split | None = None
     """Which cells were held out; None for a loaded or a mapped model."""

@@ -22,10 +22,10 @@ from celbo.model.objective import Objective
 __all__ = ["read_fitted", "take_weights", "without_nan", "write_fitted"]
 
 
-def write_fitted(path: str | Path, fitted: Fitted, options: Mapping[str, Any], *, keep_reference: bool) -> None:
-    """Write the model folder; parameters are those of `celbo.ExpressionVAE.save`, with the model's options."""
+def write_fitted(path: str | Path, fitted: Fitted, *, keep_reference: bool) -> None:
+    """Write the model folder; parameters are those of `celbo.ExpressionVAE.save`."""
     document = {
-        "options": dict(options),
+        "options": dict(fitted.options),
         "schema": fitted.schema.to_json(),
         "history": [without_nan(asdict(epoch)) for epoch in fitted.history],
     }

@@ -1,6 +1,6 @@
 """Options and states of models as people read them: a line of text, and a small table for notebooks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from html import escape
 from typing import Any
@@ -12,15 +12,19 @@ __all__ = ["is_same", "shown_state", "shown_table", "shown_value"]
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Return whether two values of an option mean the same; lists and tuples do if their items do.
+    """Return whether two values of an option mean the same; lists, tuples and arrays do if their items do.
 
     Examples
     --------
     >>> is_same([128], (128,)), is_same([128], (64,))
     (True, False)
     """
-    value, other = (tuple(part) if isinstance(part, list) else part for part in (value, other))
+    value, other = (tuple(part) if _is_list(part) else part for part in (value, other))
     return bool(value == other)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | Mapping)
 
 
 def shown_value(value: Any) -> str:

@@ -198,7 +198,12 @@ def check_prepared(cells: Cells, options: Mapping[str, Any]) -> None:
     if cells.prepared_with is None:
         raise UsageError("these cells were opened for a question, and not prepared for a fit; give the AnnData.")
     wanted = _comparable(options)
-    if other := [name for name, value in wanted.items() if cells.prepared_with[name] != value]:
+    other = [
+        "likelihood" if name == "values" else name
+        for name, value in wanted.items()
+        if cells.prepared_with[name] != value
+    ]
+    if other:
         raise UsageError(
             f"these cells were prepared for a model with other options ({', '.join(other)}); give the AnnData, or call "
             "prepare of this model."
@@ -206,9 +211,10 @@ def check_prepared(cells: Cells, options: Mapping[str, Any]) -> None:
 
 
 def _comparable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy options, with tuples for lists of names."""
-    names = ("conditions", "nuisance", "interactions", "remedies")
-    return {name: tuple(value) if name in names else value for name, value in options.items()}
+    """Copy options, with tuples for lists of names. Of remedies only `match_levels` is checked with the cells."""
+    lists = {name: tuple(options[name]) for name in ("conditions", "nuisance", "interactions")}
+    remedies = tuple(remedy for remedy in options["remedies"] if remedy.startswith("match_levels"))
+    return {**options, **lists, "remedies": remedies}
 
 
 def make_vae(architecture: Architecture, schema: Schema, likelihood: Likelihood) -> VAE:

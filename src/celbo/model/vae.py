@@ -14,7 +14,7 @@ from celbo.kernels.dispatch import sparse_linear
 from celbo.minibatch import Minibatch, csr_tensor
 from celbo.model.classifier import Classifier
 from celbo.model.likelihoods import DISPERSIONS, LIKELIHOODS, Likelihood
-from celbo.model.priors import Components, VampPrior, make_prior
+from celbo.model.priors import PRIORS, Components, VampPrior, make_prior
 
 __all__ = ["NORMS", "VAE", "Noise", "NormMu", "context_of", "draw_noise", "mlp", "reparameterize"]
 
@@ -118,13 +118,15 @@ class VAE(nn.Module):
         _check_widths(decoder_dims=decoder_dims)
         _check_options(likelihood, dispersion, context_dim, norm)
         for name, share in {"dropout": dropout, "decoder_dropout": decoder_dropout or 0.0}.items():
-            if not 0 <= share < 1:
+            if not isinstance(share, int | float | np.number) or not 0 <= share < 1:
                 raise UsageError(f"{name} is {share}; it is the share of hidden units zeroed, from 0 to below 1")
         if (skip or context_skip) and len(decoder_dims) < 2:
             raise UsageError(
                 f"{'skip' if skip else 'context_skip'}=True joins something to the decoder's layers after its first, "
                 f"and it has {len(decoder_dims)} hidden layers; give hidden_dims at least two widths, or leave it out"
             )
+        if not isinstance(prior, str):
+            raise UsageError(f"prior={prior!r}; give the name of a prior: {', '.join(PRIORS)}")
         if prior.startswith("vamp") and (norm == "batch" or norm_mu):
             raise UsageError("prior='vamp' sends pseudo-cells through the encoder, which batch norms do not allow")
         self.values = likelihood.values

@@ -198,7 +198,7 @@ def _record(
 ) -> dict[str, Any]:
     """Options, versions, seed and data of a run, for ``run.json``."""
     return {
-        "options": model.options(),
+        "options": dict(model.fitted_.options),
         "versions": {
             "celbo": __version__,
             "python": platform.python_version(),

@@ -1,5 +1,6 @@
 """Compare fitted models by log p(x) of the same cells, and choose the simplest model that is as good as the best."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -272,16 +273,28 @@ def _best(
     planned = plan_run(max(n_train, 1), model.train, model.recipe()).epochs
     few = replace(model.train, max_epochs=max(1, planned // _EARLY))
 
+    warnings_of = dict[str, list[warnings.WarningMessage]]()
+
+    def fit(name: str, variant: ExpressionVAE) -> ExpressionVAE:
+        with warnings.catch_warnings(record=True) as warnings_of[name]:
+            warnings.simplefilter("always")
+            return variant.fit(cells[name], track=track)
+
+    def warned(name: str, chosen: ExpressionVAE) -> ExpressionVAE:
+        for warning in warnings_of[name]:  # models that were given up do not warn
+            warnings.warn(warning.message, warning.category, stacklevel=2)
+        return chosen
+
     def fit_and_compare(models: Mapping[str, ExpressionVAE]) -> tuple[Mapping[str, ExpressionVAE], Comparison]:
-        fitted = {name: variant.fit(cells[name], track=track) for name, variant in models.items()}
+        fitted = {name: fit(name, variant) for name, variant in models.items()}
         return fitted, _compare_opened(fitted, {name: cells[name] for name in fitted}, _SAMPLES, 0)
 
     _, early = fit_and_compare({name: replace(variant, train=few) for name, variant in variants.items()})
     left = early.table.index[early.table["difference"] >= -_HOPELESS * early.table["se"]]
     if len(left) == 1:
-        return variants[left[0]].fit(cells[left[0]], track=track), early
+        return warned(left[0], fit(left[0], variants[left[0]])), early
     fitted, late = fit_and_compare({name: variants[name] for name in left})
-    return fitted[late.chosen], late
+    return warned(late.chosen, fitted[late.chosen]), late
 
 
 def _is_binary(model: ExpressionVAE, adata: AnnData) -> bool:
