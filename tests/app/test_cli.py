@@ -57,8 +57,8 @@ def fitted_run(tmp_path_factory, data):
 def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(fitted_run, data, tmp_path):
     shutil.copytree(fitted_run[0], tmp_path / "run")
     dying = (
-        "import os, signal; from celbo.app import cli; from celbo.runs import writing\n"
-        "writing.measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal; from celbo.app import cli; from celbo.runs import run_folder\n"
+        "run_folder.measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "cli.main()"
     )
     arguments = ["fit", data, "-o", tmp_path / "run", "--epochs", "2", "--latent-dim", "4"]
