@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,18 +17,16 @@ from celbo.checkpoint import read_folder
 from celbo.data.checks import Check
 from celbo.data.conditions import UNLABELLED
 from celbo.data.read import read_adata
-from celbo.errors import ModelFileError, NotFittedError, UsageError, check_names, chosen_row, listed, warn
+from celbo.errors import ModelFileError, UsageError, warn
+from celbo.fit import options as fit_options
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted, fit_model
-from celbo.fit.history import History
 from celbo.fit.older import modern_options
-from celbo.fit.remedies import Recipe, recipe_for
+from celbo.fit.remedies import Recipe
 from celbo.fit.saved import read_fitted, take_weights, write_fitted
-from celbo.fit.shown import is_same, shown_state, shown_table, shown_value
-from celbo.fit.start import DATA_OPTIONS, Architecture, cells_to_fit, check_prepared, check_to_fit
+from celbo.fit.shown import shown_model, shown_table
+from celbo.fit.start import cells_to_fit, check_prepared, check_to_fit
 from celbo.fit.train import Track, TrainConfig, settle_device
-from celbo.model.likelihoods import LIKELIHOODS
-from celbo.model.objective import OBJECTIVES
 from celbo.trust import diagnosing
 from celbo.trust.advice import Diagnosis
 
@@ -37,8 +35,6 @@ __all__ = ["ExpressionVAE", "load"]
 CellsLike: TypeAlias = AnnData | str | Path
 """Cells in memory, or the path of an ``.h5ad`` file or ``.zarr`` folder."""
 Array = NDArray[np.float32]
-
-_MADE_BY_FIT = ("fitted_", "schema_", "vae_", "history_", "split_", "reference_")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -139,8 +135,8 @@ class ExpressionVAE:
         parts = self._parts()
         settle_device(self.train.device)  # before anything is read
         cells = adata if isinstance(adata, Cells) else self.prepare(adata)
-        check_prepared(cells, self._data_options())
-        fitted = fit_model(cells, architecture=self._architecture(), track=track, **parts)
+        check_prepared(cells, fit_options.data_options(self.get_params()))
+        fitted = fit_model(cells, track=track, **parts)
         cells = cells.seen_by(fitted)
         fitted = readings.with_readings(fitted, cells)
         doubts = diagnosing.doubts_of_fit(fitted, cells)
@@ -172,7 +168,7 @@ class ExpressionVAE:
         'not-whole'
         """
         adata = read_adata(adata, layer=self.layer)
-        return check_to_fit(adata, fingerprint=fingerprint, **self._data_options())
+        return check_to_fit(adata, fingerprint=fingerprint, **fit_options.data_options(self.get_params()))
 
     def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
         """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.
@@ -195,7 +191,7 @@ class ExpressionVAE:
         """
         adata = read_adata(adata, layer=self.layer)
         check = self.check(adata, fingerprint=fingerprint)
-        return cells_to_fit(adata, check, self._data_options())
+        return cells_to_fit(adata, check, fit_options.data_options(self.get_params()))
 
     def embed(self, adata: CellsLike, *, unseen: str = "refuse", genes_present: float = 0.8) -> Array:
         """Return the posterior means of z, ``(cells, latent_dim)``: the latent space. Options as in `posterior`."""
@@ -705,8 +701,7 @@ class ExpressionVAE:
 
     def recipe(self) -> Recipe:
         """Combine `remedies` into one training recipe; raise a `UsageError` with their table if they cannot be used."""
-        options = {**self.get_params(), "has_conditions": bool((*self.conditions, *self.nuisance))}
-        return recipe_for(self.remedies, options, _defaults())
+        return fit_options.recipe_of(self.get_params(), fit_options.defaults_of(self))
 
     def save(self, path: str | Path, *, keep_reference: bool = True) -> None:
         """Write the model folder: JSON and safetensors with checksums, in one step or not at all.
@@ -727,85 +722,40 @@ class ExpressionVAE:
 
     def options(self) -> dict[str, Any]:
         """Return the options of this model as plain values."""
-        chosen = {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in self.get_params(deep=False).items()
-        }
-        for name in ("conditions", "nuisance", "interactions", "remedies"):
-            chosen[name] = list(chosen[name])
-        for name in ("hidden_dims", "decoder_dims"):
-            chosen[name] = None if chosen[name] is None else [int(width) for width in chosen[name]]
-        chosen["n_top_genes"] = self.n_top_genes and int(self.n_top_genes)
-        return {**chosen, "unlabelled": str(self.unlabelled), "train": asdict(self.train)}
+        return fit_options.plain_options(self.get_params())
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the options by name, as scikit-learn's estimators do; ``deep`` changes nothing."""
-        return {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+        return {name: getattr(self, name) for name in fit_options.defaults_of(self)}
 
     def set_params(self, **params: Any) -> "ExpressionVAE":
         """Set options by name, as scikit-learn's estimators do; return the model itself."""
-        if unknown := sorted(params.keys() - self.get_params().keys()):
-            raise UsageError(
-                f"{listed(unknown)} is no option of ExpressionVAE; it has {listed(self.get_params(), 40)}."
-            )
+        fit_options.check_options(params, self.get_params())
         for name, value in params.items():
             setattr(self, name, value)
         return self
 
     def __repr__(self) -> str:
         """Show the options that differ from the defaults, and what the model was fitted to."""
-        chosen = ", ".join(f"{name}={shown_value(value)}" for name, value in self._chosen().items())
-        return f"ExpressionVAE({chosen}{'; ' * bool(chosen)}{shown_state(self.__dict__.get('fitted_'))})"
+        return shown_model(self.get_params(), fit_options.defaults_of(self), self.__dict__.get("fitted_"))
 
     def _repr_html_(self) -> str:
         """Show the same as a small table in a notebook."""
-        return shown_table(self._chosen(), shown_state(self.__dict__.get("fitted_")))
+        return shown_table(self.get_params(), fit_options.defaults_of(self), self.__dict__.get("fitted_"))
 
     def __getattr__(self, name: str) -> Any:
         """Give access to what `fit` made; say what to do if the model is not fitted."""
-        if name not in _MADE_BY_FIT:
+        if name not in fit_options.MADE_BY_FIT:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if "fitted_" not in self.__dict__:
-            raise NotFittedError(f"this model is not fitted (it has no {name}): call fit first, or celbo.load one.")
-        value = getattr(self.fitted_, name[:-1])
-        if name == "split_" and value is None:
-            raise NotFittedError("this model has no split_: it was loaded or mapped, and only fit makes it.")
-        return History(value) if name == "history_" else value
-
-    def _chosen(self) -> dict[str, Any]:
-        """Options that differ from the defaults."""
-        defaults = _defaults()
-        return {name: value for name, value in self.get_params().items() if not is_same(value, defaults[name])}
+        return fit_options.made_by_fit(self.__dict__.get("fitted_"), name)
 
     def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:
         """Open cells for this model; options as in `posterior`."""
-        if isinstance(adata, Cells):
-            raise UsageError("cells that prepare made are for fit alone; give the AnnData.")
         return mapping.open_any(self.fitted_, adata, unseen=unseen, genes_present=genes_present)
-
-    def _data_options(self) -> dict[str, Any]:
-        """Return the kind of values that the likelihood takes, and the options that say how cells are read."""
-        values = chosen_row("likelihood", self.likelihood, LIKELIHOODS).values
-        return {"values": values, **{name: getattr(self, name) for name in DATA_OPTIONS}}
 
     def _parts(self) -> dict[str, Any]:
         """Turn options into the objects that a fit takes, and refuse options that cannot be used."""
-        if not isinstance(self.train, TrainConfig):
-            raise UsageError(f"train is a {type(self.train).__name__}; give a celbo.TrainConfig.")
-        check_names({name: getattr(self, name) for name in ("conditions", "nuisance", "interactions", "remedies")})
-        return {
-            "likelihood": chosen_row("likelihood", self.likelihood, LIKELIHOODS),
-            "objective": chosen_row("objective", self.objective, OBJECTIVES),
-            "config": self.train,
-            "recipe": self.recipe(),
-            "remedies": self.remedies,
-        }
-
-    def _architecture(self) -> Architecture:
-        """Options of the network, with those that remedies set."""
-        names = ("latent_dim", "hidden_dims", "dispersion", "encode_context", "norm", "dropout", "decoder_dims")
-        options = {name: getattr(self, name) for name in (*names, "prior", "embedding_dim", "interactions")}
-        return Architecture(**{**options, **self.recipe().options})
+        return fit_options.parts_of(self.get_params(), fit_options.defaults_of(self))
 
 
 def load(path: str | Path) -> ExpressionVAE:
@@ -828,9 +778,9 @@ def load(path: str | Path) -> ExpressionVAE:
     """
     folder = read_folder(path)
     try:
-        options = modern_options(folder.document["options"], _defaults())
+        options = modern_options(folder.document["options"], fit_options.defaults_of(ExpressionVAE))
         model = ExpressionVAE(**{**options, "train": TrainConfig(**options["train"])})
-        fitted = read_fitted(folder, architecture=model._architecture(), **model._parts())
+        fitted = read_fitted(folder, **model._parts())
         model.fitted_ = replace(fitted, options=model.options())
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, UsageError) as error:
         raise ModelFileError(
@@ -838,8 +788,3 @@ def load(path: str | Path) -> ExpressionVAE:
         ) from error
     take_weights(model.fitted_, folder, path)
     return model
-
-
-def _defaults() -> dict[str, Any]:
-    """Defaults of the options of `ExpressionVAE`."""
-    return {option.name: option.default for option in fields(ExpressionVAE) if option.init}

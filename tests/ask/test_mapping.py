@@ -340,7 +340,7 @@ def test_a_new_level_starts_as_the_mean_of_the_known_ones(n_levels):
     known = tuple(f"level_{number}" for number in range(n_levels))
     before = Schema(("a", "b"), (Condition("batch", known, embedded=n_levels > 50),))
     after = before.with_levels_of(pd.DataFrame({"batch": [*known, "new"]}))
-    architecture = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(5,), embedding_dim=3)._architecture()
+    architecture = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(5,), embedding_dim=3)._parts()["architecture"]
     old, new = (make_vae(architecture, schema, celbo.LIKELIHOODS["nb"]) for schema in (before, after))
     learned = _copy_weights(old, new, before, after)
     if n_levels > 50:

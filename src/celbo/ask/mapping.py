@@ -54,6 +54,8 @@ def open_any(
     tuple
         The model to ask (a mapped one where ``unseen`` is "adapt"), and the cells opened for it.
     """
+    if isinstance(adata, Cells):
+        raise UsageError("cells that prepare made are for fit alone; give the AnnData.")
     adata = read_adata(adata, layer=fitted.schema.layer)
     if unseen == "adapt":
         fitted = map_query(fitted, adata, genes_present=genes_present)

@@ -8,7 +8,7 @@ from typing import Any
 from celbo.fit.fitted import Fitted
 from celbo.fit.train import TrainConfig
 
-__all__ = ["is_same", "shown_state", "shown_table", "shown_value"]
+__all__ = ["is_same", "shown_model", "shown_table", "shown_value"]
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -43,17 +43,28 @@ def shown_value(value: Any) -> str:
     return f"TrainConfig({', '.join(changed)})"
 
 
-def shown_state(fitted: Fitted | None) -> str:
+def shown_model(options: Mapping[str, Any], defaults: Mapping[str, Any], fitted: Fitted | None) -> str:
+    """Show the options that differ from the defaults, and what the model was fitted to, in a line."""
+    chosen = ", ".join(f"{name}={shown_value(value)}" for name, value in _changed(options, defaults).items())
+    return f"ExpressionVAE({chosen}{'; ' * bool(chosen)}{_state(fitted)})"
+
+
+def shown_table(options: Mapping[str, Any], defaults: Mapping[str, Any], fitted: Fitted | None) -> str:
+    """Show the same as an HTML table of options, with the state as its caption."""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(shown_value(value))}</td></tr>"
+        for name, value in _changed(options, defaults).items()
+    )
+    return f"<table><caption>ExpressionVAE ({escape(_state(fitted))})</caption>{rows}</table>"
+
+
+def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not is_same(value, defaults[name])}
+
+
+def _state(fitted: Fitted | None) -> str:
     """Say whether a model is fitted, and to what."""
     if fitted is None:
         return "not fitted"
     cells = "" if fitted.split is None else f"{sum(map(len, fitted.split)):,} cells x "
     return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
-
-
-def shown_table(options: Mapping[str, Any], state: str) -> str:
-    """Make an HTML table of options, with the state as its caption."""
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(shown_value(value))}</td></tr>" for name, value in options.items()
-    )
-    return f"<table><caption>ExpressionVAE ({escape(state)})</caption>{rows}</table>"
