@@ -16,6 +16,7 @@ from celbo.ask.counterfactual import Counterfactual
 from celbo.checkpoint import read_folder
 from celbo.data.checks import Check
 from celbo.data.conditions import UNLABELLED
+from celbo.data.groups import Groups
 from celbo.data.read import read_adata
 from celbo.errors import ModelFileError, UsageError, warn
 from celbo.fit import options as fit_options
@@ -368,11 +369,11 @@ class ExpressionVAE:
         self,
         adata: CellsLike,
         *,
-        groupby: str,
+        groupby: Groups,
         group: str | None = None,
         reference: str | None = None,
         least_change: float = 0.25,
-        pair_by: str | None = None,
+        pair_by: Groups | None = None,
         over: Sequence[str] | None = None,
         n_samples: int = 10,
         seed: int = 0,
@@ -388,7 +389,8 @@ class ExpressionVAE:
         adata
             The cells.
         groupby
-            Column of obs that groups the cells.
+            What groups the cells: a column of obs, or a value for each cell (a Series, a list, an array, or a mask,
+            whose groups are "True" and "False"). A Series with the names of the cells as index is aligned by name.
         group
             Group to compare; each group in turn if None.
         reference
@@ -396,8 +398,8 @@ class ExpressionVAE:
         least_change
             Smallest log2 fold change that matters.
         pair_by
-            Column of obs, such as donor. Groups are compared within each of its levels that has both, and the mean of
-            these contrasts is returned.
+            Column of obs, such as donor, or a value for each cell. Groups are compared within each of its levels that
+            has both, and the mean of these contrasts is returned.
         over
             Conditions over whose levels (of fit) to take the mean; the categorical nuisances if None. Each cell keeps
             its own level of the other conditions.
@@ -412,7 +414,8 @@ class ExpressionVAE:
             By gene, surest first: ``group``, ``reference``, mean shares of both, ``log2_fold_change`` and its 90 %
             interval, ``probability`` that it is beyond ``least_change``, ``fdr``: the expected share of false positives
             among this gene and surer ones; and the fold change before shrinkage. Genes that the cells lack, and groups
-            of one cell or without a partner in any level of ``pair_by``, are left out.
+            of one cell or without a partner in any level of ``pair_by``, are left out. A warning names groups that
+            share no level of a categorical nuisance with what they are compared with: nothing can be told about them.
 
         Raises
         ------
@@ -669,7 +672,7 @@ class ExpressionVAE:
         ends = [self._open(cells)[1] for cells in (start, end)]
         return generate.interpolate(self.fitted_, ends, n_points=n_points, given=given, library=library)
 
-    def diagnose(self, adata: CellsLike, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
+    def diagnose(self, adata: CellsLike, *, groupby: Groups | None = None, seed: int = 0) -> Diagnosis:
         """Look for posterior collapse and related faults: a latent without information, a condition that is ignored.
 
         If these are the cells of fit, everything is measured on the cells that were held out; else on all cells (at
@@ -680,7 +683,8 @@ class ExpressionVAE:
         adata
             The cells of fit, or others.
         groupby
-            Column of obs with known types. Leakage of conditions into z is then measured within types.
+            Column of obs with known types, or the type of each cell, as `differential_expression` takes groups. Leakage
+            of conditions into z is then measured within types.
         seed
             Seed of all random draws.
 

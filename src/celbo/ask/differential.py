@@ -19,7 +19,9 @@ from scipy import sparse
 from scipy.special import polygamma
 from scipy.stats import norm
 
-from celbo.data.conditions import as_text, column_of
+from celbo.ask.groups import group_cells, warn_of_confounding
+from celbo.data.conditions import Condition, column_of
+from celbo.data.groups import Groups, grouping, is_column
 from celbo.data.schema import MOST_COMBINATIONS
 from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed, warn
@@ -32,7 +34,7 @@ from celbo.model.inference import false_share
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
-__all__ = ["Sums", "differential_expression", "fold_changes", "group_cells", "group_sums", "pseudobulk", "shrink"]
+__all__ = ["Sums", "differential_expression", "fold_changes", "group_sums", "pseudobulk", "shrink"]
 
 _CHUNK = 256
 _JEFFREYS = 0.5
@@ -42,8 +44,6 @@ _SCALES, _ROUNDS = 16, 200
 _NARROWEST = 0.05
 """Standard deviation of the narrowest normal distribution, log2: no gene is exactly the same in two groups."""
 _DRAWS = 2000
-_FEWEST = 2
-"""Smallest number of cells of a group."""
 _SMALLEST = 1e-12
 
 
@@ -51,11 +51,11 @@ def differential_expression(
     fitted: Fitted,
     cells: Cells,
     *,
-    groupby: str,
+    groupby: Groups,
     group: str | None = None,
     reference: str | None = None,
     least_change: float = 0.25,
-    pair_by: str | None = None,
+    pair_by: Groups | None = None,
     over: Sequence[str] | None = None,
     n_samples: int = 10,
     seed: int = 0,
@@ -69,8 +69,20 @@ def differential_expression(
     check_count("n_samples", n_samples, 1)
     check_seed(seed)
     group, reference = (None if name is None else str(name) for name in (group, reference))
-    sets, names, comparisons = group_cells(cells.obs, groupby, group, reference, pair_by)
-    settings = schema.combinations({}, _averaged_conditions(fitted, groupby) if over is None else over)
+    labels = grouping("groupby", groupby, cells.obs)
+    levels = None if pair_by is None else grouping("pair_by", pair_by, cells.obs)
+    sets, names, comparisons = group_cells(labels, levels, group, reference)
+    nuisances = _nuisances(fitted, str(labels.name) if is_column(groupby, labels, cells.obs) else None)
+    settings = schema.combinations({}, _averaged_conditions(nuisances) if over is None else over)
+    codes = dict(zip((condition.name for condition in schema.conditions), cells.codes.T, strict=True))
+    warn_of_confounding(
+        {nuisance.name: codes[nuisance.name].astype(np.intp) for nuisance in nuisances},
+        sets,
+        names,
+        comparisons,
+        reference=reference,
+        within=None if levels is None else str(levels.name),
+    )
     contexts = [cells.contexts(setting) if setting else None for setting in settings]
     with threads(fitted.threads):
         sums = group_sums(
@@ -92,15 +104,19 @@ def differential_expression(
     return pd.concat(tables)
 
 
-def _averaged_conditions(fitted: Fitted, groupby: str) -> list[str]:
-    """Categorical nuisances, over whose levels means are taken; none if they have too many levels."""
-    averaged = [
+def _nuisances(fitted: Fitted, groupby: str | None) -> list[Condition]:
+    """Categorical nuisances, other than the one that groups the cells."""
+    return [
         condition
         for condition in fitted.schema.conditions
         if condition.nuisance and condition.levels is not None and condition.name != groupby
     ]
-    names = [condition.name for condition in averaged]
-    if math.prod(len(condition.levels_of_fit) for condition in averaged) > MOST_COMBINATIONS:
+
+
+def _averaged_conditions(nuisances: Sequence[Condition]) -> list[str]:
+    """Nuisances over whose levels means are taken; none if they have too many levels."""
+    names = [condition.name for condition in nuisances]
+    if math.prod(len(condition.levels_of_fit) for condition in nuisances) > MOST_COMBINATIONS:
         warn(
             f"{listed(names)} has more than {MOST_COMBINATIONS} levels, too many to average: each cell is decoded "
             "under its own. Name other conditions with over=[...]."
@@ -272,81 +288,6 @@ def shrink(change: NDArray[np.float64], variance: NDArray[np.float64], least: fl
     lower, upper = np.quantile(drawn, [0.05, 0.95], axis=1)
     columns = {"log2_fold_change": (of_gene * mean).sum(1), "lower": lower, "upper": upper}
     return pd.DataFrame({**columns, "probability": probability, "fdr": false_share(probability)})
-
-
-def group_cells(
-    obs: pd.DataFrame, groupby: str, group: str | None, reference: str | None, pair_by: str | None
-) -> tuple[NDArray[np.intp], list[str], list[list[tuple[list[int], list[int]]]]]:
-    """Number the sets of cells, one for each group and level of ``pair_by``.
-
-    Returns
-    -------
-    tuple
-        The number of each cell's set, -1 where a value is missing; the groups to compare; for each of them the pairs
-        of sets that `fold_changes` takes.
-
-    Raises
-    ------
-    UsageError
-        If columns or groups are not there, or have too few cells to be compared.
-    """
-    for option, column in (("groupby", groupby), ("pair_by", pair_by)):
-        if column is not None and column not in obs.columns:
-            raise UsageError(f"{option}={column!r} is no column of obs; it has {listed(obs.columns)}.")
-    labels = _as_text(column_of(obs, groupby))
-    sizes = labels.value_counts()
-    if unknown := [name for name in (group, reference) if name is not None and name not in sizes]:
-        raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
-    if group is not None and group == reference:
-        raise UsageError(f"group and reference are both {group!r}; give two groups, or leave the reference out.")
-    if pd.api.types.is_float_dtype(obs[groupby]):
-        raise UsageError(f"{groupby!r} holds floating-point numbers, which are no groups; cut it into some.")
-    if n_missing := int(labels.isna().sum()):
-        warn(f"{n_missing:,} cells have no {groupby!r}, and are left out.")
-    if not len(sizes):
-        raise DataError(f"no cell has a {groupby!r}: there is nothing to compare.")
-    if len(sizes) < 2:
-        raise UsageError(f"{groupby!r} has a single group, {listed(sizes.index)}: there is nothing to compare it with.")
-    if few := [name for name in (group, reference) if name is not None and sizes[name] < _FEWEST]:
-        raise UsageError(f"{listed(few)} has fewer than {_FEWEST} cells, too few to compare.")
-    wanted = [group] if group is not None else sorted(name for name in sizes.index if name != reference)
-    groups = [name for name in wanted if sizes[name] >= _FEWEST]
-    if few := sorted(set(wanted) - set(groups)):
-        warn(f"groups of one cell are left out: {listed(few)}.")
-    if not groups:
-        raise UsageError(
-            f"none of the {len(sizes):,} groups of {groupby!r} has {_FEWEST} cells; group by a coarser column."
-        )
-    levels = pd.Series("", obs.index) if pair_by is None else _as_text(column_of(obs, pair_by))
-    both = pd.DataFrame({"level": levels, "group": labels})
-    numbered = both.groupby(["level", "group"], sort=True)
-    sets = numbered.ngroup().to_numpy()
-    sets = np.where(both.notna().all(axis=1), sets, -1).astype(np.intp)
-    of_sets = {key: int(number) for number, key in enumerate(numbered.size().index)}
-    enough = {key for key, n in numbered.size().items() if n >= _FEWEST}
-    comparisons, unpaired = [], []
-    for one in groups:
-        pairs = []
-        for level in dict.fromkeys(level for level, _ in of_sets):
-            others = [name for at, name in of_sets if at == level and name != one and reference in (None, name)]
-            if (level, one) in enough and any((level, name) in enough for name in others):
-                pairs.append(([of_sets[level, one]], [of_sets[level, name] for name in others]))
-        if pairs:
-            comparisons.append(pairs)
-        else:
-            unpaired.append(one)
-    within = "" if pair_by is None else f", or none, in each level of {pair_by!r}"
-    few_left = f"{listed(unpaired)}, or what it is compared with, has a single cell{within}"
-    if not comparisons:
-        raise UsageError(f"{few_left}.")
-    if unpaired:
-        warn(f"{few_left}, and is left out.")
-    return sets, [name for name in groups if name not in unpaired], comparisons
-
-
-def _as_text(column: pd.Series) -> pd.Series:
-    """Values as text, None where a value is missing."""
-    return as_text(column).astype(object).where(column.notna(), None)
 
 
 def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:

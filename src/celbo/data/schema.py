@@ -114,8 +114,11 @@ class Schema:
         known = [condition.name for condition in self.conditions]
         if unknown := [name for name in given if name not in known]:
             raise UsageError(f"{listed(unknown)} is not a condition of this model; it has {listed(known) or 'none'}.")
-        if several := [name for name, value in given.items() if pd.api.types.is_list_like(value)]:
-            raise UsageError(f"{listed(several)} is given several values; give one, the same for all cells.")
+        if several := _lists(given):
+            raise UsageError(
+                f"{listed(several)} is given a list of values; give one value, the same for all cells. For several "
+                "values, ask once for each."
+            )
         if empty := [name for name, value in given.items() if pd.isna(value)]:
             raise UsageError(f"{listed(empty)} is given no value; give a level, or leave it out.")
         if missing := [name for name in known if name not in given and name not in obs.columns]:
@@ -195,6 +198,11 @@ class Schema:
         """
         if not isinstance(given, Mapping):
             raise UsageError(f"given={given!r}; give each condition its value: {{'batch': 'A'}}.")
+        if several := _lists(given):
+            raise UsageError(
+                f"{listed(several)} is given a list of values; give one value. over={several!r} takes the mean over "
+                "all levels; for a mean over some of them, ask once for each and take the mean of the answers."
+            )
         levels = {condition.name: condition.levels_of_fit for condition in self.conditions}
         is_list = isinstance(over, Iterable) and not isinstance(over, str)
         over = list(over) if is_list else over
@@ -280,6 +288,11 @@ class Schema:
             if document.get("labels") is None
             else Condition(_typed(document["labels"]["name"], str), _strings(document["labels"]["levels"])),
         )
+
+
+def _lists(given: Mapping[str, Any]) -> list[str]:
+    """Names that are given a list of values."""
+    return [name for name, value in given.items() if pd.api.types.is_list_like(value)]
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from celbo.data.conditions import column_of
-from celbo.errors import DataError, UsageError, check_seed, listed
+from celbo.data.groups import Groups, grouping
+from celbo.errors import DataError, check_seed
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted, cells_to_measure
 from celbo.kernels.threads import threads
@@ -22,15 +22,14 @@ _CELLS_AFTER_FIT = 1000
 """Cells on which a model is measured after each fit."""
 
 
-def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: int = 0) -> Diagnosis:
+def diagnose(fitted: Fitted, cells: Cells, *, groupby: Groups | None = None, seed: int = 0) -> Diagnosis:
     """Look for posterior collapse and related faults; see `celbo.ExpressionVAE.diagnose`."""
     check_seed(seed)
-    if groupby is not None and groupby not in cells.obs.columns:
-        raise UsageError(f"groupby={groupby!r} is no column of obs; it has {listed(cells.obs.columns)}.")
+    types = None if groupby is None else grouping("groupby", groupby, cells.obs).astype(str).to_numpy()
     rows, training = cells_to_measure(fitted, cells)
     if len(rows) < 2:
         raise DataError(f"{len(rows)} cells are too few to diagnose a model on; give at least 2.")
-    types = None if groupby is None else column_of(cells.obs, groupby).astype(str).to_numpy()[rows]
+    types = None if types is None else types[rows]
     with threads(fitted.threads):
         return conclude(gather(fitted, cells, rows, training, types=types, seed=seed))
 
