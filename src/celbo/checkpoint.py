@@ -182,6 +182,8 @@ def read_folder(path: str | Path) -> ModelFolder:
     StorageError
         If it may not be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ModelFileError(f"a model is read from the path of its folder; found a {type(path).__name__}.")
     described, sums = _check(Path(path))
     tensors = {}
     for name in [name for name in sums if name != _MODEL]:
@@ -274,9 +276,12 @@ def _find(path: Path) -> Path:
         fault = "does not exist"
     elif not path.is_dir():
         fault = "is not a folder"
+    elif path.suffix == ".zarr":
+        fault = "is not a model folder"
     else:
         fault = "is not a model folder: it has no manifest.json"
-    raise ModelFileError(f"{path} {fault}; name what `celbo fit -o` or `save` wrote.")
+    cells = " Cells are given to the model: fit(path), embed(path)." if path.suffix in (".h5ad", ".zarr") else ""
+    raise ModelFileError(f"{path} {fault}; name the folder that `celbo fit -o` or `save` wrote.{cells}")
 
 
 def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:

@@ -114,17 +114,18 @@ def check_count(name: str, value: object, least: int) -> None:
         raise UsageError(f"{name}={value!r}; give a whole number of at least {least}.")
 
 
-def check_seed(seed: object) -> None:
-    """Raise a `UsageError` unless ``seed`` is a whole number from 0 to 2**32 - 1.
+def check_seed(seed: object) -> int:
+    """Return a seed as a number of Python; raise a `UsageError` unless it is whole and from 0 to 2**63 - 1.
 
     Examples
     --------
     >>> check_seed(-1)
     Traceback (most recent call last):
-    celbo.errors.UsageError: seed=-1; a seed is a whole number from 0 to 4294967295.
+    celbo.errors.UsageError: seed=-1; a seed is a whole number from 0 to 2**63 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
-        raise UsageError(f"seed={seed!r}; a seed is a whole number from 0 to {2**32 - 1}.")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise UsageError(f"seed={seed!r}; a seed is a whole number from 0 to 2**63 - 1.")
+    return int(seed)
 
 
 def check_names(options: Mapping[str, object]) -> None:

@@ -28,6 +28,7 @@ from celbo.fit.saved import read_fitted, take_weights, write_fitted
 from celbo.fit.shown import shown_model, shown_table
 from celbo.fit.start import cells_to_fit, check_prepared, check_to_fit
 from celbo.fit.train import Track, TrainConfig, settle_device
+from celbo.fit.words import Hinted, explained, no_attribute
 from celbo.trust import diagnosing
 from celbo.trust.advice import Diagnosis
 
@@ -38,8 +39,9 @@ CellsLike: TypeAlias = AnnData | str | Path
 Array = NDArray[np.float32]
 
 
+@explained
 @dataclass(kw_only=True, eq=False, repr=False)
-class ExpressionVAE:
+class ExpressionVAE(metaclass=Hinted):
     """A variational autoencoder of the counts in an AnnData.
 
     Making a model stores options; `fit` learns. Attributes that `fit` makes end in an underscore: ``schema_`` (genes
@@ -750,7 +752,7 @@ class ExpressionVAE:
     def __getattr__(self, name: str) -> Any:
         """Give access to what `fit` made; say what to do if the model is not fitted."""
         if name not in fit_options.MADE_BY_FIT:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            raise AttributeError(no_attribute(type(self), name))
         return fit_options.made_by_fit(self.__dict__.get("fitted_"), name)
 
     def _open(self, adata: CellsLike, unseen: str = "refuse", genes_present: float = 0.8) -> tuple[Fitted, Cells]:

@@ -4,7 +4,7 @@ from enum import IntEnum
 
 import numpy as np
 
-__all__ = ["Stream", "random_stream"]
+__all__ = ["Stream", "random_stream", "short_seed"]
 
 
 class Stream(IntEnum):
@@ -73,3 +73,14 @@ def random_stream(seed: int, stream: Stream, *numbers: int) -> np.random.Generat
     True
     """
     return np.random.default_rng([seed, int(stream), *numbers])
+
+
+def short_seed(seed: int) -> int:
+    """Return a seed below 2**32, for libraries that take no larger one; a seed that is small enough stays the same.
+
+    Examples
+    --------
+    >>> short_seed(3), short_seed(2**40) == short_seed(2**40), short_seed(2**40) == short_seed(2**41)
+    (3, True, False)
+    """
+    return int(seed) if seed < 2**32 else int(np.random.SeedSequence(int(seed)).generate_state(1)[0])

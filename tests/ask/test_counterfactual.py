@@ -499,7 +499,7 @@ def test_a_continuous_condition_is_asked_for_by_a_finite_number(cells, given, sa
     model = celbo.ExpressionVAE(latent_dim=3, conditions=["dose"], train=celbo.TrainConfig(max_epochs=2)).fit(dosed)
     with pytest.raises(celbo.DataError, match=said):
         model.counterfactual(dosed[:5].copy(), given)
-    with pytest.raises(celbo.UsageError, match="given several values"):
+    with pytest.raises(celbo.UsageError, match="given a list of values"):
         model.counterfactual(dosed[:5].copy(), {"dose": [1.0, 2.0]})
 
 

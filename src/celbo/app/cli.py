@@ -17,6 +17,7 @@ import celbo
 from celbo import checkpoint
 from celbo.app import model_commands, options
 from celbo.app.commands import (
+    Commands,
     Reading,
     cells_for,
     cells_of_fit,
@@ -41,6 +42,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="celbo",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -4,15 +4,18 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import celbo
 from celbo.app.terminal import plain, say, shown_warnings, stop_on_signal
 from celbo.errors import UsageError
+from celbo.fit.words import celbo_words
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from celbo.trials.curing import Step
 
 __all__ = [
+    "Commands",
     "Reading",
     "cells_for",
     "cells_of_fit",
@@ -53,7 +57,6 @@ class Reading(NamedTuple):
     on_disk: bool = False
 
 
-# Options of the command line whose name in Python differs.
 _PYTHON_NAMES = {
     "condition": "conditions",
     "interaction": "interactions",
@@ -61,6 +64,33 @@ _PYTHON_NAMES = {
     "epochs": "max_epochs",
     "remedy": "remedies",
 }
+"""Options of the command line whose name in Python differs."""
+_COMMAND_NAMES = {python: command for command, python in _PYTHON_NAMES.items()}
+
+
+class Commands(TyperGroup):
+    """The commands. An option of another tool is refused with celbo's name for it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the arguments name; see `TyperGroup`."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_other_words(f"celbo {name}", command.params, rest)
+        return name, command, rest
+
+
+def _refuse_other_words(command: str, parameters: Sequence[Any], arguments: Sequence[str]) -> None:
+    """Refuse the first option that only other tools have; other unknown options are left to typer."""
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in parameters}
+    known = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for argument in takewhile(lambda argument: argument != "--", arguments):
+        flag = argument.partition("=")[0]
+        if flag in known or not flag.startswith("--"):
+            continue
+        words = celbo_words(flag[2:].replace("-", "_"))
+        ours = [flags[name] for word in words for name in (_COMMAND_NAMES.get(word), word) if name in flags]
+        if ours := [option for option in ours if option.startswith("--")]:
+            raise UsageError(f"{command} has no option {flag}; celbo calls it {ours[0]} ({command} --help).")
 
 
 def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:

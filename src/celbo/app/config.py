@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from celbo.errors import UsageError, listed
+from celbo.fit.words import celbo_words
 
 __all__ = ["READING", "read_config"]
 
@@ -88,7 +89,7 @@ def _modern(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
 def _fault(name: str, option: str, value: Any, known: Mapping[str, Any]) -> str | None:
     """Describe what is wrong with an option or its value, or return None."""
     if option not in known:
-        close = difflib.get_close_matches(option, known, n=1)
+        close = [word for word in celbo_words(option) if word in known] or difflib.get_close_matches(option, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {listed(known, 40)}"
         return f"unknown option {name!r} ({hint})"
     if (value is None and known[option] is None) or (value == "auto" and option == "latent_dim"):

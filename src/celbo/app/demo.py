@@ -13,6 +13,7 @@ from celbo.data.normalise import log_normalise
 from celbo.estimator import ExpressionVAE
 from celbo.fit.train import TrainConfig
 from celbo.simulate import simulate_cells
+from celbo.streams import short_seed
 
 __all__ = ["DEMO_CONDITIONS", "Recovery", "demo_cells", "demo_model", "knn_accuracy", "recover"]
 
@@ -100,7 +101,7 @@ def knn_accuracy(z: NDArray[np.floating[Any]], labels: Any, *, k: int = 15, seed
     >>> knn_accuracy(z, ["a"] * 50 + ["b"] * 50)
     1.0
     """
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed % 2**32)
+    folds = StratifiedKFold(5, shuffle=True, random_state=short_seed(seed))
     return float(cross_val_score(KNeighborsClassifier(k), z, np.asarray(labels).astype(str), cv=folds).mean())
 
 

@@ -85,7 +85,7 @@ class Counterfactual:
         anndata.AnnData
             Counts over the model's genes, which it can read itself; obs as of the cells, conditions as asked for.
         """
-        check_seed(seed)
+        seed = check_seed(seed)
         counts = draw_counts(self.draws[seed % len(self.draws)], np.arange(len(self.obs)), seed)
         layers = {} if self.layer is None else {self.layer: counts.copy()}
         adata = AnnData(X=counts, obs=self.obs.copy(), layers=layers)
@@ -121,7 +121,7 @@ class Counterfactual:
         n_models = len(self.draws)
         if self.draws[0].vae.values != "counts":
             raise UsageError("a group mean is of log-normalised counts, and this model is of other values.")
-        check_seed(seed)
+        seed = check_seed(seed)
         if n_cells is not None:
             check_count("n_cells", n_cells, 1)
         check_count("n_draws", n_draws, 4 * n_models)
@@ -129,7 +129,7 @@ class Counterfactual:
         for number in range(n_draws // (2 * n_models) * 2 * n_models):
             again = np.sort(rng.integers(n, size=n))  # cells that might have been asked about
             draws, weight = self.draws[number // 2 % n_models], float(number % 2)
-            counts = draw_counts(draws, again, seed * n_draws + number, weight).astype(np.float64)
+            counts = draw_counts(draws, again, (seed * int(n_draws) + number) % 2**63, weight).astype(np.float64)
             rows = rng.integers(n, size=n if n_cells is None else n_cells)
             log_normalised = log_normalise(counts, np.asarray(counts.sum(1)))
             means.append(np.asarray(log_normalised[rows].mean(0)).ravel())
@@ -149,7 +149,7 @@ def counterfactual(
 ) -> Counterfactual:
     """Decode cells under other conditions; see `celbo.ExpressionVAE.counterfactual`."""
     _check_question(fitted, given, others, n_samples)
-    check_seed(seed)
+    seed = check_seed(seed)
     schema, models = fitted.schema, [fitted, *others]
     contexts = cells.contexts(given)
     _warn_before(fitted, given)

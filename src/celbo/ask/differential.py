@@ -67,7 +67,7 @@ def differential_expression(
     if not 0 < least_change < math.inf:
         raise UsageError(f"least_change={least_change!r}; give a log2 change above 0: every gene changes a little.")
     check_count("n_samples", n_samples, 1)
-    check_seed(seed)
+    seed = check_seed(seed)
     group, reference = (None if name is None else str(name) for name in (group, reference))
     labels = grouping("groupby", groupby, cells.obs)
     levels = None if pair_by is None else grouping("pair_by", pair_by, cells.obs)

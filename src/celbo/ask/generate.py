@@ -75,7 +75,7 @@ def sample(
 ) -> AnnData:
     """Draw new cells; see `celbo.ExpressionVAE.sample`."""
     check_count("n", n, 1)
-    check_seed(seed)
+    seed = check_seed(seed)
     check_library(fitted, library)
     names = None
     if around is not None:

@@ -44,7 +44,7 @@ _Standardise = Callable[[NDArray[np.float64], NDArray[np.intp], NDArray[np.float
 
 def outliers(fitted: Fitted, cells: Cells, *, seed: int = 0) -> pd.DataFrame:
     """Tell how unusual each cell is; see `celbo.ExpressionVAE.outliers`."""
-    check_seed(seed)
+    seed = check_seed(seed)
     refuse_autoencoder(fitted)
     reference = fitted.needed_reference()
     known = reference.was_read

@@ -40,7 +40,7 @@ def posterior(fitted: Fitted, cells: Cells) -> tuple[NDArray[np.float32], NDArra
 
 def elbo(fitted: Fitted, cells: Cells, *, seed: int = 0) -> pd.DataFrame:
     """Evidence lower bound of each cell and its terms, in nats; see `celbo.ExpressionVAE.elbo`."""
-    check_seed(seed)
+    seed = check_seed(seed)
     with threads(fitted.threads):
         terms = cell_terms(fitted.vae, cells.source, seed=seed, objective=fitted.objective)
     table = pd.DataFrame(terms.kl, index=cells.obs.index).add_prefix("kl_")
@@ -55,7 +55,7 @@ def log_prob(
 ) -> pd.DataFrame:
     """Importance-weighted log p(x | library, conditions) of each cell; see `celbo.ExpressionVAE.log_prob`."""
     check_count("n_samples", n_samples, 2)
-    check_seed(seed)
+    seed = check_seed(seed)
     refuse_autoencoder(fitted)
     plain, refined = list[LogProb](), list[LogProb]()
     with threads(fitted.threads):

@@ -60,8 +60,9 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
         return data
     if not isinstance(data, str | Path):
         raise DataError(
-            f"expected an AnnData, or the path of an .h5ad or .zarr; found a {type(data).__name__}. "
-            "anndata.AnnData(counts) makes one of a matrix of cells by genes; set obs_names and var_names."
+            f"expected an AnnData, or the path of an .h5ad or .zarr; found a {type(data).__name__}. Give the AnnData "
+            "itself (adata, not adata.X), because genes are matched by name. anndata.AnnData(counts) makes one of a "
+            "matrix or table of cells by genes; set obs_names and var_names."
         )
     path = Path(data).expanduser()
     if not path.exists():

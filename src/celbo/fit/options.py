@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from celbo.errors import NotFittedError, UsageError, check_names, chosen_row, listed
+from celbo.errors import NotFittedError, UsageError, check_names, chosen_row
 from celbo.fit.fitted import Fitted
 from celbo.fit.history import History
 from celbo.fit.remedies import Recipe, recipe_for
 from celbo.fit.start import DATA_OPTIONS, Architecture
 from celbo.fit.train import TrainConfig
+from celbo.fit.words import no_option, sentence
 from celbo.model.likelihoods import LIKELIHOODS
 from celbo.model.objective import OBJECTIVES
 
@@ -43,7 +44,7 @@ def defaults_of(model: Any) -> dict[str, Any]:
 def check_options(params: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raise a `UsageError` for options that ExpressionVAE does not have."""
     if unknown := sorted(params.keys() - known.keys()):
-        raise UsageError(f"{listed(unknown)} is no option of ExpressionVAE; it has {listed(known, 40)}.")
+        raise UsageError(sentence("; ".join(no_option("ExpressionVAE", name, known) for name in unknown)))
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Turn a number or text of numpy, or a list of them, into plain values."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         return value

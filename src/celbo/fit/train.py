@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from celbo.errors import DivergedError, UsageError
 from celbo.fit.remedies import Recipe
 from celbo.fit.steps import Patience, averaged, lower_rate, start_training, state_of, take_step
+from celbo.fit.words import explained
 from celbo.minibatch import Rows, Source
 from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.inference import CellTerms, cell_terms
@@ -37,8 +38,15 @@ _STEPS_TO_FOLLOW = 20
 _CELLS_FOR_NORMS = 2048
 """Training cells over which means and variances of batch norms are taken for the averaged weights."""
 _NO_REMEDY = Recipe()
+_KINDS = {
+    **dict.fromkeys(("max_epochs", "batch_size", "patience", "seed", "threads"), "whole number"),
+    "device": "text",
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {"whole number": int, "number": (int, float), "text": str}
+"""Kinds of the options of `TrainConfig`, and the types of Python that they may have."""
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is trained.
@@ -68,19 +76,25 @@ class TrainConfig:
     gradient_clip: float = 1000.0
     """Largest norm of the gradient of the loss (nats per cell)."""
     seed: int = 0
-    """Seed of initial weights, held-out cells, minibatches, noise and dropout."""
+    """Seed, from 0 to 2**63 - 1, of initial weights, held-out cells, minibatches, noise and dropout."""
     device: str = "auto"
     """Device that computes: "auto" (a CUDA device if there is one), or a name that torch knows."""
     threads: int | None = None
     """Processor threads; None for torch's own choice."""
 
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Refuse ``model.train(...)``, which other tools have."""
+        raise UsageError("train holds the options of the training; fit(adata) trains.")
+
     def __post_init__(self) -> None:
-        """Refuse values out of range, all of them at once."""
-        whole = {name: getattr(self, name) for name in ("batch_size", "patience", "seed")}
-        if self.max_epochs is not None:
-            whole["max_epochs"] = self.max_epochs
-        if wrong := [f"{name}={value!r}" for name, value in whole.items() if not isinstance(value, int)]:
-            raise UsageError(f"not whole numbers: {', '.join(wrong)}.")
+        """Turn numbers of numpy into those of Python; refuse values of a wrong type or out of range, all at once."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, option.name, value.item())
+            elif isinstance(value, torch.device):
+                object.__setattr__(self, option.name, str(value))
+        self._check_types()
         rules = {
             "max_epochs": self.max_epochs is None or self.max_epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -95,8 +109,18 @@ class TrainConfig:
         if broken := [f"{name}={getattr(self, name)!r}" for name, kept in rules.items() if not kept]:
             raise UsageError(
                 f"out of range: {', '.join(broken)}. Counts are at least 1, learning_rate and gradient_clip above 0, "
-                "validation_fraction from 0 to below 1, warmup_fraction from 0 to 0.5, the seed at least 0."
+                "validation_fraction from 0 to below 1, warmup_fraction from 0 to 0.5, the seed from 0 to 2**63 - 1."
             )
+
+    def _check_types(self) -> None:
+        faults = []
+        for option in fields(self):
+            value, kind = getattr(self, option.name), _KINDS.get(option.name, "number")
+            is_right = not isinstance(value, bool) and isinstance(value, _TYPES[kind])
+            if not is_right and not (value is None and option.default is None):
+                faults.append(f"{option.name}={value!r} is not a {kind}")
+        if faults:
+            raise UsageError(f"{', '.join(faults)}.")
 
 
 class Split(NamedTuple):

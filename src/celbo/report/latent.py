@@ -8,6 +8,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
 
+from celbo.streams import short_seed
+
 __all__ = ["Layout", "layout"]
 
 MIN_CELLS = 10
@@ -76,7 +78,7 @@ def layout(mu_z: ArrayLike, *, max_cells: int = 2000, seed: int = 0) -> Layout:
         init=(plane / spread * 1e-3).astype(np.float32),
         perplexity=min(30.0, (len(z) - 1) / 3),
         max_iter=MAX_ITER,
-        random_state=seed % 2**32,  # the range that numpy accepts
+        random_state=short_seed(seed),
     )
     # One thread keeps the order of sums, and does not compete with other processes.
     with threadpool_limits(1):

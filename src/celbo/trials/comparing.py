@@ -111,7 +111,7 @@ def compare(
     np.True_
     """
     check_count("n_samples", n_samples, 2)
-    check_seed(seed)
+    seed = check_seed(seed)
     if not isinstance(models, Mapping):
         raise UsageError("name the models, the simplest first: celbo.compare({'nb': model_1, 'zinb': model_2}, adata).")
     if len(models) < 2:

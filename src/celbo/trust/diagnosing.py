@@ -24,7 +24,7 @@ _CELLS_AFTER_FIT = 1000
 
 def diagnose(fitted: Fitted, cells: Cells, *, groupby: Groups | None = None, seed: int = 0) -> Diagnosis:
     """Look for posterior collapse and related faults; see `celbo.ExpressionVAE.diagnose`."""
-    check_seed(seed)
+    seed = check_seed(seed)
     types = None if groupby is None else grouping("groupby", groupby, cells.obs).astype(str).to_numpy()
     rows, training = cells_to_measure(fitted, cells)
     if len(rows) < 2:

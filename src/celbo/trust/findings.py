@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celbo.model.information import ACTIVE, ANCHORS, mutual_information
-from celbo.streams import Stream, random_stream
+from celbo.streams import Stream, random_stream, short_seed
 
 __all__ = [
     "Finding",
@@ -392,14 +392,14 @@ def _predicted(mu_z: Floats, levels: NDArray[Any], seed: int) -> float | None:
     if np.issubdtype(levels.dtype, np.floating):
         if len(levels) < 50 or np.ptp(levels) == 0:
             return None
-        folds = KFold(5, shuffle=True, random_state=seed)
+        folds = KFold(5, shuffle=True, random_state=short_seed(seed))
         return float(r2_score(levels, cross_val_predict(KNeighborsRegressor(15), mu_z, levels, cv=folds)))
     names, counts = np.unique(levels.astype(str), return_counts=True)
     keep = np.isin(levels.astype(str), names[counts >= 10])
     if len(names[counts >= 10]) < 2:
         return None
     truth = levels.astype(str)[keep]
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(5, shuffle=True, random_state=short_seed(seed))
     predicted = cross_val_predict(KNeighborsClassifier(15), mu_z[keep], truth, cv=folds)
     return float(balanced_accuracy_score(truth, predicted, adjusted=True))
 

@@ -12,7 +12,7 @@ from scipy import sparse
 from celbo.data.normalise import log_normalise
 from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed
-from celbo.streams import Stream, random_stream
+from celbo.streams import Stream, random_stream, short_seed
 
 __all__ = ["Agreement", "Realism", "check_realism"]
 
@@ -145,7 +145,7 @@ def check_realism(
     >>> realism.auc < 0.65, realism.missing
     (True, ())
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     check_count("max_cells", max_cells, 1)
     names = generated.var_names
     if not real.var_names.is_unique:
@@ -219,7 +219,7 @@ def _principal(a: _Cells, b: _Cells, seed: int) -> Floats:
     from sklearn.decomposition import PCA
 
     x = np.concatenate([a.logged, b.logged])
-    pca = PCA(min(_COMPONENTS, *x.shape), svd_solver="randomized", random_state=seed)
+    pca = PCA(min(_COMPONENTS, *x.shape), svd_solver="randomized", random_state=short_seed(seed))
     components: Floats = pca.fit_transform(x)
     return components
 
@@ -240,9 +240,9 @@ def _aucs(a: _Cells, b: _Cells, seed: int) -> dict[str, float]:
     }
     classifiers = {
         "linear": make_pipeline(StandardScaler(), LogisticRegression(C=_PENALTY, max_iter=200)),
-        "trees": HistGradientBoostingClassifier(random_state=seed),
+        "trees": HistGradientBoostingClassifier(random_state=short_seed(seed)),
     }
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=short_seed(seed))
     return {
         f"{classifier_name}, {input_name}": float(
             cross_val_score(classifier, x, is_a, cv=folds, scoring="roc_auc").mean()
@@ -281,12 +281,12 @@ def _shares(a: _Cells, b: _Cells, types: NDArray[Any] | None, seed: int) -> dict
     components = _principal(a, b, seed)
     if types is None:
         size = min(_CLUSTERS, len(components) // _FEWEST)
-        clusters = KMeans(size, n_init=3, random_state=seed).fit_predict(components)
+        clusters = KMeans(size, n_init=3, random_state=short_seed(seed)).fit_predict(components)
         of_a, of_b, names = clusters[: len(a.values)], clusters[len(a.values) :], list(range(size))
     else:
         of_real, by_neighbours = components[len(a.values) :], KNeighborsClassifier(_NEIGHBOURS)
         of_a = by_neighbours.fit(of_real, types).predict(components[: len(a.values)])
-        folds = KFold(10, shuffle=True, random_state=seed)
+        folds = KFold(10, shuffle=True, random_state=short_seed(seed))
         of_b = cross_val_predict(by_neighbours, of_real, types, cv=folds)  # as for generated cells
         names = sorted(set(types))
     return {str(name): (float((of_b == name).mean()), float((of_a == name).mean())) for name in names}
