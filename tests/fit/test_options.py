@@ -90,14 +90,17 @@ def test_a_training_configuration_holds_plain_values(name):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"seed": np.float64(3)}, "seed=3.0 is not a whole number"),
-        ({"seed": True}, "seed=True is not a whole number"),
-        ({"max_epochs": "3"}, "max_epochs='3' is not a whole number"),
-        ({"threads": 1.5}, "threads=1.5 is not a whole number"),
-        ({"learning_rate": "0.1"}, "learning_rate='0.1' is not a number"),
-        ({"learning_rate": None}, "learning_rate=None is not a number"),
-        ({"device": 0}, "device=0 is not a text"),
-        ({"batch_size": 2.0, "patience": None}, "batch_size=2.0 is not .*, patience=None is not"),
+        ({"seed": np.float64(3)}, "not whole numbers: seed=3.0"),
+        ({"seed": True}, "not whole numbers: seed=True"),
+        ({"max_epochs": "3"}, "not whole numbers: max_epochs='3'"),
+        ({"threads": 1.5}, "not whole numbers: threads=1.5"),
+        ({"learning_rate": "0.1"}, "not numbers: learning_rate='0.1'"),
+        ({"learning_rate": None}, "not numbers: learning_rate=None"),
+        ({"device": 0}, "not texts: device=0"),
+        (
+            {"batch_size": 2.0, "seed": None, "device": 1},
+            "whole numbers: batch_size=2.0, seed=None; not texts: device=1",
+        ),
         ({"seed": np.int64(-1)}, "out of range: seed=-1"),
         ({"seed": 2**63}, "out of range: seed="),
         ({"batch_size": np.int64(0)}, "out of range: batch_size=0"),
@@ -130,7 +133,7 @@ def questions(model, cells, number, seed):
     yield pd.DataFrame([str(celbo.check_realism(model.sample(60, seed=seed), cells, seed=seed))])
 
 
-@pytest.mark.parametrize("seed", [7, 2**40 + 5, 2**63 - 1])
+@pytest.mark.parametrize("seed", [7, 2**63 - 1])
 def test_every_question_takes_every_seed_as_a_number_of_python_or_numpy(cells, fitted, seed):
     plain = questions(fitted, cells, int, seed)
     of_numpy = questions(fitted, cells, np.int64, np.int64(seed))

@@ -39,10 +39,10 @@ _CELLS_FOR_NORMS = 2048
 """Training cells over which means and variances of batch norms are taken for the averaged weights."""
 _NO_REMEDY = Recipe()
 _KINDS = {
-    **dict.fromkeys(("max_epochs", "batch_size", "patience", "seed", "threads"), "whole number"),
-    "device": "text",
+    **dict.fromkeys(("max_epochs", "batch_size", "patience", "seed", "threads"), "whole numbers"),
+    "device": "texts",
 }
-_TYPES: dict[str, type | tuple[type, ...]] = {"whole number": int, "number": (int, float), "text": str}
+_TYPES: dict[str, type | tuple[type, ...]] = {"whole numbers": int, "numbers": (int, float), "texts": str}
 """Kinds of the options of `TrainConfig`, and the types of Python that they may have."""
 
 
@@ -113,14 +113,14 @@ class TrainConfig:
             )
 
     def _check_types(self) -> None:
-        faults = []
+        faults: dict[str, list[str]] = {}
         for option in fields(self):
-            value, kind = getattr(self, option.name), _KINDS.get(option.name, "number")
+            value, kind = getattr(self, option.name), _KINDS.get(option.name, "numbers")
             is_right = not isinstance(value, bool) and isinstance(value, _TYPES[kind])
             if not is_right and not (value is None and option.default is None):
-                faults.append(f"{option.name}={value!r} is not a {kind}")
-        if faults:
-            raise UsageError(f"{', '.join(faults)}.")
+                faults.setdefault(kind, []).append(f"{option.name}={value!r}")
+        if text := "; ".join(f"not {kind}: {', '.join(named)}" for kind, named in faults.items()):
+            raise UsageError(f"{text}.")
 
 
 class Split(NamedTuple):
