@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.special import polygamma
 from scipy.stats import norm
 
-from celbo.data.conditions import as_text, column_of
+from celbo.data.conditions import as_text, column_of, level_positions
 from celbo.data.schema import MOST_COMBINATIONS
 from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed, warn
@@ -68,7 +68,7 @@ def differential_expression(
         raise UsageError(f"least_change={least_change!r}; give a log2 change above 0: every gene changes a little.")
     check_count("n_samples", n_samples, 1)
     check_seed(seed)
-    group, reference = (None if name is None else str(name) for name in (group, reference))
+    group, reference = (_group_named(cells.obs, groupby, name) for name in (group, reference))
     sets, names, comparisons = group_cells(cells.obs, groupby, group, reference, pair_by)
     settings = schema.combinations({}, _averaged_conditions(fitted, groupby) if over is None else over)
     contexts = [cells.contexts(setting) if setting else None for setting in settings]
@@ -342,6 +342,15 @@ def group_cells(
     if unpaired:
         warn(f"{few_left}, and is left out.")
     return sets, [name for name in groups if name not in unpaired], comparisons
+
+
+def _group_named(obs: pd.DataFrame, groupby: str, name: object) -> str | None:
+    """Return the group with this name as obs writes it, or the name if there is no such group."""
+    if name is None or groupby not in obs.columns:
+        return None if name is None else str(name)
+    groups = as_text(column_of(obs, groupby)).unique()
+    position = level_positions(groups, as_text(pd.Series([name])))[0]
+    return str(name) if position < 0 else str(groups[position])
 
 
 def _as_text(column: pd.Series) -> pd.Series:
