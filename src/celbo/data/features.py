@@ -23,10 +23,11 @@ _OTHERS = (
     *("adt", "hto", "prot", "protein", "guide", "guides", "grna", "crispr", "atac"),
 )
 """Types that are not genes, as `_plain` writes them. Other names may be kinds of genes, such as "lncRNA"."""
-_GENOME = re.compile(
-    r"(GRC[a-z]{1,3}\d+|hg\d+|mm\d+|rn\d+|dm\d+|danRer\d+|sacCer\d+|HUMAN|MOUSE)[_-]+|(ENS[A-Z]*G)\d{6,}"
+_GENOMES = (
+    re.compile(r"(GRC[a-z]{1,3}\d+|hg\d+|mm\d+|rn\d+|dm\d+|danRer\d+|sacCer\d+|HUMAN|MOUSE)[_-]+"),
+    re.compile(r"(ENS[A-Z]*G)\d{6,}"),
 )
-"""Prefix of a genome in the name of a gene ("GRCh38_CD4", "mm10___Cd4"), or the species of an Ensembl id."""
+"""How names of genes begin that name their genome: by a prefix ("GRCh38_CD4", "mm10___Cd4"), or as Ensembl ids."""
 
 _MOST_LISTED = 20
 
@@ -138,9 +139,11 @@ def describe_genomes(var: pd.DataFrame) -> str:
     genomes = _types(var, "genome")
     if genomes is not None and len(set(genomes[genomes != ""].map(_without_version))) > 1:
         return f"var['genome'] has {_numbers(genomes[genomes != ''])}"
-    found = [match for name in var.index if (match := _GENOME.match(str(name)))]
-    prefixes = pd.Series([match[1] or match[2] for match in found], dtype=object)
-    return f"names of genes begin with {_numbers(prefixes)}" if len(set(prefixes)) > 1 else ""
+    for pattern in _GENOMES:
+        prefixes = pd.Series([match[1] for name in var.index if (match := pattern.match(str(name)))], dtype=object)
+        if len(set(prefixes)) > 1:
+            return f"names of genes begin with {_numbers(prefixes)}"
+    return ""
 
 
 def _wanted_features(var: pd.DataFrame, tables: dict[str, "pd.Series[str]"], wanted: str) -> Features:
