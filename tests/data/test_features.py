@@ -231,3 +231,8 @@ def test_nothing_is_said_about_features_of_real_cells(real_data, name):
     var = real_data(name).var
     assert describe_genomes(var) == ""
     assert choose_features(var).positions is None
+
+
+def test_generated_genes_are_compared_with_the_genes_of_real_cells(genes):
+    real = mixed(genes)
+    assert str(celbo.check_realism(genes[:60], real)) == str(celbo.check_realism(genes[:60], genes))

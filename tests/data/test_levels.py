@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import celbo
+from celbo.ask.labels import label_codes
 from celbo.data.checks import check_adata
 from celbo.data.conditions import as_text, level_positions
 
@@ -38,6 +39,11 @@ def with_batch(cells, values):
     changed = cells.copy()
     changed.obs["batch"] = values
     return changed
+
+
+def codes_of(numbers):
+    """Positions of 1, 2 and 10 among the labels "1.0", "10.0", "2.0"."""
+    return np.select([numbers == 1, numbers == 10], [0, 1], 2)
 
 
 def fit(cells, **options):
@@ -96,6 +102,10 @@ def test_labels_and_groups_that_are_numbers_are_found(numbered):
     ]
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0])
+    for write in WRITTEN.values():
+        np.testing.assert_array_equal(
+            label_codes(model.schema_, with_batch(cells, write(numbers)).obs), codes_of(numbers)
+        )
     with pytest.raises(celbo.UsageError, match="has no '3'"):
         model.differential_expression(cells, groupby="batch", group=3)
 
@@ -185,6 +195,7 @@ def test_measured_numbers_that_are_text_are_told_with_the_way_back(column):
         [f"{1 + at % 8}.0" for at in range(300)],
         [1 + at % 8 for at in range(300)],
         [f"{1001 + at % 25}" for at in range(300)],
+        [f"{1001 + at % 30}" for at in range(300)],
         [f"d{at % 60}.0" for at in range(300)],
         [f"{at % 20}.0" if at else "none" for at in range(300)],
         [f"{at % 60:03}" for at in range(300)],

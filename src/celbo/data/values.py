@@ -45,8 +45,6 @@ _SAME_TOTAL = 1.1
 more by rounding than others. In raw counts the totals of half of the cells are never as close."""
 _GAPS = 0.3
 """Share of cells with gaps from which values are no counts. With counts, at most a tenth of the cells has one."""
-_DRAWN = 0.2
-"""Share of cells with exactly the same total from which counts were drawn to that total (downsampled), not scaled."""
 _UNDERDISPERSED = 0.7
 """Variance over mean of genes, below which values were not counted. It is 1 or more for counts."""
 _MILLION = 1_000_000
@@ -331,9 +329,7 @@ def _are_rounded_to_power(totals: NDArray[np.float64], x: sp.csr_matrix) -> bool
     power = 10.0 ** np.rint(np.log10(middle))
     if power < 10_000 or abs(middle - power) > 1e-3 * power:
         return False
-    is_close = np.mean(np.abs(totals - middle) <= 0.5 * np.sqrt(middle)) >= 0.9
-    is_drawn = np.unique(totals, return_counts=True)[1].max() >= max(_DRAWN * len(totals), 3)
-    if is_drawn or not is_close:
+    if np.mean(np.abs(totals - middle) <= 0.5 * np.sqrt(middle)) < 0.9:
         return False
     both_sides = min(np.mean(totals > power), np.mean(totals < power)) >= 0.1
     return bool(both_sides or (power == _MILLION and _are_underdispersed(x)))
