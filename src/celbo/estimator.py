@@ -82,6 +82,9 @@ class ExpressionVAE(metaclass=Hinted):
     """Value of that column where the label is not known. A missing value means the same."""
     layer: str | None = None
     """Layer that holds the values; None for X."""
+    features: str | None = None
+    """Type of features to model, in var["feature_types"], var["feature_type"] or var["modality"]; "all" for every type.
+    None for the genes, where such a column names genes beside other types, and for all features elsewhere."""
     allow_noninteger: bool = False
     """Accept estimated counts, which need not be whole numbers."""
     size_factor: str | None = None

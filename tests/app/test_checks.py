@@ -19,6 +19,7 @@ from celbo import CelboError, UsageError
 from celbo.app.cli import app
 from celbo.app.config import read_config
 from celbo.data.checks import check_adata
+from celbo.data.values import KINDS
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parents[1] / "golden").glob("*/answers.json"))
 
@@ -65,6 +66,17 @@ def test_check_tells_every_problem_at_once_and_ends_with_3(bad_file):
     ):
         assert part in done.stdout
     assert "ready" not in done.stdout
+
+
+def test_the_documentation_names_every_kind_of_problem():
+    """The names in the code, wherever they are written, are the names in the tables."""
+    root = Path(__file__).parents[2]
+    code = "".join(path.read_text() for path in (root / "src" / "celbo").rglob("*.py"))
+    names = set(re.findall(r"\b(?:check|result)\.(?:add|noting)\(\s*\"([a-z-]+)\"", code)) | set(KINDS)
+    assert {"rounded", "few-cells", "values", "unreadable"} <= names
+    rows = [line for line in (root / "docs" / "check.md").read_text().splitlines() if line.startswith("|")]
+    documented = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row.split("|")[1])}
+    assert documented == names
 
 
 def test_fit_refuses_what_check_refuses_and_trains_nothing(bad_file, tmp_path):

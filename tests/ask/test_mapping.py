@@ -319,12 +319,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_levels_that_read_nearly_as_known_ones_are_doubted(many):
-    """Case, spaces and separators, and whole numbers read as floats; but not numbers that are others."""
+    """Case, spaces and separators; but not other numbers. The same number is the known level, however it is written."""
     known = many.copy()
     names = np.array(["Donor_1", "donor_11", "10", "+"])
     known.obs["batch"] = names[np.arange(known.n_obs) % 4]
     model = celbo.ExpressionVAE(latent_dim=2, conditions=["batch"], train=celbo.TrainConfig(max_epochs=1)).fit(known)
-    for level, like in (("donor 1", "Donor_1"), ("10.0", "10"), ("1.0", None), ("donor_1_1", None), ("-", None)):
+    for level, like in (("donor 1", "Donor_1"), ("10.0", None), ("1.0", None), ("donor_1_1", None), ("-", None)):
         query = known[:40].copy()
         query.obs["batch"] = level
         with warnings.catch_warnings(record=True) as caught:

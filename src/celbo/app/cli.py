@@ -103,6 +103,7 @@ def check(
     na_as_level: options.NaAsLevel = False,
     size_factor: options.SizeFactor = None,
     allow_noninteger: options.AllowNoninteger = False,
+    features: options.Features = None,
     on_disk: options.OnDisk = False,
     unseen: options.Unseen = "refuse",
     genes_present: options.GenesPresent = 0.8,
@@ -171,6 +172,7 @@ def fit(
     na_as_level: options.NaAsLevel = False,
     size_factor: options.SizeFactor = None,
     allow_noninteger: options.AllowNoninteger = False,
+    features: options.Features = None,
     on_disk: options.OnDisk = False,
     likelihood: options.Likelihood = "nb",
     latent_dim: options.LatentDim = "10",
@@ -204,6 +206,8 @@ def fit(
     **metrics.json**, **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
     `--config run/run.json` repeats the run.
     """
+    from celbo.data.features import choose_features
+
     if remedy == ["list"]:
         from celbo.fit.remedies import remedy_table
 
@@ -215,9 +219,10 @@ def fit(
     model = make_model(chosen)
     model.recipe()  # refuses an unknown remedy before the data are read
     adata = read_cells(data, reading, model.layer, [*model.conditions, *model.nuisance])
-    if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
+    n_genes = len(choose_features(adata.var, model.features).of(adata.var))
+    if "n_top_genes" not in chosen["model"] and n_genes > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
-        say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
+        say(f"modelling the {N_TOP_GENES:,} most variable of {n_genes:,} genes; --n-top-genes 0 for all of them")
     fit_and_write(
         model,
         adata,

@@ -77,6 +77,15 @@ SizeFactor = Annotated[
 AllowNoninteger = Annotated[
     bool, _flag("Accept estimated counts, which are not whole numbers.", "--allow-noninteger", panel=DATA)
 ]
+Features = Annotated[
+    str | None,
+    _option(
+        'Type of features to model, e.g. "Gene Expression", as var["feature_types"] names it; all for every type.  '
+        "[default: the genes, if var names genes beside others]",
+        panel=DATA,
+        metavar="TYPE",
+    ),
+]
 GeneColumn = Annotated[
     str | None, _option("Column of var with the gene names, in place of its index.", panel=DATA, metavar="COLUMN")
 ]

@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.special import polygamma
 from scipy.stats import norm
 
-from celbo.ask.groups import group_cells, warn_of_confounding
+from celbo.ask.groups import group_cells, group_named, warn_of_confounding
 from celbo.data.conditions import Condition, column_of
 from celbo.data.groups import Groups, grouping, is_column
 from celbo.data.schema import MOST_COMBINATIONS
@@ -68,8 +68,8 @@ def differential_expression(
         raise UsageError(f"least_change={least_change!r}; give a log2 change above 0: every gene changes a little.")
     check_count("n_samples", n_samples, 1)
     seed = check_seed(seed)
-    group, reference = (None if name is None else str(name) for name in (group, reference))
     labels = grouping("groupby", groupby, cells.obs)
+    group, reference = (None if name is None else group_named(labels, name) for name in (group, reference))
     levels = None if pair_by is None else grouping("pair_by", pair_by, cells.obs)
     sets, names, comparisons = group_cells(labels, levels, group, reference)
     nuisances = _nuisances(fitted, str(labels.name) if is_column(groupby, labels, cells.obs) else None)

@@ -7,15 +7,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celbo.data.conditions import as_text
+from celbo.data.conditions import as_text, level_positions
 from celbo.errors import DataError, UsageError, listed, warn
 
-__all__ = ["FEWEST", "group_cells", "warn_of_confounding"]
+__all__ = ["FEWEST", "group_cells", "group_named", "warn_of_confounding"]
 
 FEWEST = 2
 """Smallest number of cells of a group."""
 Pairs = list[tuple[list[int], list[int]]]
 """Sets on one side of a comparison and on the other, for each pair."""
+
+
+def group_named(labels: "pd.Series[Any]", name: object) -> str:
+    """Return the group with this name as the labels write it, or the name itself if there is no such group."""
+    groups = as_text(labels).unique()
+    position = level_positions(groups, as_text(pd.Series([name])))[0]
+    return str(name) if position < 0 else str(groups[position])
 
 
 def group_cells(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
-from celbo.data.conditions import as_text, column_of
+from celbo.data.conditions import as_text, column_of, level_positions
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, warn
 from celbo.fit.cells import Cells
@@ -49,7 +49,7 @@ def label_codes(schema: Schema, obs: pd.DataFrame) -> NDArray[np.int32]:
     if labels is None or labels.levels is None or labels.name not in obs.columns:
         return np.full(len(obs), -1, np.int32)
     column = column_of(obs, labels.name)
-    codes = pd.Index(labels.levels).get_indexer(as_text(column))
+    codes = level_positions(labels.levels, as_text(column))
     return np.where(column.notna(), codes, -1).astype(np.int32)
 
 

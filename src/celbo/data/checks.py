@@ -9,12 +9,21 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, make_condition, size_factors
+from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, doubt_numbers, make_condition, size_factors
+from celbo.data.features import Features, choose_features, describe_genomes, features_of_query
 from celbo.data.fingerprint import Fingerprint
 from celbo.data.matching import explain_mismatch
 from celbo.data.schema import Schema
-from celbo.data.stored import Stored, stored_values
-from celbo.data.values import Scan, describe_values, find_counts, holds_counts, scan_values, value_faults
+from celbo.data.stored import Stored, place_of, stored_values
+from celbo.data.values import (
+    Scan,
+    describe_rounded,
+    describe_values,
+    find_counts,
+    holds_counts,
+    scan_values,
+    value_faults,
+)
 from celbo.errors import DataError, UsageError, listed, warn
 
 __all__ = ["Check", "Problem", "check_adata", "check_query"]
@@ -68,8 +77,10 @@ class Check:
     problems: list[Problem] = field(default_factory=list)
     schema: Schema | None = None
     """How a model reads these cells; None if there are errors."""
+    genes: pd.Index = field(default_factory=lambda: pd.Index([]), repr=False)
+    """Names of the features that a model may read, ``(n_genes,)``."""
     stored: Stored | None = field(default=None, repr=False)
-    """The values; None if they cannot be read."""
+    """The values of these features; None if they cannot be read."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Shape and hashes of values and names, if requested; see `celbo.data.fingerprint`."""
 
@@ -124,6 +135,7 @@ def check_adata(
     layer: str | None = None,
     size_factor: str | None = None,
     allow_noninteger: bool = False,
+    features: str | None = None,
     fingerprint: bool = False,
 ) -> Check:
     """Check names, every stored value, conditions and size factors of cells before a model is fitted to them.
@@ -146,8 +158,10 @@ def check_adata(
         Column of obs that replaces the sum of counts, scaled to the same mean.
     allow_noninteger
         Whether counts may be fractions, as estimated counts are.
+    features
+        Type of features to model; see `celbo.data.features.choose_features`. Other features are not checked.
     fingerprint
-        Whether to hash all values in the same pass over the data.
+        Whether to hash all values, also those of other features, in the same pass over the data.
 
     Returns
     -------
@@ -168,11 +182,14 @@ def check_adata(
         size = f"{adata.n_obs} cells and {adata.n_vars} genes"
         check.add("empty", "error", f"these data have {size}; a model needs both.")
         return check
+    kept = choose_features(adata.var, features)
+    _check_features(check, adata, kept)
     _check_names(check, adata)
     scan = None
     with check.noting("values"):
-        check.stored = stored = stored_values(adata, layer)
-        if values == "real" and (layer is None or holds_counts(stored)):
+        stored = stored_values(adata, layer)
+        check.stored = stored.of_genes(kept.positions)
+        if values == "real" and (layer is None or holds_counts(check.stored)):
             values = "log_normalised"
         if allow_noninteger and values == "counts":
             values = "pseudo_counts"
@@ -182,7 +199,8 @@ def check_adata(
                 "to give the gaussian likelihood real numbers, name their layer."
             )
         hashes = Fingerprint() if fingerprint else None
-        scan = _check_values(check, adata, layer, stored, values, hashes)
+        scan = scan_values(stored, genes=kept.positions, hashes=hashes)
+        _check_values(check, adata, layer, scan, values)
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
     library_scale = 1.0
@@ -193,12 +211,14 @@ def check_adata(
     model_conditions = _check_conditions(check, adata.obs, conditions, nuisance)
     if not check.errors:
         check.schema = Schema(
-            genes=tuple(adata.var_names.astype(str)),
+            genes=tuple(check.genes.astype(str)),
             conditions=model_conditions,
             layer=layer,
             size_factor=size_factor,
             library_scale=library_scale,
             values=values,
+            selection=kept.selection,
+            features=kept.kind,
         )
     return check
 
@@ -207,6 +227,8 @@ def check_query(
     adata: AnnData, schema: Schema, *, unseen: str = "refuse", genes_present: float = _GENES_PRESENT
 ) -> Check:
     """Check the model's genes, every stored value and the conditions of cells before a fitted model is applied to them.
+
+    Of features of several types, those of the model's type are read (`celbo.data.features.features_of_query`).
 
     Parameters
     ----------
@@ -231,18 +253,22 @@ def check_query(
     if not adata.n_obs:
         check.add("empty", "error", "these data have no cells.")
         return check
+    kept = features_of_query(adata.var, schema.features)
+    var = kept.of(adata.var)
+    check.genes, check.n_genes = var.index, len(var)
     _check_names(check, adata)
-    n_present = int((schema.columns(adata.var_names) >= 0).sum()) if adata.var_names.is_unique else len(schema.genes)
+    n_present = int((schema.columns(var.index) >= 0).sum()) if var.index.is_unique else len(schema.genes)
     if n_present < len(schema.genes):
         enough = n_present >= genes_present * len(schema.genes) and n_present > 0
         rest = (
             "The model fills them in by their expectation." if enough else f"At least {genes_present:.0%} are needed."
         )
-        message = f"{explain_mismatch(schema.genes, adata.var)} {rest}"
+        message = f"{explain_mismatch(schema.genes, var)} {rest}"
         check.add("genes", "warning" if enough else "error", message)
     with check.noting("values"):
-        check.stored = stored_values(adata, schema.layer)
-        scan = _check_values(check, adata, schema.layer, check.stored, schema.values)
+        check.stored = stored_values(adata, schema.layer).of_genes(kept.positions)
+        scan = scan_values(check.stored)
+        _check_values(check, adata, schema.layer, scan, schema.values)
         _check_emptiness(check, adata, scan, schema.values, genes=False)
     if schema.size_factor is not None:
         with check.noting("size-factor"):
@@ -264,8 +290,25 @@ def check_query(
     return check
 
 
+def _check_features(check: Check, adata: AnnData, kept: Features) -> None:
+    """Keep the chosen features, and say what was left out and which genomes the genes are from."""
+    var = kept.of(adata.var)
+    check.genes, check.n_genes = var.index, len(var)
+    if kept.fault:
+        check.add("features", "error", kept.fault)
+    if kept.doubt:
+        check.add("features", "warning", kept.doubt)
+    if genomes := describe_genomes(var):
+        check.add(
+            "genomes",
+            "warning",
+            f"the genes are from several genomes: {genomes}. If the cells are of one species, keep its genes only. If "
+            "they are of several, fit each species separately: otherwise the latent space separates the species first.",
+        )
+
+
 def _check_names(check: Check, adata: AnnData) -> None:
-    if (twice := adata.var_names[adata.var_names.duplicated()]).size:
+    if (twice := check.genes[check.genes.duplicated()]).size:
         check.add(
             "duplicate-genes",
             "error",
@@ -281,35 +324,42 @@ def _check_names(check: Check, adata: AnnData) -> None:
         )
 
 
-def _check_values(
-    check: Check,
-    adata: AnnData,
-    layer: str | None,
-    stored: Stored,
-    values: str,
-    hashes: Fingerprint | None = None,
-) -> Scan:
-    scan = scan_values(stored, hashes=hashes)
+def _check_values(check: Check, adata: AnnData, layer: str | None, scan: Scan, values: str) -> None:
+    assert check.stored is not None
+    names = adata.obs_names, check.genes, place_of(layer)
     check.n_values = scan.n_values
     kinds = {"real": _NOT_COUNTS[:1], "pseudo_counts": tuple(kind for kind in _NOT_COUNTS if kind != "not-whole")}
-    faults = value_faults(scan, adata, layer, kinds.get(values, _NOT_COUNTS))
+    faults = value_faults(scan, *names, kinds.get(values, _NOT_COUNTS))
     advice = {kind: _ADVICE[kind] for kind in faults}
     if wrong_kind := {"negative", "not-whole"} & faults.keys():
         # The last of these sentences also says what the values are, and where counts are.
         last = max(wrong_kind)
-        description = describe_values(stored, scan)
+        description = describe_values(check.stored, scan)
         hints = [f"The values {description}." if description else "", find_counts(adata, layer) or _ADVICE[last]]
         advice |= dict.fromkeys(wrong_kind, "") | {last: " ".join(filter(None, hints))}
     for kind, sentence in faults.items():
         check.add(kind, "error", f"{sentence} {advice[kind]}".strip())
     if "inexact" in scan.faults and "too-large" not in scan.faults and values != "real":
-        sentence = value_faults(scan, adata, layer, ("inexact",))["inexact"]
+        sentence = value_faults(scan, *names, ("inexact",))["inexact"]
         check.add(
             "inexact",
             "warning",
             f"{sentence} float32 rounds such numbers to a few units; check that they are counts.",
         )
-    return scan
+    if values in ("counts", "pseudo_counts") and not scan.faults:
+        _warn_of_rounded(check, adata, layer, scan)
+
+
+def _warn_of_rounded(check: Check, adata: AnnData, layer: str | None, scan: Scan) -> None:
+    """Warn about whole numbers that are no counts."""
+    assert check.stored is not None
+    if description := describe_rounded(check.stored, scan):
+        check.add(
+            "rounded",
+            "warning",
+            f"{place_of(layer)} holds whole numbers, but they {description}. The noise of such values is not that of "
+            f"counts, so a likelihood of counts does not fit them. {find_counts(adata, layer) or _ADVICE['negative']}",
+        )
 
 
 def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, genes: bool = True) -> None:
@@ -328,7 +378,7 @@ def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, g
         check.add(
             "empty-genes",
             "warning",
-            f"{silent.sum():,} of {len(silent):,} genes have no counts: {listed(adata.var_names[silent], 3)}. celbo "
+            f"{silent.sum():,} of {len(silent):,} genes have no counts: {listed(check.genes[silent], 3)}. celbo "
             "keeps them, but can learn nothing about them.",
         )
 
@@ -356,7 +406,10 @@ def _check_conditions(
                 continue
             model_conditions.append(replace(condition, nuisance=name in nuisance))
             _warn_of_codes(check, condition, obs[name])
-            _warn_of_rare_levels(check, condition, obs[name])
+            if doubt := doubt_numbers(condition, len(obs)):
+                check.add("text-numbers", "warning", doubt)
+            else:
+                _warn_of_rare_levels(check, condition, obs[name])
             for doubt in doubt_levels(condition):
                 check.add("levels", "warning", doubt)
     return tuple(model_conditions)

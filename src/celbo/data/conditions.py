@@ -2,7 +2,10 @@
 
 import difflib
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,9 @@ __all__ = [
     "as_text",
     "column_of",
     "doubt_levels",
+    "doubt_numbers",
     "known_labels",
+    "level_positions",
     "make_condition",
     "size_factors",
     "spelling",
@@ -28,6 +33,12 @@ _MOST_ONE_HOT = 50
 """Conditions with more levels are embedded: the model learns a short vector for each level."""
 _BEYOND = 0.1
 """A value may lie outside the range of fit by this share of the range without a warning."""
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
+"""A number as programs write it: "1", "1.0", "-0.5", "1e-05"; "01" and "+1" are names."""
+_FEW_NUMBERS, _MANY_NUMBERS = 10, 30
+"""Whole numbers in text: up to so many levels are read as names; from so many on as numbers, if each has few cells."""
+_FEW_CELLS_OF_A_NUMBER = 10
+"""Mean number of cells of a level below which many different numbers are no names of groups."""
 _NA_AS_LEVEL = ", or let them be a level of their own (--na-as-level)"
 UNLABELLED = "unknown"
 """Default value of an unknown label; it need not occur in the data."""
@@ -104,7 +115,7 @@ class Condition:
         if self.levels is None:
             return ((_numbers(self.name, column) - self.mean) / self.sd).astype(np.float32)
         text = as_text(column)
-        codes = pd.Index(self.levels).get_indexer(text)
+        codes = level_positions(self.levels, text)
         if unseen == "refuse" and (codes < 0).any():
             unknown = text[codes < 0]
             raise DataError(
@@ -117,7 +128,9 @@ class Condition:
 
     def code(self, value: object) -> float:
         """Return the code of one value; raise a `DataError` if the condition cannot have it."""
-        if self.levels is not None and (level := as_text(pd.Series([value]))[0]) not in self.levels:
+        one = pd.Series([value])
+        if self.levels is not None and not self.is_known(one)[0]:
+            level = as_text(one)[0]
             similar = difflib.get_close_matches(level, self.levels, 1)
             suggestion = f" Did you mean {similar[0]!r}?" if similar else ""
             raise DataError(
@@ -125,7 +138,7 @@ class Condition:
             )
         if self.levels is None and not (isinstance(value, int | float | np.number) and np.isfinite(float(value))):
             raise DataError(f"condition {self.name!r} is continuous; give a finite number, not {value!r}.")
-        return float(self.codes(pd.Series([value]))[0])
+        return float(self.codes(one)[0])
 
     def encode(self, column: "pd.Series[Any]", unseen: str = "refuse") -> NDArray[np.float32]:
         """Encode a column of obs by `codes` and `expand`, ``(cells, dim)`` float32."""
@@ -161,7 +174,44 @@ class Condition:
         """Return whether each cell's level is known from fit, ``(cells,)``; all are for a continuous condition."""
         if self.levels is None:
             return np.ones(len(column), bool)
-        return np.asarray(column.isna() | as_text(column).isin(self.levels))
+        return np.asarray(column.isna()) | (level_positions(self.levels, as_text(column)) >= 0)
+
+
+def level_positions(levels: Sequence[str], text: "pd.Series[str]") -> NDArray[np.intp]:
+    """Return the position of the level that each text names, ``(cells,)``; -1 for none.
+
+    A text names the level with the same text. If there is none, it names the level that is the same number, unless
+    several levels are.
+
+    Parameters
+    ----------
+    levels
+        Different levels.
+    text
+        Levels of cells, as `as_text` returns them.
+
+    Examples
+    --------
+    >>> level_positions(("1", "2.0", "b"), pd.Series(["1.0", "2", "b", "3"])).tolist()
+    [0, 1, 2, -1]
+    >>> level_positions(("1", "1.0"), pd.Series(["1.0", "1.00"])).tolist()
+    [1, -1]
+    """
+    codes, different = pd.factorize(text)
+    positions = pd.Index(levels, dtype=object).get_indexer(pd.Index(different, dtype=object))
+    if (positions < 0).any():
+        numbers = [_number(level) for level in levels]
+        n_levels = Counter(numbers)
+        of_number = {number: at for at, number in enumerate(numbers) if number is not None and n_levels[number] == 1}
+        for place in np.flatnonzero(positions < 0):
+            if (number := _number(different[place])) is not None:
+                positions[place] = of_number.get(number, -1)
+    return positions[codes]
+
+
+def _number(level: str) -> Decimal | None:
+    """Return the number that a level is, exactly; None if it is a name."""
+    return Decimal(level) if _NUMBER.fullmatch(level) else None
 
 
 def spelling(level: str) -> str:
@@ -194,6 +244,36 @@ def doubt_levels(condition: Condition) -> list[str]:
             "missing, fill it in, or drop these cells."
         )
     return doubts
+
+
+def doubt_numbers(condition: Condition, n_cells: int) -> str:
+    """Return a warning if all levels read as numbers that were measured, and not as names; otherwise "".
+
+    Measured are fractions, more than ten numbers with decimals, and thirty numbers or more with few cells each.
+
+    Examples
+    --------
+    >>> doubt_numbers(Condition("batch", ("1", "2", "3")), n_cells=100)
+    ''
+    >>> "'0.5', '1.0'" in doubt_numbers(Condition("dose", ("0.5", "1.0")), n_cells=100)
+    True
+    """
+    levels = condition.levels or ()
+    numbers = [number for level in levels if (number := _number(level)) is not None]
+    n = len(numbers)
+    if not n or n < len(levels):
+        return ""
+    has_decimals = any("." in level for level in levels)
+    is_fraction = any(number != number.to_integral_value() for number in numbers)
+    is_many = n >= _MANY_NUMBERS and n_cells < _FEW_CELLS_OF_A_NUMBER * n
+    if not (is_fraction or is_many or (has_decimals and n > _FEW_NUMBERS)):
+        return ""
+    column = f"adata.obs[{condition.name!r}]"
+    return (
+        f"condition {condition.name!r} has {n:,} levels that read as numbers ({listed(levels, 3)}), but each "
+        f"is a level of its own. If they were measured, make them numbers: {column} = "
+        f"{column}.astype(str).astype(float). If they are names of groups, leave them as they are."
+    )
 
 
 def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
@@ -233,12 +313,13 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
             f"make them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
         )
     text, unlabelled = as_text(column), str(unlabelled)
-    if unlabelled != UNLABELLED and not (text == unlabelled).any():
+    is_unlabelled = level_positions([unlabelled], text) == 0
+    if unlabelled != UNLABELLED and not is_unlabelled.any():
         raise UsageError(
             f"unlabelled={unlabelled!r} (--unlabelled) does not occur in obs column {column.name!r}; give its "
             "value for unknown labels, or leave it out."
         )
-    is_known = (column.notna() & (text != unlabelled)).to_numpy()
+    is_known = column.notna().to_numpy() & ~is_unlabelled
     levels = tuple(sorted(text[is_known].unique()))
     if reserved := set(levels).intersection(_RESERVED_LABELS):
         raise DataError(

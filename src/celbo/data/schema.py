@@ -41,7 +41,9 @@ class Schema:
     values: str = "counts"
     """One of `VALUES`."""
     selection: str | None = None
-    """How the genes were chosen, as text; None if all genes of the data are modelled."""
+    """How the genes were chosen, as text; None if all features of the data are modelled."""
+    features: str | None = None
+    """Type of the modelled features in var; None if the data did not say."""
     labels: Condition | None = None
     """Labels that the classifier predicts."""
 
@@ -284,6 +286,7 @@ class Schema:
             library_scale=_finite(document["library_scale"]),
             values=document["values"],
             selection=None if document.get("selection") is None else _typed(document["selection"], str),
+            features=None if document.get("features") is None else _typed(document["features"], str),
             labels=None
             if document.get("labels") is None
             else Condition(_typed(document["labels"]["name"], str), _strings(document["labels"]["levels"])),

@@ -127,7 +127,7 @@ def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "
     assert check.stored is not None
     return CellSource(
         check.stored,
-        schema.columns(adata.var_names),
+        schema.columns(check.genes),
         schema.codes(adata.obs, unseen=unseen),
         schema.expand,
         values=schema.values,

@@ -1,7 +1,7 @@
 """Read rows of values of an AnnData: in memory or on disk, sparse or dense, a view or not."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from numpy.typing import NDArray
 
+from celbo.data.matching import align
 from celbo.errors import DataError
 
 __all__ = ["Stored", "layer_names", "layer_values", "place_of", "raise_no_layer", "stored_matrix", "stored_values"]
@@ -47,6 +48,19 @@ class Stored:
         step = max(_LEAST_ROWS, _BLOCK // max(n_genes, 1))
         for start in range(0, n_cells, step):
             yield self.read(slice(start, start + step))
+
+    def of_genes(self, positions: NDArray[np.intp] | None) -> "Stored":
+        """Return the values of the genes at these positions, in this order; None for all genes.
+
+        Examples
+        --------
+        >>> stored = stored_values(AnnData(np.array([[1, 2, 3]])), None)
+        >>> stored.of_genes(np.array([0, 2])).read([0]).toarray()
+        array([[1, 3]])
+        """
+        if positions is None:
+            return self
+        return replace(self, shape=(self.shape[0], len(positions)), read=lambda rows: align(self.read(rows), positions))
 
 
 def stored_values(adata: AnnData, layer: str | None) -> Stored:

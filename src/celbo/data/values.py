@@ -1,20 +1,32 @@
 """Check every stored value in one pass, and explain values that are not counts."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo.data.fingerprint import Fingerprint
+from celbo.data.matching import align
 from celbo.data.read import ORIGIN, left_on_disk
-from celbo.data.stored import Stored, layer_names, place_of, stored_matrix, stored_values
+from celbo.data.stored import Stored, layer_names, stored_matrix, stored_values
 from celbo.errors import DataError
 
-__all__ = ["Fault", "Scan", "describe_values", "find_counts", "holds_counts", "scan_values", "value_faults"]
+__all__ = [
+    "Fault",
+    "Scan",
+    "describe_rounded",
+    "describe_values",
+    "find_counts",
+    "holds_counts",
+    "scan_values",
+    "value_faults",
+]
 
 LARGEST_COUNT = 1e9
 """Larger counts are errors: no experiment counts more of one gene in one sample."""
@@ -24,6 +36,18 @@ _EXACT = 2**24
 
 _SAMPLE = 1000
 """Number of cells, evenly spaced, from which `describe_values` guesses the kind of values."""
+
+_FEWEST_TOTALS, _FEWEST_EQUAL, _FEWEST_GENES = 5, 10, 100
+"""Cells that are needed to compare totals; equal values of a cell that are needed to expect the next smaller value too;
+and genes that are needed to compare variances with means."""
+_SAME_TOTAL = 1.1
+"""Counts that were scaled to a total and rounded have totals that differ by up to this factor, because some cells lose
+more by rounding than others. In raw counts the totals of half of the cells are never as close."""
+_GAPS = 0.3
+"""Share of cells with gaps from which values are no counts. With counts, at most a tenth of the cells has one."""
+_UNDERDISPERSED = 0.7
+"""Variance over mean of genes, below which values were not counted. It is 1 or more for counts."""
+_MILLION = 1_000_000
 
 
 class Fault(NamedTuple):
@@ -86,15 +110,17 @@ KINDS = {
 }
 
 
-def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
+def scan_values(stored: Stored, *, genes: NDArray[np.intp] | None = None, hashes: Fingerprint | None = None) -> Scan:
     """Check every stored value once, in blocks of bounded memory.
 
     Parameters
     ----------
     stored
         The values.
+    genes
+        Positions of the genes to check; None for all.
     hashes
-        Fingerprint to which the blocks are added; None for no fingerprint.
+        Fingerprint to which the blocks are added, with all their values; None for no fingerprint.
 
     Returns
     -------
@@ -106,16 +132,18 @@ def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
     >>> scan.faults["negative"]
     Fault(n=1, row=1, column=0, value=-1.0)
     """
-    n_cells, n_genes = stored.shape
+    n_cells, n_genes = stored.of_genes(genes).shape
     weights = np.ones(n_genes)
     library, detected = np.empty(n_cells), np.zeros(n_genes, np.int64)
     faults: dict[str, Fault] = {}
     n_values = start = 0
     for block in stored.blocks():
         stop = start + block.shape[0]
-        _add_faults(block, start, faults)
         if hashes is not None:
             hashes.add(block)
+        if genes is not None:
+            block = align(block, genes)
+        _add_faults(block, start, faults)
         with np.errstate(all="ignore"):  # the scan reports values that are not finite
             library[start:stop] = block @ weights
         detected += np.bincount(block.indices[block.data != 0], minlength=n_genes)
@@ -135,13 +163,24 @@ def holds_counts(stored: Stored) -> bool:
     return not any(_bad_kinds(block) & {"not-finite", "negative", "not-whole"} for block in stored.blocks())
 
 
-def value_faults(scan: Scan, adata: AnnData, layer: str | None, kinds: tuple[str, ...]) -> dict[str, str]:
-    """Describe the faults of each kind in a sentence, with the first place and the number of values."""
-    place = place_of(layer)
+def value_faults(scan: Scan, cells: pd.Index, genes: pd.Index, place: str, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Describe the faults of each kind in a sentence, with the first place and the number of values.
+
+    Parameters
+    ----------
+    scan
+        What was found.
+    cells, genes
+        Names of the cells and genes that were scanned.
+    place
+        Name of the values, as `celbo.data.stored.place_of` gives it.
+    kinds
+        Kinds to describe, of `KINDS`.
+    """
     return {
         kind: (
-            f"{place} is {fault.value:g} in cell {adata.obs_names[fault.row]!r} (row {fault.row:,}), "
-            f"gene {adata.var_names[fault.column]!r}; "
+            f"{place} is {fault.value:g} in cell {cells[fault.row]!r} (row {fault.row:,}), "
+            f"gene {genes[fault.column]!r}; "
             f"{fault.n:,} of {scan.n_values:,} stored values are {KINDS[kind].description}."
         )
         for kind in kinds
@@ -184,6 +223,30 @@ def describe_values(stored: Stored, scan: Scan) -> str:
     if x.data.max() < 20:
         return f"look normalised and logged ({largest})"
     return ""
+
+
+def describe_rounded(stored: Stored, scan: Scan) -> str:
+    """Say what whole numbers look like that were scaled to a common total and rounded; return "" for counts.
+
+    Half of the totals are within a tenth, and one of two marks is seen. First, cells have gaps: many equal values, but
+    none that is smaller by one, because each count became several. Second, totals are much closer to a power of ten
+    than counts can be, but not equal to it. Counts that were drawn to a common total (downsampled) have neither mark:
+    they have ones, and totals that are exactly equal, or smaller because genes were left out later.
+    """
+    totals = np.sort(scan.library[scan.library > 0])
+    if len(totals) < _FEWEST_TOTALS:
+        return ""
+    n_close = np.searchsorted(totals, _SAME_TOTAL * totals, side="right") - np.arange(len(totals))
+    if n_close.max() < len(totals) / 2:
+        return ""
+    rows = np.flatnonzero(scan.library > 0)
+    x = stored.read(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(np.intp))])
+    if not (_share_with_gaps(x) >= _GAPS or _are_rounded_to_power(totals, x)):
+        return ""
+    low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
+    is_million = abs(middle - _MILLION) < 0.1 * _MILLION
+    kind = "TPM or CPM that were rounded" if is_million else "counts that were scaled to a common total and rounded"
+    return f"look like {kind}: nine in ten cells sum to between {low:,.0f} and {high:,.0f}"
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:
@@ -253,6 +316,44 @@ def _same_total(x: sp.csr_matrix) -> int:
     if len(totals) < 2 or np.ptp(totals) > 1e-3 * np.median(totals):
         return 0
     return int(float(f"{np.median(totals):.3g}"))
+
+
+def _are_rounded_to_power(totals: NDArray[np.float64], x: sp.csr_matrix) -> bool:
+    """Return whether totals are near 10,000, 100,000 or a million as only rounding makes them.
+
+    Rounding moves totals by far less than the noise of counts of that size does, and to both sides. TPM may all move to
+    one side, because they have many values below a half; but so do downsampled counts if genes are left out later. TPM
+    then differ from counts in genes of a few counts, whose variance is below their mean.
+    """
+    middle = np.median(totals)
+    power = 10.0 ** np.rint(np.log10(middle))
+    if power < 10_000 or abs(middle - power) > 1e-3 * power:
+        return False
+    if np.mean(np.abs(totals - middle) <= 0.5 * np.sqrt(middle)) < 0.9:
+        return False
+    both_sides = min(np.mean(totals > power), np.mean(totals < power)) >= 0.1
+    return bool(both_sides or (power == _MILLION and _are_underdispersed(x)))
+
+
+def _are_underdispersed(x: sp.csr_matrix) -> bool:
+    """Return whether genes with a mean of 1 to 4 vary less between cells than counts do."""
+    x = x.astype(np.float64)
+    mean = np.asarray(x.mean(axis=0)).ravel()
+    squares = np.asarray(x.multiply(x).mean(axis=0)).ravel()
+    some = (mean >= 1) & (mean <= 4)
+    n = x.shape[0]
+    ratio = (squares[some] - mean[some] ** 2) / mean[some] * n / (n - 1)
+    return len(ratio) >= _FEWEST_GENES and float(np.median(ratio)) < _UNDERDISPERSED
+
+
+def _share_with_gaps(x: sp.csr_matrix) -> float:
+    """Return the share of cells that have many values v, but no value v - 1."""
+    n_with_gaps = 0
+    for start, stop in pairwise(x.indptr):
+        values, n_equal = np.unique(x.data[start:stop], return_counts=True)
+        steps = np.diff(values.astype(np.float64), prepend=0.0)
+        n_with_gaps += bool(((n_equal >= _FEWEST_EQUAL) & (steps > 1)).any())
+    return n_with_gaps / x.shape[0]
 
 
 def _are_multiples(x: sp.csr_matrix) -> bool:

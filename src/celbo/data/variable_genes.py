@@ -50,9 +50,9 @@ def choose_genes(schema: Schema, stored: Stored, obs: pd.DataFrame, n_top_genes:
         chosen, whole = (sum_of_genes(stored, genes).sum() for genes in (positions, np.arange(len(schema.genes))))
         schema = replace(schema, library_scale=schema.library_scale * float(chosen / whole))
     within = f" within levels of {categorical[0].name!r}" if categorical else ""
-    return schema.with_genes(
-        positions, f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
-    )
+    before = "" if schema.selection is None else f"{schema.selection}; of these "
+    chosen = f"{len(positions):,} of {len(schema.genes):,}, the most variable{within} (seurat_v3)"
+    return schema.with_genes(positions, before + chosen)
 
 
 def select_genes(blocks: Blocks, n_top_genes: int, levels: NDArray[np.intp] | None = None) -> NDArray[np.intp]:

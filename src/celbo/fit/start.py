@@ -39,7 +39,7 @@ __all__ = [
 
 DATA_OPTIONS = (
     *("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer", "size_factor"),
-    *("allow_noninteger", "remedies"),
+    *("allow_noninteger", "features", "remedies"),
 )
 """Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
 _FEW_CELLS = 30
@@ -85,6 +85,7 @@ def check_to_fit(
     layer: str | None,
     size_factor: str | None,
     allow_noninteger: bool,
+    features: str | None = None,
     remedies: Sequence[str] = (),
     fingerprint: bool = False,
 ) -> Check:
@@ -106,6 +107,7 @@ def check_to_fit(
         layer=layer,
         size_factor=size_factor,
         allow_noninteger=allow_noninteger,
+        features=features,
         fingerprint=fingerprint,
     )
     schema = check.schema

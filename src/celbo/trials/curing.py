@@ -11,7 +11,6 @@ import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo.data.conditions import as_text
 from celbo.data.read import read_adata
 from celbo.errors import DivergedError, UsageError, listed
 from celbo.estimator import ExpressionVAE
@@ -118,7 +117,8 @@ def cure(
     new_levels = {
         f"{condition.name}={level}"
         for condition in model.schema_.conditions
-        for level in set(condition.levels or ()) - set(as_text(adata.obs[condition.name]))
+        if condition.levels is not None
+        for level in np.delete(condition.levels, condition.codes(adata.obs[condition.name]).astype(int))
     }
     if new_levels:
         raise UsageError(

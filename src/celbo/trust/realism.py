@@ -9,6 +9,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
+from celbo.data.features import features_of_query
 from celbo.data.normalise import log_normalise
 from celbo.data.stored import layer_names
 from celbo.errors import DataError, UsageError, check_count, check_seed, listed
@@ -147,10 +148,11 @@ def check_realism(
     """
     seed = check_seed(seed)
     check_count("max_cells", max_cells, 1)
-    names = generated.var_names
-    if not real.var_names.is_unique:
+    names, kept = generated.var_names, features_of_query(real.var, None)
+    real_names = kept.of(real.var).index
+    if not real_names.is_unique:
         raise DataError("names of genes occur more than once among the real cells; make them unique.")
-    columns = real.var_names.get_indexer(names)
+    columns = real_names.get_indexer(names)
     if (columns < 0).any():
         lacking = names[columns < 0]
         raise DataError(f"the real cells lack {len(lacking):,} of {len(names):,} genes: {listed(lacking)}.")
@@ -168,7 +170,7 @@ def check_realism(
     n, half = min(len(rows), len(order), max_cells), min(len(order) // 2, max_cells)
     order = order[: max(n, 2 * half)]
     x, y = _dense(generated.X, rows[:n]), _dense(real.X if layer is None else real.layers[layer], order)
-    y = y[:, columns]
+    y = y[:, columns if kept.positions is None else kept.positions[columns]]
     is_count, real_is_count = (bool((part >= 0).all() and (part == np.round(part)).all()) for part in (x, y))
     if is_count != real_is_count:
         one, other = ("counts", "not") if is_count else ("not counts", "are")
