@@ -77,6 +77,14 @@ SizeFactor = Annotated[
 AllowNoninteger = Annotated[
     bool, _flag("Accept estimated counts, which are not whole numbers.", "--allow-noninteger", panel=DATA)
 ]
+MaskAbsent = Annotated[
+    str | None,
+    _option(
+        "Column of obs, such as the sample: genes without a count in a whole level count as not measured there.",
+        panel=DATA,
+        metavar="COLUMN",
+    ),
+]
 GeneColumn = Annotated[
     str | None, _option("Column of var with the gene names, in place of its index.", panel=DATA, metavar="COLUMN")
 ]

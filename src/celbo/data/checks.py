@@ -1,14 +1,24 @@
 """Check cells before a model is fitted or applied to them, and collect all problems."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
+from numpy.typing import NDArray
 
+from celbo.data.absent import (
+    Absence,
+    CellsWithGene,
+    columns_to_watch,
+    describe_absences,
+    find_absences,
+    n_explained,
+)
 from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, make_condition, size_factors
 from celbo.data.fingerprint import Fingerprint
 from celbo.data.matching import explain_mismatch
@@ -24,6 +34,9 @@ _GENES_PRESENT = 0.8
 
 _FEW = 10
 """A column with at most this many different whole numbers looks like codes."""
+
+_MOSTLY = 0.9
+"""A mask is enough if it explains this share of the missing values that the best column explains."""
 
 _READ_AS = {
     "marginal": "read as all levels of fit in equal parts",
@@ -72,6 +85,8 @@ class Check:
     """The values; None if they cannot be read."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Shape and hashes of values and names, if requested; see `celbo.data.fingerprint`."""
+    absences: Mapping[str, Sequence[Absence]] = field(default_factory=dict, repr=False)
+    """By column of obs, the levels whose cells lack genes."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -124,6 +139,7 @@ def check_adata(
     layer: str | None = None,
     size_factor: str | None = None,
     allow_noninteger: bool = False,
+    mask_absent: str | None = None,
     fingerprint: bool = False,
 ) -> Check:
     """Check names, every stored value, conditions and size factors of cells before a model is fitted to them.
@@ -146,6 +162,8 @@ def check_adata(
         Column of obs that replaces the sum of counts, scaled to the same mean.
     allow_noninteger
         Whether counts may be fractions, as estimated counts are.
+    mask_absent
+        Column of obs whose levels may lack genes; see `celbo.data.absent`.
     fingerprint
         Whether to hash all values in the same pass over the data.
 
@@ -182,9 +200,15 @@ def check_adata(
                 "to give the gaussian likelihood real numbers, name their layer."
             )
         hashes = Fingerprint() if fingerprint else None
-        scan = _check_values(check, adata, layer, stored, values, hashes)
+        watched = [name for name in (mask_absent, *conditions, *nuisance) if name is not None]
+        columns = [] if values == "real" else columns_to_watch(adata.obs, watched)
+        cells_with_gene = CellsWithGene(adata.obs, columns, adata.n_vars)
+        also = [cells_with_gene.add] + ([] if hashes is None else [hashes.add])
+        scan = _check_values(check, adata, layer, stored, values, also=also)
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
+        check.absences = find_absences(cells_with_gene, scan.library, watched)
+        _check_absences(check, adata, mask_absent)
     library_scale = 1.0
     if size_factor is not None:
         with check.noting("size-factor"):
@@ -242,11 +266,19 @@ def check_query(
         check.add("genes", "warning" if enough else "error", message)
     with check.noting("values"):
         check.stored = stored_values(adata, schema.layer)
-        scan = _check_values(check, adata, schema.layer, check.stored, schema.values)
-        _check_emptiness(check, adata, scan, schema.values, genes=False)
+        is_modelled = adata.var_names.isin(schema.genes)
+        scan = _check_values(check, adata, schema.layer, check.stored, schema.values, genes=is_modelled)
+        _check_emptiness(check, adata, scan, schema.values, of_model=True)
     if schema.size_factor is not None:
         with check.noting("size-factor"):
             size_factors(adata.obs, schema.size_factor)
+    if schema.absent is not None and schema.absent.column not in adata.obs.columns:
+        check.add(
+            "absent-genes",
+            "warning",
+            f"obs has no column {schema.absent.column!r}, which says which genes were not measured in a cell; all "
+            "genes count as measured.",
+        )
     with check.noting("conditions"):
         schema.codes(adata.obs, unseen=unseen)
         for condition in schema.conditions:
@@ -287,9 +319,11 @@ def _check_values(
     layer: str | None,
     stored: Stored,
     values: str,
-    hashes: Fingerprint | None = None,
+    *,
+    genes: NDArray[np.bool_] | None = None,
+    also: Sequence[Callable[[sp.csr_matrix], None]] = (),
 ) -> Scan:
-    scan = scan_values(stored, hashes=hashes)
+    scan = scan_values(stored, genes=genes, also=also)
     check.n_values = scan.n_values
     kinds = {"real": _NOT_COUNTS[:1], "pseudo_counts": tuple(kind for kind in _NOT_COUNTS if kind != "not-whole")}
     faults = value_faults(scan, adata, layer, kinds.get(values, _NOT_COUNTS))
@@ -312,25 +346,49 @@ def _check_values(
     return scan
 
 
-def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, genes: bool = True) -> None:
+def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, of_model: bool = False) -> None:
     if values == "real":
         return
+    which = " of the model's genes" if of_model else ""
     if (empty := scan.library == 0).all():
-        check.add("no-counts", "error", "these data have no counts: all values are 0. Look for the counts elsewhere.")
+        check.add(
+            "no-counts", "error", f"these data have no counts{which}: all values are 0. Look for the counts elsewhere."
+        )
     elif empty.any():
         check.add(
             "empty-cells",
             "warning",
-            f"{empty.sum():,} of {len(empty):,} cells have no counts, the first {adata.obs_names[empty][0]!r}. celbo "
-            "keeps them; an embedding marks them in obs['celbo_empty'], because their position means nothing.",
+            f"{empty.sum():,} of {len(empty):,} cells have no counts{which}, the first {adata.obs_names[empty][0]!r}. "
+            "celbo keeps them; an embedding marks them in obs['celbo_empty'], because their position means nothing.",
         )
-    if genes and (silent := scan.detected == 0).any():
+    if not of_model and (silent := scan.detected == 0).any():
         check.add(
             "empty-genes",
             "warning",
             f"{silent.sum():,} of {len(silent):,} genes have no counts: {listed(adata.var_names[silent], 3)}. celbo "
             "keeps them, but can learn nothing about them.",
         )
+
+
+def _check_absences(check: Check, adata: AnnData, mask_absent: str | None) -> None:
+    """Warn if cells of some levels lack genes that are not masked: by the column that explains most."""
+    if mask_absent is not None:
+        if mask_absent not in adata.obs.columns:
+            known = listed(adata.obs.columns) or "no column"
+            check.add("absent-genes", "error", f"obs has no column {mask_absent!r} (mask_absent); it has {known}.")
+            return
+        if not check.absences.get(mask_absent):
+            check.add(
+                "absent-genes",
+                "warning",
+                f"no level of {mask_absent!r} lacks so many genes that chance cannot explain it: nothing is masked "
+                "(mask_absent, --mask-absent).",
+            )
+    explained = {name: n_explained(absences) for name, absences in check.absences.items()}
+    most = max(explained, key=lambda name: explained[name], default="")
+    if not explained.get(most) or explained.get(mask_absent or "", 0) >= _MOSTLY * explained[most]:
+        return
+    check.add("absent-genes", "warning", describe_absences(check.absences[most], adata.var_names))
 
 
 def _check_conditions(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celbo.data.absent import Absent
 from celbo.data.conditions import Condition, as_text, column_of
 from celbo.data.matching import match_genes
 from celbo.errors import DataError, UsageError, listed
@@ -44,6 +45,8 @@ class Schema:
     """How the genes were chosen, as text; None if all genes of the data are modelled."""
     labels: Condition | None = None
     """Labels that the classifier predicts."""
+    absent: Absent | None = None
+    """Genes that were not measured in cells of some levels of a column."""
 
     def __repr__(self) -> str:
         """Show the number of genes, the conditions with their levels, and the kind of values."""
@@ -52,7 +55,9 @@ class Schema:
             for condition in (*self.conditions, *([] if self.labels is None else [self.labels]))
         ]
         place = "X" if self.layer is None else f"layers[{self.layer!r}]"
-        return f"Schema({', '.join([f'{len(self.genes):,} genes', *conditions])}; {self.values} of {place})"
+        absent = [] if self.absent is None else [f"genes absent by {self.absent.column}"]
+        parts = [f"{len(self.genes):,} genes", *conditions, *absent]
+        return f"Schema({', '.join(parts)}; {self.values} of {place})"
 
     @property
     def context_dim(self) -> int:
@@ -279,7 +284,13 @@ class Schema:
             labels=None
             if document.get("labels") is None
             else Condition(_typed(document["labels"]["name"], str), _strings(document["labels"]["levels"])),
+            absent=None if document.get("absent") is None else _absent(document["absent"]),
         )
+
+
+def _absent(document: Any) -> Absent:
+    pairs = [(_typed(level, str), _strings(genes)) for level, genes in _typed(document["genes"], list)]
+    return Absent(_typed(document["column"], str), tuple(pairs))
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -1,6 +1,6 @@
 """Check every stored value in one pass, and explain values that are not counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,6 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from celbo.data.fingerprint import Fingerprint
 from celbo.data.read import ORIGIN, left_on_disk
 from celbo.data.stored import Stored, layer_names, place_of, stored_matrix, stored_values
 from celbo.errors import DataError
@@ -41,7 +40,7 @@ class Scan(NamedTuple):
     n_values: int
     """Number of stored values."""
     library: NDArray[np.float64]
-    """Sum of each cell's values ``(cells,)``."""
+    """Sum of each cell's values over the genes asked for, ``(cells,)``."""
     detected: NDArray[np.int64]
     """Number of cells with a non-zero value, by gene of the data, ``(genes,)``."""
     faults: dict[str, Fault]
@@ -86,15 +85,22 @@ KINDS = {
 }
 
 
-def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
+def scan_values(
+    stored: Stored,
+    *,
+    genes: NDArray[np.bool_] | None = None,
+    also: Sequence[Callable[[sp.csr_matrix], None]] = (),
+) -> Scan:
     """Check every stored value once, in blocks of bounded memory.
 
     Parameters
     ----------
     stored
         The values.
-    hashes
-        Fingerprint to which the blocks are added; None for no fingerprint.
+    genes
+        Genes over which each cell's values are summed, ``(genes of the data,)``; None for all.
+    also
+        Functions to which each block is given, in order.
 
     Returns
     -------
@@ -107,15 +113,15 @@ def scan_values(stored: Stored, *, hashes: Fingerprint | None = None) -> Scan:
     Fault(n=1, row=1, column=0, value=-1.0)
     """
     n_cells, n_genes = stored.shape
-    weights = np.ones(n_genes)
+    weights = np.ones(n_genes) if genes is None else genes.astype(np.float64)
     library, detected = np.empty(n_cells), np.zeros(n_genes, np.int64)
     faults: dict[str, Fault] = {}
     n_values = start = 0
     for block in stored.blocks():
         stop = start + block.shape[0]
         _add_faults(block, start, faults)
-        if hashes is not None:
-            hashes.add(block)
+        for add in also:
+            add(block)
         with np.errstate(all="ignore"):  # the scan reports values that are not finite
             library[start:stop] = block @ weights
         detected += np.bincount(block.indices[block.data != 0], minlength=n_genes)
