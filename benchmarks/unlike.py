@@ -3,8 +3,8 @@
 python benchmarks/unlike.py FOLDER [--seeds 3] [--sets kang_ifnb pbmc3k ...]
 
 A tenth of the cells is kept out of fit altogether: these are fresh. The other kind has the same gene names and levels,
-and the profiles of another gene order: the counts of each fresh cell, with the genes permuted. For `simulated` sets it
-is another simulation.
+and profiles that fit never saw: those of the fresh cells, with the modelled genes permuted. For `simulated` sets it is
+another simulation.
 """
 
 import argparse
@@ -37,12 +37,12 @@ def cells_of(folder: Path, name: str, seed: int) -> tuple[ad.AnnData, str | None
     return cells[rows].copy(), NUISANCE.get(name)
 
 
-def of_another_kind(folder: Path, name: str, cells: ad.AnnData, seed: int) -> ad.AnnData:
+def of_another_kind(folder: Path, name: str, cells: ad.AnnData, genes: tuple[str, ...], seed: int) -> ad.AnnData:
     """Return cells with the same names of genes, and other profiles."""
     if name == "simulated":
         return cells_of(folder, name, seed + 1000)[0][: cells.n_obs]
-    other = cells.copy()
-    other.X = cells.X[:, np.random.default_rng(seed).permutation(cells.n_vars)]
+    other = cells[:, list(genes)].copy()
+    other.X = other.X[:, np.random.default_rng(seed).permutation(other.n_vars)]
     return other
 
 
@@ -65,7 +65,7 @@ def main() -> None:
                 warnings.simplefilter("ignore")
                 model = celbo.ExpressionVAE(n_top_genes=N_GENES, train=celbo.TrainConfig(seed=seed), **options).fit(fit)
                 of_fresh = unlike(model.fitted_, open_cells(model.fitted_, fresh))
-                other = of_another_kind(chosen.folder, name, fresh, seed)
+                other = of_another_kind(chosen.folder, name, fresh, model.schema_.genes, seed)
                 of_other = unlike(model.fitted_, open_cells(model.fitted_, other))
                 lacking = model.schema_.genes[::8]
                 few = other[:, ~other.var_names.isin(lacking)]

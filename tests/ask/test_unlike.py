@@ -113,13 +113,13 @@ def test_models_that_cannot_tell_say_nothing(model, fresh, tmp_path):
     model.save(tmp_path / "without", keep_reference=False)
     assert unlike_of(celbo.load(tmp_path / "without"), fresh) is None
     reference = model.fitted_.reference
-    older = replace(model.fitted_, reference=reference._replace(log_p=np.zeros_like(reference.log_p)))
+    older = replace(model.fitted_, reference=reference._replace(surprise=np.zeros_like(reference.surprise)))
     few = replace(model.fitted_, reference=reference._replace(held_out=np.arange(len(reference.held_out)) < 29))
     for fitted in (older, few):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert warn_of_unlike(fitted, open_cells(fitted, fresh)) is None
-    assert (celbo.load(GOLDEN / "format-1-nb" / "model").fitted_.reference.log_p == 0).all()
+    assert (celbo.load(GOLDEN / "format-1-nb" / "model").fitted_.reference.surprise == 0).all()
 
 
 def test_the_command_line_writes_the_flags(model, other, fresh, tmp_path, celbo_command):

@@ -239,7 +239,7 @@ def _as_reference(cells: Cells) -> Reference:
         labels=np.full(n, -1, np.int32),
         was_read=np.zeros(n, bool),
         readings=np.zeros((n, 0)),
-        log_p=np.zeros(n, np.float32),
+        surprise=np.zeros(n, np.float32),
         absent_level=np.full(n, -1, np.int32),
     )
 

@@ -219,8 +219,6 @@ def p_values(usual: NDArray[np.float64], scores: NDArray[np.float64], *, tail: f
         Scores of held-out cells.
     scores
         Scores of the cells in question.
-    tail
-        Share of the usual scores that the tail is fitted to.
 
     Returns
     -------
@@ -235,12 +233,12 @@ def p_values(usual: NDArray[np.float64], scores: NDArray[np.float64], *, tail: f
     usual = np.sort(usual)
     n_higher = len(usual) - np.searchsorted(usual, scores, side="left")
     share: NDArray[np.float64] = (1 + n_higher) / (1 + len(usual))
-    start = np.quantile(usual, 1 - tail)
+    start = np.quantile(usual, 1 - _TAIL)
     beyond = usual[usual > start] - start
     if len(beyond) >= _FOLDS:
         shape, _, scale = genpareto.fit(beyond, floc=0)
         shape = min(max(shape, 0.0), _HEAVIEST)
         # The cell itself counts, as above: it is as likely to be the highest as any usual cell (Vovk 2005).
-        beyond_start = (1 + len(beyond)) / (1 + len(usual)) * genpareto.sf(scores - start, shape, scale=scale)
-        share = np.where(scores > start, np.maximum(beyond_start, np.finfo(float).tiny), share)
+        tail = (1 + len(beyond)) / (1 + len(usual)) * genpareto.sf(scores - start, shape, scale=scale)
+        share = np.where(scores > start, np.maximum(tail, np.finfo(float).tiny), share)
     return share

@@ -1,17 +1,13 @@
 """Cells that are unlike the cells of fit: the model explains them worse than held-out cells of fit."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from celbo.ask.outliers import batches, p_values, standardised
+from celbo.ask.outliers import batches, standardised
 from celbo.errors import warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
-from celbo.fit.reference import Reference
-from celbo.minibatch import Rows, in_chunks
-from celbo.model.inference import CHUNK
 
 __all__ = ["unlike", "warn_of_unlike"]
 
@@ -27,10 +23,9 @@ _EXPECTED, _CHANCE = 0.01, 1e-3
 def unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:
     """Tell which cells are unlike the cells of fit, ``(cells,)``; None if the model cannot tell.
 
-    A cell is compared with held-out cells by ``-log p(x | mu_z, c)`` over the measured genes, standardised given log
-    library size and level (`celbo.ask.outliers.standardised`). It is unlike them if at most 0.5 % of them are explained
-    as badly. A cell without a count is never unlike. If the cells lack genes of the model, the part of these genes is
-    taken from the held-out cells, as the model expects it for each of them.
+    A cell is compared with held-out cells by its surprise (`celbo.model.surprise.surprise`), standardised given log
+    library size and level (`celbo.ask.outliers.standardised`). It is unlike them if at most 0.5 % of them are as
+    surprising. A cell without a count is never unlike.
 
     A model cannot tell if it keeps no reference cells, if fewer than 30 cells were held out, or if an older celbo saved
     it.
@@ -38,39 +33,25 @@ def unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:
     reference = fitted.reference
     if reference is None:
         return None
-    known = reference.held_out & (reference.log_p != 0)
+    known = reference.held_out & (reference.surprise != 0)
     if known.sum() < _FEWEST_HELD_OUT:
         return None
     encoded = cells.encoded
-    held_out = reference.log_p[known].astype(np.float64)
-    if not cells.measured.all():
-        held_out -= _log_p_of_genes(fitted, reference, np.flatnonzero(known), ~cells.measured)
     usual, readings = standardised(
-        -held_out[:, None],
-        -encoded.log_p[:, None].astype(np.float64),
+        reference.surprise[known, None].astype(np.float64),
+        encoded.surprise[:, None].astype(np.float64),
         library=(reference.library[known], encoded.library),
         batch=batches(fitted, reference, known, cells),
     )
-    tail = max(_TAIL, _FEWEST_IN_TAIL / len(usual))
-    is_unlike: NDArray[np.bool_] = (p_values(usual[:, 0], readings[:, 0], tail=tail) <= _UNLIKE) & ~cells.empty
-    return is_unlike
+    return (readings[:, 0] > _highest_usual(usual[:, 0])) & ~cells.empty
 
 
-def _log_p_of_genes(fitted: Fitted, reference: Reference, rows: Rows, genes: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Draw values of these genes for reference cells, and return their log p(x | mu_z, c), ``(rows,)``, nats."""
-    vae, schema = fitted.vae, fitted.schema
-    device, log_p = next(vae.parameters()).device, []
-    no_genes = np.zeros((1, len(genes)), bool)
-    absent = no_genes if schema.absent is None else schema.absent.masks(schema.genes)
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(fitted.seed)  # not every distribution of torch takes a generator
-        for piece in in_chunks(rows, CHUNK):
-            z, library = (torch.from_numpy(part[piece]).to(device) for part in (reference.mu_z, reference.library))
-            context = schema.expand(reference.conditions[piece]).to(device) if vae.context_dim else None
-            p = vae.likelihood(z, context=context, library=library[:, None])
-            measured = torch.from_numpy(genes & ~absent[reference.absent_level[piece]]).to(device)
-            log_p.append(torch.where(measured, p.log_prob(p.sample()), 0).sum(-1).double().cpu().numpy())
-    return np.concatenate(log_p)
+def _highest_usual(usual: NDArray[np.float64]) -> float:
+    """Return the reading that 0.5 % of usual cells exceed, with an exponential tail beyond the highest tenth."""
+    n_tail = max(_FEWEST_IN_TAIL, round(_TAIL * len(usual)))
+    highest = np.sort(usual)[-n_tail - 1 :]
+    excess = (highest[1:] - highest[0]).mean()
+    return float(highest[0] + excess * np.log(n_tail / len(usual) / _UNLIKE))
 
 
 def warn_of_unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:

@@ -55,8 +55,8 @@ class Reference(NamedTuple):
     """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
     readings: NDArray[np.float64]
     """``(cells, 4)``: the readings of `celbo.ask.readings`, two where the values are not counts. 0 for other cells."""
-    log_p: NDArray[np.float32]
-    """``log p(x | mu_z, c)`` of the cell over its measured genes, ``(cells,)``, nats; 0 in older files."""
+    surprise: NDArray[np.float32]
+    """`celbo.model.surprise.surprise` of the cell, ``(cells,)``; 0 in older files."""
     absent_level: NDArray[np.int32]
     """Number of the level whose genes the cell lacks (`celbo.data.absent`), ``(cells,)``; -1 for none."""
 
@@ -86,7 +86,7 @@ def reference_from(
         "labels": np.full(n_cells, -1, np.int32),
         "was_read": np.zeros(n_cells, np.uint8),
         "readings": np.zeros((n_cells, n_readings)),
-        "log_p": np.zeros(n_cells, np.float32),
+        "surprise": np.zeros(n_cells, np.float32),
         "absent_level": np.full(n_cells, -1, np.int32),
     }
     known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}

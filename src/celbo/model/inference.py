@@ -13,7 +13,8 @@ from torch import Tensor
 from celbo.kernels.threads import in_threads, n_threads
 from celbo.minibatch import Contexts, Minibatch, Rows, Source, in_chunks
 from celbo.model.filling import fill_in
-from celbo.model.objective import OBJECTIVES, Objective, log_prob_of_cells
+from celbo.model.objective import OBJECTIVES, Objective
+from celbo.model.surprise import surprise
 from celbo.model.vae import VAE, Noise, context_of
 
 __all__ = [
@@ -45,8 +46,8 @@ class Encoded(NamedTuple):
     logvar_z: NDArray[np.float32]
     library: NDArray[np.float32]
     """``(cells,)``; it includes the counts that `celbo.model.filling.fill_in` gives to missing genes."""
-    log_p: NDArray[np.float32]
-    """``log p(x | mu_z, c)`` over the measured genes, ``(cells,)``, nats; NaN if it was not asked for."""
+    surprise: NDArray[np.float32]
+    """`celbo.model.surprise.surprise`, ``(cells,)``; NaN if it was not asked for."""
 
     def at(self, rows: Rows) -> "Encoded":
         """Return the cells at these positions."""
@@ -106,7 +107,7 @@ def encode(
     source: Source,
     rows: Rows | None = None,
     *,
-    with_log_p: bool = False,
+    with_surprise: bool = False,
     also: Callable[[Minibatch, slice], None] | None = None,
 ) -> Encoded:
     """Encode these cells, or all; each cell is read, filled in and encoded once.
@@ -115,28 +116,26 @@ def encode(
     ----------
     vae, source, rows
         The model, the cells, and the positions of those to encode; all if None.
-    with_log_p
-        Whether to decode too, for `Encoded.log_p`.
+    with_surprise
+        Whether to decode too, for `Encoded.surprise`.
     also
         Called with each chunk.
     """
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
-    library, log_p = np.full((2, len(rows)), np.nan, np.float32)
+    library, surprising = np.full((2, len(rows)), np.nan, np.float32)
 
     def encode_chunk(cells: Minibatch, chunk: slice) -> None:
-        context = context_of(vae, cells)
-        mu, logvar = vae.encode(cells.x, context)
+        mu, logvar = vae.encode(cells.x, context_of(vae, cells))
         mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
         library[chunk] = cells.library[:, 0].cpu().numpy()
-        if with_log_p:
-            p = vae.likelihood(mu, context=context, library=cells.library)
-            log_p[chunk] = log_prob_of_cells(p, cells.x, cells.observed).cpu().numpy()
+        if with_surprise:
+            surprising[chunk] = surprise(vae, cells, mu).cpu().numpy()
         if also is not None:
             also(cells, chunk)
 
     for_chunks(vae, source, rows, encode_chunk)
-    return Encoded(mu_z, logvar_z, library, log_p)
+    return Encoded(mu_z, logvar_z, library, surprising)
 
 
 def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
