@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from celbo.ask import counterfactual, differential, generate, labels, mapping, outliers, readings, scoring
 from celbo.ask.counterfactual import Counterfactual
+from celbo.ask.unlike import warn_of_unlike
 from celbo.checkpoint import read_folder
 from celbo.data.checks import Check
 from celbo.data.conditions import UNLABELLED
@@ -87,6 +88,9 @@ class ExpressionVAE(metaclass=Hinted):
     None for the genes, where such a column names genes beside other types, and for all features elsewhere."""
     allow_noninteger: bool = False
     """Accept estimated counts, which need not be whole numbers."""
+    mask_absent: str | None = None
+    """Column of obs, such as the sample: genes without a count in a whole level count as not measured there. They are
+    left out of the likelihood of its cells, and the model fills them in by what it expects."""
     size_factor: str | None = None
     """Column of obs used in place of the sum of counts."""
     dispersion: str = "gene"
@@ -220,9 +224,12 @@ class ExpressionVAE(metaclass=Hinted):
         Returns
         -------
         tuple
-            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``. For a plain autoencoder sd_z is 0.
+            ``mu_z`` and ``sd_z``, each ``(cells, latent_dim)``. For a plain autoencoder sd_z is 0. A warning says how
+            many cells are unlike those of fit, if chance does not explain it (`celbo.ask.unlike.unlike`).
         """
-        return scoring.posterior(*self._open(adata, unseen, genes_present))
+        fitted, cells = self._open(adata, unseen, genes_present)
+        warn_of_unlike(fitted, cells)
+        return scoring.posterior(fitted, cells)
 
     def elbo(self, adata: CellsLike, *, seed: int = 0) -> pd.DataFrame:
         """Return the evidence lower bound of each cell and its terms, in nats, with one sample of z.
@@ -515,8 +522,9 @@ class ExpressionVAE(metaclass=Hinted):
         pandas.DataFrame
             By cell: ``label`` ("none of these" where ``p_known`` is below .01); ``probability`` of the most probable
             label (calibrated on held-out labelled cells); ``p_known``, the probability that a cell of a known label
-            lies as far from the labelled cells (`celbo.ask.labels.predictions`); then a column of probabilities for
-            each label. A cell without a count has NaN in all columns.
+            lies as far from the labelled cells (`celbo.ask.labels.predictions`); ``unlike``, whether the cell is unlike
+            the cells of fit (`celbo.ask.unlike.unlike`; left out if the model cannot tell); then a column of
+            probabilities for each label. A cell without a count has NaN for all numbers.
 
         Raises
         ------
@@ -530,7 +538,7 @@ class ExpressionVAE(metaclass=Hinted):
         >>> adata.obs["known"] = adata.obs["cell_type"].astype(str).where(adata.obs_names.str[-1] < "3", "unknown")
         >>> model = celbo.ExpressionVAE(latent_dim=4, labels="known", train=celbo.TrainConfig(max_epochs=30)).fit(adata)
         >>> model.predict(adata).columns[:4].tolist()
-        ['label', 'probability', 'p_known', 'type_0']
+        ['label', 'probability', 'p_known', 'unlike']
         """
         return labels.predict(*self._open(adata, unseen, genes_present))
 
@@ -540,7 +548,8 @@ class ExpressionVAE(metaclass=Hinted):
         """Add new batches to this model, without changing a bit of what it knows (surgery, as in scArches).
 
         New levels of categorical conditions get their own weights. These start as the mean of the known levels' weights
-        and are trained on the given cells; all other weights stay. Cells of known levels need no training. The
+        and are trained on the given cells; all other weights stay. Remedies that change what training maximises (beta,
+        free bits, ...) apply again, schedules do not. Cells of known levels need no training. The
         reference cells stay those of fit: `sample` does not draw from cells of a new level, and support does not count
         them. A new level that has few cells, or is spelt nearly like a known one, gets a warning.
 

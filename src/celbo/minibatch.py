@@ -27,7 +27,7 @@ class Minibatch(NamedTuple):
     library: Tensor
     """Library size on the linear scale, ``(cells, 1)`` float32."""
     observed: Tensor | None = None
-    """Which genes were measured, ``(genes,)`` bool; None if all were."""
+    """Which genes were measured, ``(genes,)`` bool, or ``(cells, genes)`` if cells differ in this; None if all were."""
     labels: Tensor | None = None
     """Number of each cell's label, ``(cells,)``, -1 for an unknown one; None where no labels are learned."""
 
@@ -95,6 +95,8 @@ class GeneMoments(NamedTuple):
 def gene_moments(source: Source, rows: Rows, chunk: int = 4096) -> GeneMoments:
     """Sum the powers of x and library that `GeneMoments` names, in one pass over these cells.
 
+    Sums of a gene that some cells lack are scaled up by the share of all counts that the other cells have.
+
     Parameters
     ----------
     source
@@ -106,13 +108,21 @@ def gene_moments(source: Source, rows: Rows, chunk: int = 4096) -> GeneMoments:
     """
     by_gene = torch.zeros(4, source.n_genes, dtype=torch.float64)
     library_sum = library_squared = torch.zeros((), dtype=torch.float64)
+    library_seen, cells_differ = torch.zeros(source.n_genes, dtype=torch.float64), False
     for piece in in_chunks(rows, chunk):
         minibatch = source.take(piece)
         x, genes = minibatch.x.values().double(), minibatch.x.col_indices().long()
         library = minibatch.library.double().squeeze(1)
         library_of_x = library.repeat_interleave(minibatch.x.crow_indices().diff())
         by_gene.index_add_(1, genes, torch.stack([x, x * x, x * library_of_x, (x > 0).double()]))
+        if minibatch.observed is None:
+            library_seen += library.sum()
+        else:
+            cells_differ = True
+            library_seen += library @ minibatch.observed.double().expand(len(library), -1)
         library_sum = library_sum + library.sum()
         library_squared = library_squared + library.square().sum()
+    if cells_differ:
+        by_gene *= torch.where(library_seen > 0, library_sum / library_seen, 1.0)
     x_sum, x_squared, x_library, detected = by_gene
     return GeneMoments(len(rows), x_sum, x_squared, x_library, detected, library_sum, library_squared)

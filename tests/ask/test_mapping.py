@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +15,11 @@ import celbo
 from celbo.ask.mapping import _copy_weights
 from celbo.data.conditions import Condition
 from celbo.data.schema import Schema
-from celbo.fit.start import make_vae
+from celbo.data.sources import open_source
+from celbo.fit.cells import open_cells
+from celbo.fit.start import make_vae, split_of_fit
 from celbo.fit.train import split_cells
+from celbo.model.inference import take_filled
 
 TRAIN = celbo.TrainConfig(max_epochs=30, seed=0)
 
@@ -351,3 +355,51 @@ def test_a_new_level_starts_as_the_mean_of_the_known_ones(n_levels):
         known_rows, new_row = old.encoder[0].weight.detach()[:, 2:].T, new.encoder[0].weight.detach()[:, -1]
     torch.testing.assert_close(new_row, known_rows.mean(0))
     assert learned[name].sum() == new_row.numel()
+
+
+def test_missing_genes_are_filled_in_once_while_mapping(reference, many):
+    """The ELBO that ends training and chooses weights is that of the mapped model: genes are not filled in twice."""
+    query = of_batch(many, "batch_2")[:, 25:].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapped = reference.map_query(query)
+        split = split_of_fit(open_source(query, mapped.schema_), mapped.schema_, mapped.train)
+        elbo = mapped.elbo(query, seed=mapped.train.seed)["elbo"].iloc[split.validation].mean()
+    best = max(epoch.validation_elbo for epoch in mapped.history_)
+    assert best == pytest.approx(elbo, abs=1e-3)
+    cells = open_cells(mapped.fitted_, query)
+    filled = take_filled(mapped.vae_, cells.source, cells.rows)
+    again = cells.encoded.library
+    np.testing.assert_allclose(filled.library[:, 0].numpy(), again, rtol=1e-4)
+
+
+def test_mapping_keeps_what_the_remedies_maximise(many):
+    known, query = of_batch(many, "batch_0", "batch_1"), of_batch(many, "batch_2")
+    train = celbo.TrainConfig(max_epochs=10, seed=0)
+    model = fitted(known, remedies=["beta:4", "cyclical"], train=train)
+    assert model.map_query(query).history_[-1].kl_weight == 4.0
+    plain = fitted(known, remedies=["cyclical"], train=train)
+    assert [epoch.kl_weight for epoch in plain.map_query(query).history_] == [1.0] * len(
+        plain.map_query(query).history_
+    )
+    narrow = fitted(known, remedies=["autoencoder_start"], train=train)
+    mapped = narrow.map_query(query)
+    for before, after in zip(narrow.posterior(known), mapped.posterior(known), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_cells_with_counts_of_unknown_genes_only_are_named_empty(reference, many):
+    query = of_batch(many, "batch_0")[:20].copy()
+    query.X = query.X.toarray()
+    query.X[:3] = 0
+    unknown = ad.AnnData(np.full((20, 2), 7.0, np.float32), obs=query.obs, var=pd.DataFrame(index=["new_1", "new_2"]))
+    both = ad.concat([query, unknown], axis=1, merge="same")
+    both.obs = query.obs
+    with pytest.warns(UserWarning, match="3 of 20 cells have no counts of the model's genes"):
+        log_p = reference.log_prob(both, n_samples=10)
+    assert log_p["log_p"].isna().tolist() == [True] * 3 + [False] * 17
+    both.X[:, : query.n_vars] = 0
+    with pytest.raises(celbo.DataError, match="no counts of the model's genes"):
+        reference.embed(both)
+    check = celbo.data.checks.check_query(query, reference.schema_)
+    assert [problem.name for problem in check.problems] == ["empty-cells"]

@@ -127,7 +127,7 @@ def refuse_options_of_fit(ctx: typer.Context) -> None:
     """Refuse options of fit beside ``--model``: a fitted model has its own."""
     of_fit = (
         *("condition", "nuisance", "interaction", "likelihood", "labels", "unlabelled", "layer", "size_factor"),
-        *("allow_noninteger", "features", "config"),
+        *("allow_noninteger", "features", "mask_absent", "config"),
     )
     given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
     if given:
@@ -352,6 +352,7 @@ def describe(folder: "FolderDescription") -> dict[str, Any]:
         "n_genes": len(schema.get("genes", [])),
         "genes": schema.get("genes", [])[:5],
         "selection": schema.get("selection"),
+        "absent": (schema.get("absent") or {}).get("column"),
         "layer": schema.get("layer"),
         "size_factor": schema.get("size_factor"),
         "conditions": {item["name"]: item["levels"] or "continuous" for item in schema.get("conditions", [])},

@@ -41,9 +41,10 @@ def embed(
     `celbo embed run new.h5ad -o new_embedding.h5ad`
 
     The file has the cells' names and obs, **obsm["X_celbo"]** (posterior means) and **obsm["X_celbo_sd"]** (their
-    standard deviations), but no counts.
+    standard deviations), but no counts. **obs["celbo_unlike"]** says which cells are unlike those of fit.
     """
     from celbo.ask.mapping import open_any
+    from celbo.ask.unlike import warn_of_unlike
     from celbo.runs.answers import check_embedding_path, write_embedding
     from celbo.runs.run_folder import embedding
 
@@ -54,7 +55,7 @@ def embed(
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     fitted, opened = open_any(model.fitted_, adata, unseen=unseen, genes_present=genes_present)
-    cells = embedding(fitted, opened, adata.obs)
+    cells = embedding(fitted, opened, adata.obs, warn_of_unlike(fitted, opened))
     write_embedding(cells, output)
     say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
 
@@ -77,6 +78,7 @@ def map_query(
     **embedding.h5ad** (of the new cells).
     """
     from celbo.app.progress import shown_progress
+    from celbo.ask.unlike import unlike
     from celbo.fit.cells import open_cells
     from celbo.runs.answers import write_embedding
     from celbo.runs.claims import claimed_folder
@@ -90,7 +92,8 @@ def map_query(
     with claimed_folder(output, data):
         with shown_progress(Console(stderr=True, highlight=False)) as track:
             mapped = model.map_query(adata, genes_present=genes_present, track=stop_on_signal(track))
-            cells = embedding(mapped.fitted_, open_cells(mapped.fitted_, adata, genes_present=genes_present))
+            opened = open_cells(mapped.fitted_, adata, genes_present=genes_present)
+            cells = embedding(mapped.fitted_, opened, is_unlike=unlike(mapped.fitted_, opened))
         mapped.save(output / "model")
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:

@@ -86,6 +86,14 @@ Features = Annotated[
         metavar="TYPE",
     ),
 ]
+MaskAbsent = Annotated[
+    str | None,
+    _option(
+        "Column of obs, such as the sample: genes without a count in a whole level count as not measured there.",
+        panel=DATA,
+        metavar="COLUMN",
+    ),
+]
 GeneColumn = Annotated[
     str | None, _option("Column of var with the gene names, in place of its index.", panel=DATA, metavar="COLUMN")
 ]

@@ -14,6 +14,7 @@ from celbo.ask.decoding import Draws, carried_effects, decode_under, draw_counts
 from celbo.ask.labels import label_codes
 from celbo.ask.scoring import doubts_of_values
 from celbo.ask.support import known_cells, n_like, other_levels, support, supported_positions
+from celbo.ask.unlike import warn_of_unlike
 from celbo.data.normalise import log_normalise
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, check_count, check_seed, listed, warn
@@ -53,7 +54,8 @@ class Counterfactual:
     """By cell: ``share`` of the known cells around it that have the conditions asked for (a mean over the cells without
     them that are nearest to it), ``distance`` to known cells that have them (1 is the farthest that is usual among
     these), and ``verdict``: "supported", "edge" or "extrapolation". It speaks of coverage, not of correctness. A cell
-    without a count is "empty", and has NaN."""
+    without a count is "empty", and has NaN. ``unlike``: whether the cell itself is unlike the cells of fit
+    (`celbo.ask.unlike.unlike`; left out if the model cannot tell)."""
     genes: pd.DataFrame
     """By gene: mean over cells ``before`` and ``after``, ``log2_fold_change`` (of a gaussian: ``difference``) and its
     90 % interval (draws of z and models, and the error that so many cells leave), ``probability``: share of the draws
@@ -159,6 +161,8 @@ def counterfactual(
         levels = other_levels(schema, fitted.vae.classifier, given, cells.codes, mu_z, label_codes(schema, cells.obs))
         standing = support(mu_z, levels, known[0], cells.obs.index)
         standing.loc[cells.empty] = (np.nan, np.nan, "empty")
+        if (is_unlike := warn_of_unlike(fitted, cells)) is not None:
+            standing["unlike"] = is_unlike
         unsupported = (standing["verdict"] != "supported").to_numpy()
         carried = [
             carried_effects(cells.seen_by(model) if model is not fitted else cells, contexts, unsupported, positions)

@@ -180,6 +180,7 @@ def group_sums(
             mu_z, logvar_z = vae.encode(cells.x, own)
             p = vae.likelihood(mu_z, context=own, library=cells.library)
             for total, values in ((counted, cells.x.to_dense()), (expected, p.mean), (variance, p.variance)):
+                values = values if cells.observed is None else torch.where(cells.observed, values, 0)
                 total.index_add_(0, of_set, values.double())
             one = torch.ones_like(cells.library)
             for draw in range(n_samples):

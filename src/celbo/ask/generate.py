@@ -239,6 +239,8 @@ def _as_reference(cells: Cells) -> Reference:
         labels=np.full(n, -1, np.int32),
         was_read=np.zeros(n, bool),
         readings=np.zeros((n, 0)),
+        surprise=np.zeros(n, np.float32),
+        absent_level=np.full(n, -1, np.int32),
     )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
+from celbo.ask.unlike import warn_of_unlike
 from celbo.data.conditions import as_text, column_of, level_positions
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, warn
@@ -70,7 +71,10 @@ def predict(fitted: Fitted, cells: Cells) -> pd.DataFrame:
             f"needed to say which distances are usual, so no cell is called {NONE_OF_THESE!r}. Label more cells, or "
             "fit with a larger validation_fraction."
         )
-    return predictions(probabilities, mu_z, known, labels.levels, cells.obs.index, cells.empty)
+    table = predictions(probabilities, mu_z, known, labels.levels, cells.obs.index, cells.empty)
+    if (is_unlike := warn_of_unlike(fitted, cells)) is not None:
+        table.insert(3, "unlike", is_unlike)
+    return table
 
 
 def predictions(

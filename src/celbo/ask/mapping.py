@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from celbo.ask.unlike import warn_of_unlike
 from celbo.data.conditions import as_text, column_of, spelling
 from celbo.data.read import read_adata
 from celbo.data.schema import Schema
@@ -18,10 +19,10 @@ from celbo.data.stored import layer_names
 from celbo.errors import UsageError, listed, warn
 from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.remedies import without_annealing
 from celbo.fit.start import make_vae, split_of_fit
 from celbo.fit.train import Track, epochs
 from celbo.kernels.threads import threads
-from celbo.model.filling import Filled
 from celbo.model.inference import cell_terms
 from celbo.model.vae import VAE
 
@@ -79,7 +80,8 @@ def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, tra
     for doubt in _doubt_new_levels(fitted.schema, schema, adata):
         warn(doubt)
     if schema == fitted.schema:
-        open_source(adata, schema, genes_present=genes_present)  # raises an error if something does not fit
+        cells = open_cells(fitted, adata, genes_present=genes_present)  # raises an error if something does not fit
+        warn_of_unlike(fitted, cells)
         return fitted
     if fitted.architecture.normalises_over_minibatches:
         raise UsageError(
@@ -93,9 +95,20 @@ def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, tra
     config = replace(fitted.config, warmup_fraction=0.0)
     vae.to(next(fitted.vae.parameters()).device)
     with threads(config.threads):
-        steps = epochs(vae, Filled(vae, query), split, config, objective=fitted.objective, learned=learned, track=track)
+        steps = epochs(
+            vae,
+            query,
+            split,
+            config,
+            objective=fitted.objective,
+            recipe=without_annealing(fitted.recipe),
+            learned=learned,
+            track=track,
+        )
         history = list(steps)
-    return replace(fitted, schema=schema, vae=vae.eval(), history=history, split=None)
+    mapped = replace(fitted, schema=schema, vae=vae.eval(), history=history, split=None)
+    warn_of_unlike(mapped, Cells(query, adata.obs, schema, mapped.vae, mapped.threads))
+    return mapped
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ from celbo.ask.scoring import refuse_autoencoder
 from celbo.errors import UsageError, check_seed
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
-from celbo.fit.reference import READINGS
+from celbo.fit.reference import READINGS, Reference
 
-__all__ = ["joined", "outliers", "p_values", "standardised", "unusual"]
+__all__ = ["batches", "joined", "outliers", "p_values", "standardised", "unusual"]
 
 _JOINED = ("unlikely", "distance", "ambient")
 _FEWEST_HELD_OUT = 30
@@ -53,20 +53,28 @@ def outliers(fitted: Fitted, cells: Cells, *, seed: int = 0) -> pd.DataFrame:
             f"{known.sum()} cells were held out of fitting and read; at least {_FEWEST_HELD_OUT} are needed to tell "
             "what is usual. Fit again with more cells or a larger validation_fraction."
         )
-    is_level = [condition.levels is not None for condition in fitted.schema.conditions]
-    codes = np.vstack([reference.conditions[known], cells.codes])[:, is_level]
-    batch = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1) if any(is_level) else np.zeros(len(codes), int)
     read = read_cells(fitted, cells, cells.rows, seed=seed)
     table = unusual(
         reference.readings[known],
         read.readings,
         library=(reference.library[known], read.library),
-        batch=(batch[: known.sum()], batch[known.sum() :]),
+        batch=batches(fitted, reference, known, cells),
         index=cells.obs.index,
         empty=cells.empty,
         without=() if cells.measured.all() else ("unlikely",),
     )
     return table.assign(top_genes=np.where(cells.empty, "", read.genes))
+
+
+def batches(
+    fitted: Fitted, reference: Reference, known: NDArray[np.bool_], cells: Cells
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Number the combinations of levels, and of genes that cells lack: of these reference cells, and of the cells."""
+    is_level = [condition.levels is not None for condition in fitted.schema.conditions]
+    of_known = np.column_stack([reference.conditions[known][:, is_level], reference.absent_level[known]])
+    of_cells = np.column_stack([cells.codes[:, is_level], cells.source.absent_level])
+    batch = np.unique(np.vstack([of_known, of_cells]), axis=0, return_inverse=True)[1].reshape(-1)
+    return batch[: known.sum()], batch[known.sum() :]
 
 
 def unusual(
@@ -202,7 +210,7 @@ def _smooth(log_library: NDArray[np.float64], batch: NDArray[np.intp], values: N
     return standardise
 
 
-def p_values(usual: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def p_values(usual: NDArray[np.float64], scores: NDArray[np.float64], *, tail: float = _TAIL) -> NDArray[np.float64]:
     """Compute the share of usual scores that are as high, ``(1 + n_higher) / (1 + n)``, with a fitted tail.
 
     Parameters

@@ -81,7 +81,7 @@ def with_readings(fitted: Fitted, cells: Cells) -> Fitted:
 
 
 def read_cells(fitted: Fitted, cells: Cells, rows: Rows, *, with_genes: bool = True, seed: int) -> CellReadings:
-    """Read these cells, each once; cells of the same conditions are decoded together.
+    """Read these cells, each once; cells of the same conditions, that lack the same genes, are decoded together.
 
     Parameters
     ----------
@@ -97,8 +97,8 @@ def read_cells(fitted: Fitted, cells: Cells, rows: Rows, *, with_genes: bool = T
     readings = np.empty((len(rows), n_readings(fitted.is_counts)))
     library, genes = np.empty(len(rows), np.float32), np.full(len(rows), "", object)
     names = np.array(fitted.schema.genes)
-    codes = cells.codes[rows]
-    _, group = np.unique(codes, axis=0, return_inverse=True) if codes.shape[1] else (0, np.zeros(len(rows), np.intp))
+    codes = np.column_stack([cells.codes[rows], cells.source.absent_level[rows]])
+    _, group = np.unique(codes, axis=0, return_inverse=True)
     with threads(fitted.threads):
         for number in range(group.max(initial=-1) + 1):
             members = np.flatnonzero(group.reshape(-1) == number)

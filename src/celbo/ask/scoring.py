@@ -34,8 +34,8 @@ _REFINE_STEPS = 150
 
 def posterior(fitted: Fitted, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and standard deviation of q(z | x, c), each ``(cells, latent_dim)``; see `celbo.ExpressionVAE.posterior`."""
-    mu_z, logvar_z, _ = cells.encoded
-    return mu_z.copy(), np.exp(0.5 * logvar_z) * fitted.objective.samples_z  # mu_z is kept in the cells
+    encoded = cells.encoded  # the cells keep it
+    return encoded.mu_z.copy(), np.exp(0.5 * encoded.logvar_z) * fitted.objective.samples_z
 
 
 def elbo(fitted: Fitted, cells: Cells, *, seed: int = 0) -> pd.DataFrame:

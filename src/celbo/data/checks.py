@@ -1,6 +1,6 @@
 """Check cells before a model is fitted or applied to them, and collect all problems."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -9,6 +9,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from celbo.data.absent import (
+    Absence,
+    CellsWithGene,
+    columns_to_watch,
+    describe_absences,
+    find_absences,
+    n_explained,
+)
 from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, doubt_numbers, make_condition, size_factors
 from celbo.data.features import Features, choose_features, describe_genomes, features_of_query
 from celbo.data.fingerprint import Fingerprint
@@ -33,6 +41,9 @@ _GENES_PRESENT = 0.8
 
 _FEW = 10
 """A column with at most this many different whole numbers looks like codes."""
+
+_MOSTLY = 0.9
+"""A mask is enough if it explains this share of the missing values that the best column explains."""
 
 _READ_AS = {
     "marginal": "read as all levels of fit in equal parts",
@@ -83,6 +94,8 @@ class Check:
     """The values of these features; None if they cannot be read."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Shape and hashes of values and names, if requested; see `celbo.data.fingerprint`."""
+    absences: Mapping[str, Sequence[Absence]] = field(default_factory=dict, repr=False)
+    """By column of obs, the levels whose cells lack genes."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -136,6 +149,7 @@ def check_adata(
     size_factor: str | None = None,
     allow_noninteger: bool = False,
     features: str | None = None,
+    mask_absent: str | None = None,
     fingerprint: bool = False,
 ) -> Check:
     """Check names, every stored value, conditions and size factors of cells before a model is fitted to them.
@@ -160,6 +174,8 @@ def check_adata(
         Whether counts may be fractions, as estimated counts are.
     features
         Type of features to model; see `celbo.data.features.choose_features`. Other features are not checked.
+    mask_absent
+        Column of obs whose levels may lack genes; see `celbo.data.absent`.
     fingerprint
         Whether to hash all values, also those of other features, in the same pass over the data.
 
@@ -199,10 +215,15 @@ def check_adata(
                 "to give the gaussian likelihood real numbers, name their layer."
             )
         hashes = Fingerprint() if fingerprint else None
-        scan = scan_values(stored, genes=kept.positions, hashes=hashes)
+        watched = [name for name in (mask_absent, *conditions, *nuisance) if name is not None]
+        columns = [] if values == "real" else columns_to_watch(adata.obs, watched)
+        cells_with_gene = CellsWithGene(adata.obs, columns, len(check.genes))
+        scan = scan_values(stored, genes=kept.positions, hashes=hashes, also=cells_with_gene.add)
         _check_values(check, adata, layer, scan, values)
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
+        check.absences = find_absences(cells_with_gene, scan.library, watched)
+        _check_absences(check, adata.obs, mask_absent)
     library_scale = 1.0
     if size_factor is not None:
         with check.noting("size-factor"):
@@ -267,12 +288,19 @@ def check_query(
         check.add("genes", "warning" if enough else "error", message)
     with check.noting("values"):
         check.stored = stored_values(adata, schema.layer).of_genes(kept.positions)
-        scan = scan_values(check.stored)
+        scan = scan_values(check.stored, summed=check.genes.isin(schema.genes))
         _check_values(check, adata, schema.layer, scan, schema.values)
-        _check_emptiness(check, adata, scan, schema.values, genes=False)
+        _check_emptiness(check, adata, scan, schema.values, of_model=True)
     if schema.size_factor is not None:
         with check.noting("size-factor"):
             size_factors(adata.obs, schema.size_factor)
+    if schema.absent is not None and schema.absent.column not in adata.obs.columns:
+        check.add(
+            "absent-genes",
+            "warning",
+            f"obs has no column {schema.absent.column!r}, which says which genes were not measured in a cell; all "
+            "genes count as measured.",
+        )
     with check.noting("conditions"):
         schema.codes(adata.obs, unseen=unseen)
         for condition in schema.conditions:
@@ -362,25 +390,49 @@ def _warn_of_rounded(check: Check, adata: AnnData, layer: str | None, scan: Scan
         )
 
 
-def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, genes: bool = True) -> None:
+def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, of_model: bool = False) -> None:
     if values == "real":
         return
+    which = " of the model's genes" if of_model else ""
     if (empty := scan.library == 0).all():
-        check.add("no-counts", "error", "these data have no counts: all values are 0. Look for the counts elsewhere.")
+        check.add(
+            "no-counts", "error", f"these data have no counts{which}: all values are 0. Look for the counts elsewhere."
+        )
     elif empty.any():
         check.add(
             "empty-cells",
             "warning",
-            f"{empty.sum():,} of {len(empty):,} cells have no counts, the first {adata.obs_names[empty][0]!r}. celbo "
-            "keeps them; an embedding marks them in obs['celbo_empty'], because their position means nothing.",
+            f"{empty.sum():,} of {len(empty):,} cells have no counts{which}, the first {adata.obs_names[empty][0]!r}. "
+            "celbo keeps them; an embedding marks them in obs['celbo_empty'], because their position means nothing.",
         )
-    if genes and (silent := scan.detected == 0).any():
+    if not of_model and (silent := scan.detected == 0).any():
         check.add(
             "empty-genes",
             "warning",
             f"{silent.sum():,} of {len(silent):,} genes have no counts: {listed(check.genes[silent], 3)}. celbo "
             "keeps them, but can learn nothing about them.",
         )
+
+
+def _check_absences(check: Check, obs: pd.DataFrame, mask_absent: str | None) -> None:
+    """Warn if cells of some levels lack genes that are not masked: by the column that explains most."""
+    if mask_absent is not None:
+        if mask_absent not in obs.columns:
+            known = listed(obs.columns) or "no column"
+            check.add("absent-genes", "error", f"obs has no column {mask_absent!r} (mask_absent); it has {known}.")
+            return
+        if not check.absences.get(mask_absent):
+            check.add(
+                "absent-genes",
+                "warning",
+                f"no level of {mask_absent!r} lacks so many genes that chance cannot explain it: nothing is masked "
+                "(mask_absent, --mask-absent).",
+            )
+    explained = {name: n_explained(absences) for name, absences in check.absences.items()}
+    most = max(explained, key=lambda name: explained[name], default="")
+    if not explained.get(most) or explained.get(mask_absent or "", 0) >= _MOSTLY * explained[most]:
+        return
+    check.add("absent-genes", "warning", describe_absences(check.absences[most], check.genes))
 
 
 def _check_conditions(

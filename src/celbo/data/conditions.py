@@ -49,7 +49,7 @@ _READ_AS_MISSING = ("", "nan", "NaN", "NA", "na", "N/A", "n/a", "None", "<NA>", 
 """Levels that probably mean a missing value; "none" is not among them, because it may be a treatment."""
 _READ_AS_UNKNOWN = ("", "nan", "na", "n/a", "<na>", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "-1")
 """Labels, in lower case, that probably mean an unknown label."""
-_RESERVED_LABELS = ("label", "probability", "p_known", "none of these")
+_RESERVED_LABELS = ("label", "probability", "p_known", "unlike", "none of these")
 """Names in a table of predictions, which labels may not have."""
 
 UNSEEN = ("refuse", "nearest", "marginal", "adapt")
@@ -297,7 +297,7 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     ------
     DataError
         If there are fewer than two labels, labels are floating-point numbers, or a label is a reserved name of tables
-        of predictions: "label", "probability", "p_known", "none of these".
+        of predictions: "label", "probability", "p_known", "unlike", "none of these".
     UsageError
         If no cell has the value ``unlabelled``, and it is not "unknown".
 

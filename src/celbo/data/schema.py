@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celbo.data.absent import Absent
 from celbo.data.conditions import Condition, as_text, column_of
 from celbo.data.matching import match_genes
 from celbo.errors import DataError, UsageError, listed
@@ -46,6 +47,8 @@ class Schema:
     """Type of the modelled features in var; None if the data did not say."""
     labels: Condition | None = None
     """Labels that the classifier predicts."""
+    absent: Absent | None = None
+    """Genes that were not measured in cells of some levels of a column."""
 
     def __repr__(self) -> str:
         """Show the number of genes, the conditions with their levels, and the kind of values."""
@@ -54,7 +57,9 @@ class Schema:
             for condition in (*self.conditions, *([] if self.labels is None else [self.labels]))
         ]
         place = "X" if self.layer is None else f"layers[{self.layer!r}]"
-        return f"Schema({', '.join([f'{len(self.genes):,} genes', *conditions])}; {self.values} of {place})"
+        absent = [] if self.absent is None else [f"genes absent by {self.absent.column}"]
+        parts = [f"{len(self.genes):,} genes", *conditions, *absent]
+        return f"Schema({', '.join(parts)}; {self.values} of {place})"
 
     @property
     def context_dim(self) -> int:
@@ -290,12 +295,18 @@ class Schema:
             labels=None
             if document.get("labels") is None
             else Condition(_typed(document["labels"]["name"], str), _strings(document["labels"]["levels"])),
+            absent=None if document.get("absent") is None else _absent(document["absent"]),
         )
 
 
 def _lists(given: Mapping[str, Any]) -> list[str]:
     """Names that are given a list of values."""
     return [name for name, value in given.items() if pd.api.types.is_list_like(value)]
+
+
+def _absent(document: Any) -> Absent:
+    pairs = [(_typed(level, str), _strings(genes)) for level, genes in _typed(document["genes"], list)]
+    return Absent(_typed(document["column"], str), tuple(pairs))
 
 
 def _typed(value: Any, kind: type) -> Any:

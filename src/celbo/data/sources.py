@@ -42,6 +42,8 @@ class CellSource:
         Library sizes, ``(cells,)``; None for the sum over the model's genes.
     library_is_sum
         Whether library sizes are sums of counts, and not size factors.
+    absent
+        `Absent.codes` of the cells, and `Absent.masks`; None if the cells lack the same genes.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CellSource:
         values: str,
         library: NDArray[np.float32] | None = None,
         library_is_sum: bool,
+        absent: tuple[NDArray[np.intp], NDArray[np.bool_]] | None = None,
     ):
         self.n_cells, self.n_genes = stored.shape[0], len(columns)
         self.codes = codes
@@ -61,7 +64,9 @@ class CellSource:
         self.library_is_sum = library_is_sum
         self.scaled_to = COUNTS_PER_CELL if values == "log_normalised" else None
         self.measured = columns >= 0
-        self._observed = None if self.measured.all() else torch.from_numpy(self.measured)
+        self.absent_level = np.full(self.n_cells, -1, np.intp) if absent is None else absent[0]
+        """Number of the level whose genes each cell lacks, ``(cells,)``; -1 for no such level."""
+        self._absent = None if absent is None else absent[1]
         self.expand = expand
         self._values = values
         self._columns = columns
@@ -86,7 +91,17 @@ class CellSource:
         starts, columns, values = (torch.from_numpy(array) for array in (block.indptr, block.indices, data))
         x = csr_tensor(starts, columns, values, block.shape)
         labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
-        return Minibatch(x, self.contexts(rows), torch.from_numpy(self.library[rows, None]), self._observed, labels)
+        library = torch.from_numpy(self.library[rows, None])
+        return Minibatch(x, self.contexts(rows), library, self._observed(rows), labels)
+
+    def _observed(self, rows: Rows) -> Tensor | None:
+        """Return which genes were measured: None for all, ``(genes,)`` if these cells lack the same, else for each."""
+        observed = self.measured
+        if self._absent is not None:
+            level = self.absent_level[rows]
+            same = len(level) > 0 and (level == level[0]).all()
+            observed = observed & ~self._absent[level[0] if same else level]
+        return None if observed.all() else torch.from_numpy(observed)
 
     def contexts(self, rows: Rows) -> Tensor:
         """Return the contexts of these cells, ``(cells, context_dim)``, without reading their values."""
@@ -133,6 +148,7 @@ def make_source(check: Check, adata: AnnData, schema: Schema, *, unseen: str = "
         values=schema.values,
         library=_given_library(adata.obs, schema),
         library_is_sum=schema.size_factor is None and schema.values != "real",
+        absent=None if schema.absent is None else (schema.absent.codes(adata.obs), schema.absent.masks(schema.genes)),
     )
 
 

@@ -65,7 +65,7 @@ class Scan(NamedTuple):
     n_values: int
     """Number of stored values."""
     library: NDArray[np.float64]
-    """Sum of each cell's values ``(cells,)``."""
+    """Sum of each cell's values over the genes asked for, ``(cells,)``."""
     detected: NDArray[np.int64]
     """Number of cells with a non-zero value, by gene of the data, ``(genes,)``."""
     faults: dict[str, Fault]
@@ -110,7 +110,14 @@ KINDS = {
 }
 
 
-def scan_values(stored: Stored, *, genes: NDArray[np.intp] | None = None, hashes: Fingerprint | None = None) -> Scan:
+def scan_values(
+    stored: Stored,
+    *,
+    genes: NDArray[np.intp] | None = None,
+    summed: NDArray[np.bool_] | None = None,
+    hashes: Fingerprint | None = None,
+    also: Callable[[sp.csr_matrix], None] | None = None,
+) -> Scan:
     """Check every stored value once, in blocks of bounded memory.
 
     Parameters
@@ -119,8 +126,12 @@ def scan_values(stored: Stored, *, genes: NDArray[np.intp] | None = None, hashes
         The values.
     genes
         Positions of the genes to check; None for all.
+    summed
+        Over which of these genes each cell's values are summed, ``(genes,)``; None for all.
     hashes
         Fingerprint to which the blocks are added, with all their values; None for no fingerprint.
+    also
+        Called with each block of the genes to check.
 
     Returns
     -------
@@ -133,7 +144,7 @@ def scan_values(stored: Stored, *, genes: NDArray[np.intp] | None = None, hashes
     Fault(n=1, row=1, column=0, value=-1.0)
     """
     n_cells, n_genes = stored.of_genes(genes).shape
-    weights = np.ones(n_genes)
+    weights = np.ones(n_genes) if summed is None else summed.astype(np.float64)
     library, detected = np.empty(n_cells), np.zeros(n_genes, np.int64)
     faults: dict[str, Fault] = {}
     n_values = start = 0
@@ -143,6 +154,8 @@ def scan_values(stored: Stored, *, genes: NDArray[np.intp] | None = None, hashes
             hashes.add(block)
         if genes is not None:
             block = align(block, genes)
+        if also is not None:
+            also(block)
         _add_faults(block, start, faults)
         with np.errstate(all="ignore"):  # the scan reports values that are not finite
             library[start:stop] = block @ weights

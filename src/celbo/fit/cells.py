@@ -73,18 +73,21 @@ class Cells:
 
     @cached_property
     def encoded(self) -> Encoded:
-        """Posteriors and library sizes; missing genes are filled in. Computed in one pass, at the first use."""
+        """Posteriors, library sizes and surprise; missing genes are filled in.
+
+        Computed in one pass, at the first use.
+        """
         assert self.vae is not None
         with threads(self.n_threads):
-            return encode(self.vae, self.source)
+            return encode(self.vae, self.source, with_surprise=True)
 
     def encoded_at(self, rows: Rows) -> Encoded:
         """Posteriors and library sizes of the cells at these positions; if these are most cells, all are encoded."""
         assert self.vae is not None
         if "encoded" in self.__dict__ or 2 * len(rows) > len(self):
-            return Encoded(*(part[rows] for part in self.encoded))
+            return self.encoded.at(rows)
         with threads(self.n_threads):
-            return encode(self.vae, self.source, rows)
+            return encode(self.vae, self.source, rows, with_surprise=True)
 
     def contexts(self, given: Mapping[str, Any]) -> Contexts:
         """Contexts of these cells by position, with the conditions of ``given`` set to its values."""

@@ -162,6 +162,8 @@ def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
         labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
         was_read=np.zeros(len(rows), bool),
         readings=np.zeros((len(rows), n_readings(fitted.is_counts))),
+        surprise=encoded.surprise,
+        absent_level=source.absent_level[rows].astype(np.int32),
     )
 
 

@@ -55,6 +55,10 @@ class Reference(NamedTuple):
     """``(cells,)``: whether there are readings of the cell; of held-out ones only."""
     readings: NDArray[np.float64]
     """``(cells, 4)``: the readings of `celbo.ask.readings`, two where the values are not counts. 0 for other cells."""
+    surprise: NDArray[np.float32]
+    """`celbo.model.surprise.surprise` of the cell, ``(cells,)``; 0 in older files."""
+    absent_level: NDArray[np.int32]
+    """Number of the level whose genes the cell lacks (`celbo.data.absent`), ``(cells,)``; -1 for none."""
 
 
 def n_readings(is_counts: bool) -> int:
@@ -82,10 +86,13 @@ def reference_from(
         "labels": np.full(n_cells, -1, np.int32),
         "was_read": np.zeros(n_cells, np.uint8),
         "readings": np.zeros((n_cells, n_readings)),
+        "surprise": np.zeros(n_cells, np.float32),
+        "absent_level": np.full(n_cells, -1, np.int32),
     }
     known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
     of_latent, of_cells = (n_cells, latent_dim), (n_cells,)
     shapes = [of_latent, of_latent, of_cells, (n_cells, n_conditions), *[of_cells] * 3, (n_cells, n_readings)]
+    shapes += [of_cells, of_cells]
     if [value.shape for value in known.values()] != shapes:
         raise ValueError("reference.safetensors does not fit the model")
     return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})

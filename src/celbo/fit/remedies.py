@@ -27,6 +27,7 @@ __all__ = [
     "recipe_for",
     "refuse_unfit",
     "remedy_table",
+    "without_annealing",
 ]
 
 _WARMUP_FRACTION = 0.25
@@ -331,6 +332,17 @@ class Recipe(NamedTuple):
     def kl_weight(self, step: int, warmup_steps: int) -> float:
         """Return the KL weight at a step, for a warm-up of this many steps."""
         return self.beta * self.schedule(linear_warmup(step, warmup_steps))
+
+
+def without_annealing(recipe: Recipe) -> Recipe:
+    """Keep what a recipe maximises, for weights that are trained already: no schedule, and no start of its own.
+
+    Examples
+    --------
+    >>> without_annealing(Recipe(beta=4.0, prepare=start_narrow)).prepare is None
+    True
+    """
+    return recipe._replace(schedule=linear, has_schedule=False, prepare=None)
 
 
 def combine(remedies: Sequence[str]) -> Recipe:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from celbo.data.absent import absent_genes
 from celbo.data.checks import Check, check_adata
 from celbo.data.conditions import column_of, known_labels
 from celbo.data.schema import Schema
@@ -18,6 +19,7 @@ from celbo.fit.cells import Cells
 from celbo.fit.reference import nested_conditions
 from celbo.fit.train import Split, TrainConfig, split_cells
 from celbo.minibatch import gene_moments
+from celbo.model.inference import take_filled
 from celbo.model.likelihoods import Likelihood
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
@@ -39,7 +41,7 @@ __all__ = [
 
 DATA_OPTIONS = (
     *("conditions", "nuisance", "interactions", "n_top_genes", "labels", "unlabelled", "layer", "size_factor"),
-    *("allow_noninteger", "features", "remedies"),
+    *("allow_noninteger", "features", "mask_absent", "remedies"),
 )
 """Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
 _FEW_CELLS = 30
@@ -86,6 +88,7 @@ def check_to_fit(
     size_factor: str | None,
     allow_noninteger: bool,
     features: str | None = None,
+    mask_absent: str | None = None,
     remedies: Sequence[str] = (),
     fingerprint: bool = False,
 ) -> Check:
@@ -108,6 +111,7 @@ def check_to_fit(
         size_factor=size_factor,
         allow_noninteger=allow_noninteger,
         features=features,
+        mask_absent=mask_absent,
         fingerprint=fingerprint,
     )
     schema = check.schema
@@ -176,6 +180,8 @@ def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> 
     n_top_genes, labels = options["n_top_genes"], options["labels"]
     if n_top_genes is not None and check.stored is not None:
         schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
+    if absences := check.absences.get(options["mask_absent"]):
+        schema = replace(schema, absent=absent_genes(absences, check.genes, schema.genes))
     source = make_source(check, adata, schema)
     if labels is not None:
         with warnings.catch_warnings():
@@ -257,7 +263,7 @@ def start_vae(architecture: Architecture, cells: Cells, likelihood: Likelihood, 
     vae.head.initialise(vae.fc_out, gene_moments(cells.source, split.train))
     if vae.prior_size:
         rows = random_stream(seed, Stream.PSEUDO_CELLS).permutation(split.train)[: vae.prior_size]
-        pseudo_cells = cells.source.take(rows)
+        pseudo_cells = take_filled(vae, cells.source, rows)
         vae.start_prior(pseudo_cells.x, context_of(vae, pseudo_cells))
     return vae
 

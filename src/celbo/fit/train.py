@@ -17,7 +17,7 @@ from celbo.fit.steps import Patience, averaged, lower_rate, start_training, stat
 from celbo.fit.words import explained
 from celbo.minibatch import Rows, Source
 from celbo.model.ablation import UseOfLatent, use_of_latent
-from celbo.model.inference import CellTerms, cell_terms
+from celbo.model.inference import CellTerms, cell_terms, take_filled
 from celbo.model.information import ACTIVE
 from celbo.model.objective import OBJECTIVES, ElboTerms, Objective
 from celbo.model.vae import VAE, context_of
@@ -311,7 +311,7 @@ def epochs(
         for rows in minibatches if track is None else track(minibatches, plan, history):
             terms = take_step(
                 state,
-                source.take(rows).to(state.weights.device),
+                take_filled(vae, source, rows),
                 rows,
                 objective=objective,
                 recipe=recipe,
@@ -415,7 +415,7 @@ def _settle_norms(vae: VAE, source: Source, split: Split, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for piece in np.array_split(rows, max(1, len(rows) // 512)):
-            cells = source.take(piece).to(device)
+            cells = take_filled(vae, source, piece)
             mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
             eps = torch.randn(mu_z.shape, generator=generator).to(device)
             vae.likelihood(

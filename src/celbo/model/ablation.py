@@ -73,7 +73,7 @@ def use_of_latent(
     UseOfLatent
     """
     rows = np.arange(source.n_cells) if rows is None else rows
-    (mu_z, logvar_z, _), context = known or encode_with_contexts(vae, source, rows)
+    (mu_z, logvar_z, *_), context = known or encode_with_contexts(vae, source, rows)
     rng = random_stream(seed, Stream.ABLATION)
     eps = rng.standard_normal(mu_z.shape, np.float32) if sample else np.float32(0)
     z = mu_z + np.exp(0.5 * logvar_z) * eps

@@ -225,4 +225,7 @@ def _repeated(cells: Minibatch, times: int) -> Minibatch:
         )
     else:
         x = x.repeat(times, 1)
-    return Minibatch(x, cells.context.repeat(times, 1), cells.library.repeat(times, 1), cells.observed)
+    observed = cells.observed
+    if observed is not None and observed.dim() == 2:
+        observed = observed.repeat(times, 1)
+    return Minibatch(x, cells.context.repeat(times, 1), cells.library.repeat(times, 1), observed)

@@ -14,6 +14,7 @@ from celbo.kernels.threads import in_threads, n_threads
 from celbo.minibatch import Contexts, Minibatch, Rows, Source, in_chunks
 from celbo.model.filling import fill_in
 from celbo.model.objective import OBJECTIVES, Objective
+from celbo.model.surprise import surprise
 from celbo.model.vae import VAE, Noise, context_of
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "false_share",
     "for_chunks",
     "posterior",
+    "take_filled",
 ]
 
 CHUNK = 1024
@@ -44,6 +46,12 @@ class Encoded(NamedTuple):
     logvar_z: NDArray[np.float32]
     library: NDArray[np.float32]
     """``(cells,)``; it includes the counts that `celbo.model.filling.fill_in` gives to missing genes."""
+    surprise: NDArray[np.float32]
+    """`celbo.model.surprise.surprise`, ``(cells,)``; NaN if it was not asked for."""
+
+    def at(self, rows: Rows) -> "Encoded":
+        """Return the cells at these positions."""
+        return Encoded(*(part[rows] for part in self))
 
 
 class Block(NamedTuple):
@@ -85,29 +93,55 @@ def evaluating(vae: VAE) -> Iterator[None]:
         vae.train(was_training)
 
 
+def take_filled(vae: VAE, source: Source, rows: Rows) -> Minibatch:
+    """Read the cells at these positions to the model's device; fill in missing genes, without a gradient."""
+    cells = source.take(rows).to(next(vae.parameters()).device)
+    if cells.observed is None:
+        return cells
+    with evaluating(vae), torch.no_grad():
+        return fill_in(vae, cells, source)
+
+
 def encode(
-    vae: VAE, source: Source, rows: Rows | None = None, *, also: Callable[[Minibatch, slice], None] | None = None
+    vae: VAE,
+    source: Source,
+    rows: Rows | None = None,
+    *,
+    with_surprise: bool = False,
+    also: Callable[[Minibatch, slice], None] | None = None,
 ) -> Encoded:
-    """Encode these cells, or all; each cell is read, filled in and encoded once. ``also`` is called with each chunk."""
+    """Encode these cells, or all; each cell is read, filled in and encoded once.
+
+    Parameters
+    ----------
+    vae, source, rows
+        The model, the cells, and the positions of those to encode; all if None.
+    with_surprise
+        Whether to decode too, for `Encoded.surprise`.
+    also
+        Called with each chunk.
+    """
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z, logvar_z = np.empty((2, len(rows), vae.latent_dim), np.float32)
-    library = np.empty(len(rows), np.float32)
+    library, surprising = np.full((2, len(rows)), np.nan, np.float32)
 
     def encode_chunk(cells: Minibatch, chunk: slice) -> None:
         mu, logvar = vae.encode(cells.x, context_of(vae, cells))
         mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
         library[chunk] = cells.library[:, 0].cpu().numpy()
+        if with_surprise:
+            surprising[chunk] = surprise(vae, cells, mu).cpu().numpy()
         if also is not None:
             also(cells, chunk)
 
     for_chunks(vae, source, rows, encode_chunk)
-    return Encoded(mu_z, logvar_z, library)
+    return Encoded(mu_z, logvar_z, library, surprising)
 
 
 def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and log-variance of q(z | x, c), each ``(cells, latent_dim)``, of these cells or of all."""
-    mu_z, logvar_z, _ = encode(vae, source, rows)
-    return mu_z, logvar_z
+    encoded = encode(vae, source, rows)
+    return encoded.mu_z, encoded.logvar_z
 
 
 def encoded_blocks(vae: VAE, source: Source, rows: Rows, size: int) -> Iterator[Block]:

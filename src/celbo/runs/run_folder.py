@@ -88,7 +88,9 @@ def measure(model: ExpressionVAE, cells: Cells, seconds: float) -> dict[str, Any
     }
 
 
-def embedding(fitted: Fitted, cells: Cells, obs: pd.DataFrame | None = None) -> AnnData:
+def embedding(
+    fitted: Fitted, cells: Cells, obs: pd.DataFrame | None = None, is_unlike: NDArray[np.bool_] | None = None
+) -> AnnData:
     """Make an AnnData of obs, ``obsm["X_celbo"]`` and ``obsm["X_celbo_sd"]``, without counts.
 
     If cells have no count of the model's genes, ``obs["celbo_empty"]`` says which.
@@ -99,11 +101,15 @@ def embedding(fitted: Fitted, cells: Cells, obs: pd.DataFrame | None = None) -> 
         The model, and cells opened for it.
     obs
         Table of the cells to write, if it is not that of ``cells``.
+    is_unlike
+        Which cells are unlike the cells of fit, for ``obs["celbo_unlike"]``.
     """
     mu_z, sd_z = posterior(fitted, cells)
     obs = (cells.obs if obs is None else obs).copy()
     if cells.empty.any():
         obs["celbo_empty"] = cells.empty
+    if is_unlike is not None:
+        obs["celbo_unlike"] = is_unlike
     return AnnData(obs=obs, obsm={"X_celbo": mu_z, "X_celbo_sd": sd_z})
 
 

@@ -61,7 +61,7 @@ def gather(
     encoded = cells.encoded_at(encoded_rows)
 
     def encoded_at(wanted: Rows) -> Encoded:
-        return Encoded(*(part[np.searchsorted(encoded_rows, wanted)] for part in encoded))
+        return encoded.at(np.searchsorted(encoded_rows, wanted))
 
     terms = cell_terms(vae, source, rows, seed=seed, objective=fitted.objective)
     contexts = (source.contexts(piece)[:, : vae.context_dim].numpy() for piece in in_chunks(rows, CHUNK))

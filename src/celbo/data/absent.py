@@ -1,0 +1,224 @@
+"""Genes that were not measured in some levels of a column, as in samples that were joined with other genes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from celbo.data.conditions import as_text, column_of
+from celbo.errors import listed
+
+__all__ = [
+    "Absence",
+    "Absent",
+    "CellsWithGene",
+    "absent_genes",
+    "columns_to_watch",
+    "describe_absences",
+    "find_absences",
+    "n_explained",
+]
+
+_MOST_LEVELS = 100
+"""A column with more levels is not looked at."""
+_MOST_COLUMNS = 8
+"""Columns that are looked at beside the conditions; each costs time and memory."""
+_CHANCE = 1e-4
+"""Probability that any gene of a level is called absent by chance."""
+_FEWEST_GENES = 5
+_SHARE_OF_CONDITION, _SHARE_OF_OTHER = 0.01, 0.05
+"""Share of the genes that must be absent in a level. Cell types and donors lack a few genes (at most 0.4 % for the
+batches and 2.2 % for the cell types of twelve sets of real cells), so columns that may be cell types need more."""
+
+
+_LISTED = 4
+"""Levels that lack genes are listed up to this number."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Genes that were not measured in cells of some levels of a column of obs."""
+
+    column: str
+    genes: tuple[tuple[str, tuple[str, ...]], ...]
+    """Pairs of a level and the genes that its cells lack."""
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Return the levels whose cells lack genes."""
+        return tuple(level for level, _ in self.genes)
+
+    def codes(self, obs: pd.DataFrame) -> NDArray[np.intp]:
+        """Return the number of each cell's level in `levels`; -1 for cells that lack no genes, ``(cells,)``."""
+        if self.column not in obs.columns:
+            return np.full(len(obs), -1, np.intp)
+        return pd.Index(self.levels).get_indexer(as_text(column_of(obs, self.column)))
+
+    def masks(self, genes: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which genes are absent in each level, ``(levels + 1, genes)``; the last row has none.
+
+        Examples
+        --------
+        >>> Absent("sample", (("s1", ("b",)),)).masks(["a", "b"])
+        array([[False,  True],
+               [False, False]])
+        """
+        lacking = [np.isin(genes, of_level) for _, of_level in self.genes]
+        return np.array([*lacking, np.zeros(len(genes), bool)])
+
+
+class Absence(NamedTuple):
+    """A level of a column whose cells have no count of many genes that other cells have."""
+
+    column: str
+    level: str
+    n_cells: int
+    n_sure: int
+    """Number of genes without a count that chance cannot explain."""
+    lacking: NDArray[np.bool_]
+    """Which genes the level lacks, ``(genes,)``."""
+
+
+class CellsWithGene:
+    """Number of cells that have a count of each gene, by level of columns of obs; added block by block."""
+
+    def __init__(self, obs: pd.DataFrame, columns: Sequence[str], n_genes: int):
+        self._start = 0
+        self._codes, self.levels = {}, dict[str, list[str]]()
+        self.detected = dict[str, NDArray[np.int64]]()
+        """By column, ``(levels, genes)``."""
+        for name in columns:
+            column = column_of(obs, name)
+            codes, levels = pd.factorize(as_text(column).where(column.notna(), None), sort=True)
+            self._codes[name], self.levels[name] = codes, [str(level) for level in levels]
+            self.detected[name] = np.zeros((len(levels), n_genes), np.int64)
+
+    def add(self, block: sp.csr_matrix) -> None:
+        """Add the next rows."""
+        stop = self._start + block.shape[0]
+        detected = sp.csr_matrix((block.data > 0, block.indices, block.indptr), shape=block.shape, dtype=np.int64)
+        for name, codes in self._codes.items():
+            of_rows = codes[self._start : stop]
+            rows = np.flatnonzero(of_rows >= 0)
+            shape = (len(self.levels[name]), block.shape[0])
+            of_level = sp.csr_matrix((np.ones(len(rows), np.int64), (of_rows[rows], rows)), shape=shape)
+            self.detected[name] += (of_level @ detected).toarray()
+        self._start = stop
+
+    def sizes(self, name: str, weights: NDArray[np.float64] | None = None) -> NDArray[Any]:
+        """Return the number of cells of each level, or the sum of their weights, ``(levels,)``."""
+        codes = self._codes[name]
+        known = codes >= 0
+        return np.bincount(codes[known], None if weights is None else weights[known], len(self.levels[name]))
+
+
+def columns_to_watch(obs: pd.DataFrame, first: Sequence[str]) -> list[str]:
+    """Choose columns of obs that may be samples: these first, then others with 2 to 100 levels.
+
+    Examples
+    --------
+    >>> obs = pd.DataFrame({"sample": ["a", "b"], "depth": [1.0, 2.5], "one": ["x", "x"]})
+    >>> columns_to_watch(obs, [])
+    ['sample']
+    """
+    chosen = [name for name in dict.fromkeys(first) if name in obs.columns and _may_be_sample(obs, name)]
+    others = [name for name in obs.columns if name not in chosen and _may_be_sample(obs, name)]
+    return [*chosen, *map(str, others[:_MOST_COLUMNS])]
+
+
+def _may_be_sample(obs: pd.DataFrame, name: str) -> bool:
+    column = obs[name]
+    if isinstance(column, pd.DataFrame) or pd.api.types.is_float_dtype(column):
+        return False
+    return 2 <= column.nunique() <= _MOST_LEVELS
+
+
+def find_absences(
+    cells: CellsWithGene, library: NDArray[np.float64], conditions: Sequence[str]
+) -> Mapping[str, list[Absence]]:
+    """Find the levels of each column whose cells lack genes.
+
+    A gene of level L is expected in ``m = n_L p min(1, d_L / d)`` cells: p is the share of the other cells that have
+    it, d_L and d are the mean library sizes of the level and of the other cells. By chance no cell
+    has it with probability ``exp(-m)``. A gene without a count is surely absent if that is below 1e-4 / genes. A level
+    lacks genes if enough of those that could be surely absent are: s of them, a share r. Then it also lacks other genes
+    without a count, where absence is more probable than chance: ``r > (1 - r) exp(-m)``.
+
+    Parameters
+    ----------
+    cells
+        What was counted.
+    library
+        Library size of each cell, ``(cells,)``.
+    conditions
+        Columns of which a smaller share is enough: 1 % of the genes, and 5 % of any other column.
+
+    Returns
+    -------
+    dict
+        By column, the levels that lack genes.
+
+    Examples
+    --------
+    >>> x = sp.csr_matrix(np.ones((100, 10)))
+    >>> x[:50, :5] = 0
+    >>> x.eliminate_zeros()
+    >>> cells = CellsWithGene(pd.DataFrame({"sample": ["a", "b"] * 50}).sort_values("sample"), ["sample"], 10)
+    >>> cells.add(x)
+    >>> [(one.level, one.n_sure) for one in find_absences(cells, np.full(100, 10.0), ["sample"])["sample"]]
+    [('a', 5)]
+    """
+    found = {}
+    for name, detected in cells.detected.items():
+        n, depth = cells.sizes(name), cells.sizes(name, library)
+        least = _SHARE_OF_CONDITION if name in conditions else _SHARE_OF_OTHER
+        absences = []
+        for number, level in enumerate(cells.levels[name]):
+            n_others = n.sum() - n[number]
+            if not n_others or not n[number]:
+                continue
+            share = (detected.sum(0) - detected[number]) / n_others
+            mean_depth, depth_of_others = depth[number] / n[number], (depth.sum() - depth[number]) / n_others
+            expected = n[number] * share * min(1.0, mean_depth / max(depth_of_others, 1e-12))
+            is_zero, can_be_sure = detected[number] == 0, expected > np.log(len(share) / _CHANCE)
+            n_sure = int((is_zero & can_be_sure).sum())
+            if n_sure < max(_FEWEST_GENES, least * can_be_sure.sum()):
+                continue
+            rate = min(n_sure / can_be_sure.sum(), 1 - 1e-12)
+            lacking = is_zero & (rate > (1 - rate) * np.exp(-expected)) & (share > 0)
+            absences.append(Absence(name, level, int(n[number]), n_sure, lacking))
+        found[name] = absences
+    return found
+
+
+def absent_genes(absences: Sequence[Absence], var_names: pd.Index, genes: Sequence[str]) -> Absent:
+    """Name the genes of a model that these levels of one column lack; levels that lack none of them are left out."""
+    lacking = {absence.level: set(var_names[absence.lacking]) for absence in absences}
+    pairs = [(level, tuple(gene for gene in genes if gene in names)) for level, names in lacking.items()]
+    return Absent(absences[0].column, tuple(pair for pair in pairs if pair[1]))
+
+
+def n_explained(absences: Sequence[Absence]) -> int:
+    """Count the values, cells times genes, that are missing because these levels lack genes."""
+    return sum(absence.n_cells * int(absence.lacking.sum()) for absence in absences)
+
+
+def describe_absences(absences: Sequence[Absence], var_names: pd.Index) -> str:
+    """Say which levels of a column lack how many genes, and what to do."""
+    column = absences[0].column
+    absences = sorted(absences, key=lambda absence: -absence.n_sure)
+    levels = [
+        f"{int(absence.lacking.sum()):,} of {len(var_names):,} in {absence.level!r} ({absence.n_cells:,} cells)"
+        for absence in absences[:_LISTED]
+    ]
+    rest = f" and in {len(absences) - _LISTED:,} more levels" if len(absences) > _LISTED else ""
+    return (
+        f"genes without a count in a whole level of {column!r}, although other cells have them: {', '.join(levels)}"
+        f"{rest}; for example {listed(var_names[absences[0].lacking], 3)}. If they were not measured there (samples "
+        "joined with join='outer'), the model would learn that as an effect. Leave them out of these cells with "
+        f"mask_absent={column!r} (--mask-absent {column}), or join the samples with join='inner'."
+    )
