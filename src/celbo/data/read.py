@@ -19,6 +19,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
+from celbo.data.paths import existing_path
 from celbo.data.stored import raise_no_layer
 from celbo.errors import DataError, StorageError, warn
 
@@ -63,9 +64,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
             f"expected an AnnData, or the path of an .h5ad or .zarr; found a {type(data).__name__}. "
             "anndata.AnnData(counts) makes one of a matrix of cells by genes; set obs_names and var_names."
         )
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
+    path = existing_path(data)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks report it
