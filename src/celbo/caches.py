@@ -8,6 +8,9 @@ from pathlib import Path
 
 __all__ = ["can_write", "private_folder"]
 
+_SHARED = ("/tmp", "/var/tmp")
+"""Temporary folders of all users."""
+
 
 def can_write(folder: Path) -> bool:
     """Return whether a file can be written into a folder, which is made if it does not exist.
@@ -40,7 +43,7 @@ def private_folder() -> Path | None:
     if os.name != "posix":
         return None
     named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
-    for parent in [*filter(None, named), "/tmp", "/var/tmp"]:
+    for parent in [*filter(None, named), *_SHARED]:
         folder = Path(parent).absolute() / f"celbo-cache-{os.getuid()}"
         with suppress(OSError):
             folder.mkdir(mode=0o700)

@@ -314,12 +314,14 @@ def report(run: options.RunToDraw) -> None:
     model.
     """
     folder = run_of(run)
+    if not folder.exists():
+        checkpoint.find_folder(folder)
     if not record_of_run(folder):
         raise ModelFileError(f"{folder} has no run.json of celbo fit or celbo cure; name a folder that they wrote.")
     from celbo.runs.claims import claimed_folder
     from celbo.runs.reporting import write_report
 
-    with claimed_folder(folder, otherwise="copy the run to a folder that can"):
+    with claimed_folder(folder, otherwise="copy the run, and name the copy"):
         write_report(folder)
     point_to_report(folder)
 

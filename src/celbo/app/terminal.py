@@ -49,6 +49,7 @@ def shown_warnings() -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("ignore", ".*joblib will operate in serial mode")  # as celbo uses it
         yield notes
 
 
