@@ -61,8 +61,10 @@ DataOfRun = Annotated[
         help="Cells: an .h5ad file or a .zarr folder.  [default: the cells of the run]", callback=_refuse_missing_cells
     ),
 ]
-_RUN = "Folder that celbo fit wrote, or the model folder in it."
-Run = Annotated[Path, typer.Argument(help=_RUN, callback=_refuse_missing_models)]
+Run = Annotated[
+    Path,
+    typer.Argument(help="Folder that celbo fit wrote, or the model folder in it.", callback=_refuse_missing_models),
+]
 RunToDraw = Annotated[Path, typer.Argument(help="Folder that celbo fit or celbo cure wrote.")]
 Runs = Annotated[
     list[Path], typer.Argument(help="Two runs or more, the simplest first.", callback=_refuse_missing_models)
