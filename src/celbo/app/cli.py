@@ -274,12 +274,12 @@ def cure(
 
     The folder gets the files of `celbo fit` for the best model, and **cure.json** with all attempts.
     """
+    refuse_overwriting_run(run, output)
+    model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     from celbo.app.progress import shown_progress
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import write_run
 
-    refuse_overwriting_run(run, output)
-    model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
