@@ -11,6 +11,7 @@ from pathlib import Path
 
 import celbo
 from celbo.fit import fitted
+from celbo.runs.reporting import write_report
 from celbo.runs.run_folder import write_run
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     after_fit = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         write_run(Path(folder), model, prepared, seconds=1.0, source="simulated cells")
+        write_report(Path(folder))
     now = time.perf_counter()
     print(f"{options.cells:,} cells x {options.genes:,} genes: {now - ended[0]:.1f} s after training, of which")
     print(

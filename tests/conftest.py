@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy
 
 REAL_DATA = Path(os.environ.get("CELBO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 QUICK = celbo.TrainConfig(max_epochs=4, seed=0)
 
 
@@ -44,7 +45,7 @@ def celbo_command(capsys, monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["celbo", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         capsys.readouterr()
         try:
             main()

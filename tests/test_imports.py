@@ -25,7 +25,7 @@ FLOORS = [
     ["model"],
     ["data", "kernels", "report", "simulate", "checkpoint"],
     ["minibatch"],
-    ["errors", "version", "streams"],
+    ["errors", "version", "streams", "caches"],
 ]
 RANK = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(SOURCE.rglob("*.py"))

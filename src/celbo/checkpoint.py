@@ -21,8 +21,8 @@ import stat
 import struct
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "FolderDescription",
     "ModelFolder",
     "describe_folder",
+    "find_folder",
     "is_model_folder",
     "read_folder",
     "refuse_to_replace",
@@ -235,10 +236,47 @@ def describe_folder(path: str | Path) -> FolderDescription:
     return _check(Path(path))[0]
 
 
+def find_folder(path: Path) -> Path:
+    """Find the model folder: the folder itself, the model of a run, or what an interrupted replacement left.
+
+    Raises
+    ------
+    ModelFileError
+        If there is none.
+    StorageError
+        If it may not be read.
+    """
+    with _explained(path):
+        for candidate in (path, path / "model"):
+            for folder in (candidate, _sibling(Path(os.path.realpath(candidate)), "previous")):
+                if (folder / _MANIFEST).is_file():
+                    return folder
+        if not path.exists():
+            fault = "does not exist"
+        elif not path.is_dir():
+            fault = "is not a folder"
+        elif path.suffix == ".zarr":
+            fault = "is not a model folder"
+        else:
+            fault = "is not a model folder: it has no manifest.json"
+        cells = " Cells are given to the model: fit(path), embed(path)." if path.suffix in (".h5ad", ".zarr") else ""
+        raise ModelFileError(f"{path} {fault}; name the folder that `celbo fit -o` or `save` wrote.{cells}")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise StorageError(f"{error.filename or path} may not be read. Ask its owner for permission.") from error
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}. {_AGAIN}") from error
+
+
 def _check(path: Path) -> tuple[FolderDescription, dict[str, str]]:
     """Check all but the numbers, the cheap before the dear. Returns what is there, and the SHA-256 of each file."""
-    try:
-        folder = _find(path)
+    with _explained(path):
+        folder = find_folder(path)
         entries = _read_manifest(folder / _MANIFEST)
         # The version comes before names and contents, which a newer format is free to change.
         sizes = {_MODEL: _check_size(folder / _MODEL, entries)}
@@ -256,32 +294,10 @@ def _check(path: Path) -> tuple[FolderDescription, dict[str, str]]:
         for file in tensor_files:
             _check_sum(file, entries)
         shapes = {file.name: _check_header(file) for file in tensor_files}
-    except PermissionError as error:
-        raise StorageError(f"{error.filename or path} may not be read. Ask its owner for permission.") from error
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}. {_AGAIN}") from error
     described = FolderDescription(
         document, shapes[_WEIGHTS], _REFERENCE in shapes, found_version, found_format, folder, sum(sizes.values())
     )
     return described, {name: entries[name]["sha256"] for name in sizes}
-
-
-def _find(path: Path) -> Path:
-    """Find the model folder: the folder itself, the model of a run, or what an interrupted replacement left."""
-    for candidate in (path, path / "model"):
-        for folder in (candidate, _sibling(Path(os.path.realpath(candidate)), "previous")):
-            if (folder / _MANIFEST).is_file():
-                return folder
-    if not path.exists():
-        fault = "does not exist"
-    elif not path.is_dir():
-        fault = "is not a folder"
-    elif path.suffix == ".zarr":
-        fault = "is not a model folder"
-    else:
-        fault = "is not a model folder: it has no manifest.json"
-    cells = " Cells are given to the model: fit(path), embed(path)." if path.suffix in (".h5ad", ".zarr") else ""
-    raise ModelFileError(f"{path} {fault}; name the folder that `celbo fit -o` or `save` wrote.{cells}")
 
 
 def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,17 @@
 """The command line as a person or a pipeline meets it: real processes, streams, files and exit codes."""
 
+import fcntl
 import inspect
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +29,7 @@ import celbo
 from celbo.app import cli, terminal
 from celbo.app.commands import conditions_of, open_run
 from celbo.app.config import READING
+from celbo.data.checks import Check
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -327,8 +331,8 @@ terminal.guarded(told)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, name, exit_code):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
@@ -340,11 +344,153 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, e
     while not folder.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == exit_code
-    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number] in stderr
-    assert not (folder / "model").exists()
+    said = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "stopped: the terminal was closed"}
+    assert stderr.endswith(f"{said[name]}\n")
+    assert not folder.exists()  # nor its lock
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX terminals")
+@pytest.mark.parametrize("lock", ["in a new folder", "in the folder of a run"])
+def test_a_terminal_that_is_closed_ends_training_and_frees_the_folder(fitted_run, data, tmp_path, lock):
+    folder = tmp_path / "run"
+    if lock == "in the folder of a run":
+        shutil.copytree(fitted_run[0], folder)
+    files = {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+    ours, theirs = pty.openpty()
+
+    def control_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        preexec_fn=control_terminal,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    shown = b""
+    while b"epoch" not in shown:  # the progress bar: training goes on
+        shown += os.read(ours, 1000)
+    assert (folder / ".celbo-lock").exists()
+    os.close(ours)
+    assert process.wait(timeout=60) == 129
+    assert {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()} == files
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_command_that_nohup_started_goes_on_when_the_terminal_is_closed(data, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("fit", data, "-o", folder, "--epochs", "3", "--hidden-dim", "8", "--latent-dim", "2"),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        env=ENVIRONMENT,
+    )
+    while not folder.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert (folder / "report.html").exists()
+
+
+MISSING_CELLS = "missing.h5ad does not exist; give an .h5ad file or a .zarr folder."
+MISSING_RUN = "nothing does not exist; name what `celbo fit -o` or `save` wrote."
+MISSING_INPUTS = {
+    "fit": (["fit", "missing.h5ad", "-o", "new", "--seed", "0"], 3, MISSING_CELLS),
+    "fit with a config": (
+        ["fit", "DATA", "-o", "new", "--config", "no.toml"],
+        2,
+        "no.toml cannot be read: No such file",
+    ),
+    "check": (["check", "missing.h5ad"], 3, f"error (unreadable): {MISSING_CELLS}"),
+    "check for a run": (["check", "missing.h5ad", "--model", "RUN"], 3, f"error (unreadable): {MISSING_CELLS}"),
+    "check for no run": (["check", "DATA", "--model", "nothing"], 4, MISSING_RUN),
+    "embed": (["embed", "RUN", "missing.h5ad", "-o", "z.h5ad"], 3, MISSING_CELLS),
+    "embed by no run": (["embed", "nothing", "DATA", "-o", "z.h5ad"], 4, MISSING_RUN),
+    "embed by a folder": (
+        ["embed", ".", "DATA", "-o", "z.h5ad"],
+        4,
+        ". is not a model folder: it has no manifest.json",
+    ),
+    "map": (["map", "RUN", "missing.h5ad", "-o", "new"], 3, MISSING_CELLS),
+    "predict": (["predict", "RUN", "missing.h5ad", "-o", "a.csv"], 3, MISSING_CELLS),
+    "score": (["score", "nothing", "missing.h5ad", "-o", "a.csv"], 4, MISSING_RUN),
+    "de": (["de", "RUN", "missing.h5ad", "--groupby", "batch", "-o", "a.csv"], 3, MISSING_CELLS),
+    "counterfactual": (["counterfactual", "RUN", "missing.h5ad", "--set", "a=b", "-o", "z.h5ad"], 3, MISSING_CELLS),
+    "counterfactual by others": (
+        ["counterfactual", "RUN", "DATA", "--set", "a=b", "-o", "z.h5ad", "--other", "nothing"],
+        4,
+        MISSING_RUN,
+    ),
+    "sample": (["sample", "nothing", "-o", "z.h5ad"], 4, MISSING_RUN),
+    "inspect": (["inspect", "nothing"], 4, MISSING_RUN),
+    "diagnose": (["diagnose", "RUN", "missing.h5ad"], 3, MISSING_CELLS),
+    "diagnose no run": (["diagnose", "nothing"], 4, MISSING_RUN),
+    "diagnose without the cells of fit": (["diagnose", "LONELY"], 2, "which no longer exists; name the cells."),
+    "cure": (["cure", "LONELY", "-o", "new"], 2, "which no longer exists; name the cells."),
+    "compare": (["compare", "RUN", "nothing", "--data", "DATA"], 4, MISSING_RUN),
+    "compare on no cells": (["compare", "RUN", "LONELY", "--data", "missing.h5ad"], 3, MISSING_CELLS),
+    "report": (["report", "nothing"], 4, MISSING_RUN),
+}
+
+
+def test_missing_inputs_are_refused_before_anything_heavy_is_loaded(fitted_run, data, tmp_path):
+    lonely = shutil.copytree(fitted_run[0], tmp_path / "lonely")
+    record = json.loads((lonely / "run.json").read_text())
+    record["reading"]["path"] = str(tmp_path / "gone.h5ad")
+    (lonely / "run.json").write_text(json.dumps(record))
+    places = {"RUN": str(fitted_run[0]), "DATA": str(data), "LONELY": str(lonely)}
+    code = """
+import contextlib, io, json, sys
+from celbo.app.cli import main
+found = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv = ["celbo", *arguments]
+    texts = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(texts), contextlib.redirect_stderr(texts):
+            main()
+    except SystemExit as ended:
+        heavy = [library for library in ("torch", "anndata", "pandas", "matplotlib", "numba") if library in sys.modules]
+        found[name] = ended.code, texts.getvalue(), heavy
+print(json.dumps(found))
+"""
+    commands = {name: [places.get(part, part) for part in given] for name, (given, _, _) in MISSING_INPUTS.items()}
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    found = json.loads(done.stdout)
+    for name, (_, expected_code, message) in MISSING_INPUTS.items():
+        exit_code, text, heavy = found[name]
+        assert exit_code == expected_code, (name, text)
+        assert message in text, (name, text)
+        assert not heavy, name
+    assert {path.name for path in tmp_path.iterdir()} == {"lonely"}
+
+
+def test_every_command_that_takes_cells_or_a_run_is_among_those_with_missing_inputs():
+    commands = get_command(cli.app).commands
+    assert {given[0] for given, _, _ in MISSING_INPUTS.values()} == set(commands) - {"demo"}
+
+
+def test_the_list_of_remedies_needs_no_cells(celbo_command):
+    done = celbo_command("fit", "x", "-o", "y", "--remedy", "list")
+    assert (done.returncode, "free_bits" in done.stdout) == (0, True)
+
+
+def test_missing_cells_are_a_finding_of_check_in_json_too(celbo_command, tmp_path):
+    done = celbo_command("check", tmp_path / "missing.h5ad", "--json")
+    document = json.loads(done.stdout)
+    nothing = Check(0, 0)
+    nothing.add(
+        "unreadable", "error", f"{tmp_path / 'missing.h5ad'} does not exist; give an .h5ad file or a .zarr folder."
+    )
+    assert document == {"path": str(tmp_path / "missing.h5ad"), "celbo_version": celbo.__version__, **nothing.to_json()}
+    assert done.returncode == 3
 
 
 def test_a_signal_whose_exception_python_drops_still_ends_training_at_the_next_minibatch(monkeypatch):

@@ -21,7 +21,7 @@ from celbo.report.figures import MISSING, OTHER, PALETTE, history_figure, kl_fig
 from celbo.report.latent import layout
 from celbo.report.page import render
 from celbo.report.text import DASH, MINUS, clean, number, shorten
-from celbo.runs.run_folder import summarise
+from celbo.runs.reporting import summarise
 
 ATTACK = "</script><img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

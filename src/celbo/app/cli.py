@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,9 +23,11 @@ from celbo.app.commands import (
     cells_of_fit,
     chosen_options,
     describe,
+    draw_report,
     fit_and_write,
     make_model,
     open_run,
+    point_to_report,
     read_cells,
     refuse_options_of_fit,
     refuse_overwriting_run,
@@ -33,10 +35,9 @@ from celbo.app.commands import (
 )
 from celbo.app.options import N_TOP_GENES
 from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
-from celbo.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from celbo.data.checks import Check
+from celbo.data.paths import existing_path
+from celbo.errors import DataError, ModelFileError, UsageError
+from celbo.runs.record import record_of_run, run_of
 
 __all__ = ["app", "main"]
 
@@ -85,13 +86,15 @@ def demo(output: options.OutFolder = Path("celbo-demo"), seed: options.Seed = 0)
     for name, value, reference, meaning in (row.values() for row in summary["recovery"]):
         components = "" if reference is None else f" (principal components {reference:.3f})"
         typer.echo(f"{name}: {value:.3f}{components}: {meaning}")
-    say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
+    if (output / "latent.png").exists():
+        say(f"picture: {output / 'latent.png'}")
+    point_to_report(output)
 
 
 @app.command(rich_help_panel=_FIT)
 def check(
     ctx: typer.Context,
-    data: options.Data,
+    data: options.DataToFit,
     model: options.ModelToCheck = None,
     condition: options.Conditions = None,
     nuisance: options.Nuisance = None,
@@ -121,11 +124,13 @@ def check(
 
     The exit code is 3 if there is an error. `celbo fit` and `celbo embed` make the same checks first.
     """
-    from celbo.data.checks import Check, check_query
-
+    if model is not None:
+        refuse_options_of_fit(ctx)
     try:
+        existing_path(data)
+        from celbo.data.checks import check_query
+
         if model is not None:
-            refuse_options_of_fit(ctx)
             fitted = celbo.load(model)
             adata = cells_for(fitted, data, Reading(gene_column, make_unique, na_as_level, on_disk))
             result = check_query(adata, fitted.schema_, unseen=unseen, genes_present=genes_present)
@@ -136,31 +141,32 @@ def check(
             unfitted = make_model(chosen)
             adata = read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
             result = unfitted.check(adata)
+        found = result.to_json()
     except DataError as error:  # the cells could not be read
-        result = Check(0, 0)
-        result.add("unreadable", "error", str(error))
+        problem = {"name": "unreadable", "severity": "error", "message": str(error)}
+        found = {"ok": False, "n_cells": 0, "n_genes": 0, "n_values": 0, "problems": [problem]}
     if as_json:
-        document = {"path": str(data), "celbo_version": celbo.__version__, **result.to_json()}
+        document = {"path": str(data), "celbo_version": celbo.__version__, **found}
         typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
-        _show_check(result, data, "ready to fit" if model is None else "ready to embed")
-    if result.errors:
+        _show_check(found, data, "ready to fit" if model is None else "ready to embed")
+    if not found["ok"]:
         raise typer.Exit(DataError.exit_code)
 
 
-def _show_check(result: "Check", data: Path, ready: str) -> None:
-    size = f"{result.n_cells:,} cells x {result.n_genes:,} genes, {result.n_values:,} stored values"
+def _show_check(found: dict[str, Any], data: Path, ready: str) -> None:
+    size = f"{found['n_cells']:,} cells x {found['n_genes']:,} genes, {found['n_values']:,} stored values"
     typer.echo(plain(f"{data}: {size}"))
-    for problem in result.problems:
-        typer.echo(plain(f"{problem.severity} ({problem.name}): {problem.message}"))
-    if not result.errors:
+    for problem in found["problems"]:
+        typer.echo(plain(f"{problem['severity']} ({problem['name']}): {problem['message']}"))
+    if found["ok"]:
         typer.echo(ready)
 
 
 @app.command(rich_help_panel=_FIT)
 def fit(
     ctx: typer.Context,
-    data: options.Data,
+    data: options.DataToFit,
     output: options.OutFolder,
     condition: options.Conditions = None,
     nuisance: options.Nuisance = None,
@@ -215,6 +221,7 @@ def fit(
 
         typer.echo(remedy_table())
         return
+    existing_path(data)
     chosen, reading = chosen_options(ctx, config)
     auto = {name for name in ("likelihood", "latent_dim") if chosen["model"].get(name) == "auto"}
     chosen["model"] = {name: value for name, value in chosen["model"].items() if name not in auto}
@@ -237,7 +244,7 @@ def fit(
         auto=auto,
         repeats=(chosen.get("data", {}).get("sha256_values"), config),
     )
-    say(f"open {output / 'report.html'}")
+    point_to_report(output)
 
 
 @app.command(rich_help_panel=_FIT)
@@ -276,12 +283,12 @@ def cure(
 
     The folder gets the files of `celbo fit` for the best model, and **cure.json** with all attempts.
     """
+    refuse_overwriting_run(run, output)
+    model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     from celbo.app.progress import shown_progress
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import write_run
 
-    refuse_overwriting_run(run, output)
-    model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
@@ -298,11 +305,34 @@ def cure(
                 reading={"path": str(path.absolute()), **reading._asdict()},
                 trail=trail,
             )
+            draw_report(output)
     if as_json:
         typer.echo((output / "cure.json").read_text())
     else:
         show_trail(trail)
-    say(f"open {output / 'report.html'}")
+    point_to_report(output)
+
+
+@app.command(rich_help_panel=_FIT)
+def report(run: options.RunToDraw) -> None:
+    """Draw the report of a run again: **report.html** and **latent.png**, from the other files of its folder.
+
+    `celbo report run`
+
+    If celbo did not change since `celbo fit` wrote the run, the page has the same bytes. It needs no cells and no
+    model.
+    """
+    folder = run_of(run)
+    if not folder.exists():
+        checkpoint.find_folder(folder)
+    if not record_of_run(folder):
+        raise ModelFileError(f"{folder} has no run.json of celbo fit or celbo cure; name a folder that they wrote.")
+    from celbo.runs.claims import claimed_folder
+    from celbo.runs.reporting import write_report
+
+    with claimed_folder(folder, otherwise="copy the run, and name the copy"):
+        write_report(folder)
+    point_to_report(folder)
 
 
 @app.command(rich_help_panel=_FIT)

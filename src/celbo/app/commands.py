@@ -13,9 +13,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import celbo
+from celbo.app.config import READING, contents, read_config
 from celbo.app.terminal import plain, say, shown_warnings, stop_on_signal
-from celbo.errors import UsageError
+from celbo.errors import CelboError, UsageError
 from celbo.fit.words import celbo_words
+from celbo.runs.record import record_of_run
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,10 +38,12 @@ __all__ = [
     "compare_with_record",
     "conditions_of",
     "describe",
+    "draw_report",
     "fit_and_write",
     "make_model",
     "new_levels",
     "open_run",
+    "point_to_report",
     "read_cells",
     "refuse_options_of_fit",
     "refuse_overwriting_data",
@@ -95,8 +99,8 @@ def _refuse_other_words(command: str, parameters: Sequence[Any], arguments: Sequ
 
 def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:
     """Collect the options of model, training and reading. The command line has priority over the config file."""
-    from celbo.app.config import READING, read_config
-
+    if config is not None:
+        contents(config)  # refuses a missing file before torch is loaded
     defaults = celbo.ExpressionVAE().options()
     train = defaults.pop("train")
     chosen: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "reading": {}}
@@ -178,9 +182,6 @@ def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData"
 
 def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":
     """Load a fitted model, and read the named cells or those that it was fitted to."""
-    from celbo.runs.run_folder import record_of_run
-
-    model = celbo.load(run)
     record = record_of_run(run)
     recorded = record.get("reading", {})
     reading = Reading(**{name: recorded[name] for name in Reading._fields if name in recorded})
@@ -193,6 +194,7 @@ def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[Expressio
         data = Path(recorded["path"])
         if not data.exists():
             raise UsageError(f"{run} was fitted to {data}, which no longer exists; name the cells.")
+    model = celbo.load(run)
     return model, cells_for(model, data, reading), data, reading
 
 
@@ -254,8 +256,11 @@ def announce_run(model: "ExpressionVAE", output: Path) -> None:
     """Say which device computes, and whether a run is replaced."""
     from celbo.checkpoint import is_model_folder
     from celbo.fit.train import settle_device
+    from celbo.kernels.dispatch import load_kernels
 
-    say(f"computing on {settle_device(model.train.device)}")
+    device = settle_device(model.train.device)
+    say(f"computing on {device}")
+    load_kernels(device)  # warns now if it cannot keep compiled code, which is nothing for the report
     if is_model_folder(output / "model"):
         say(f"{output} has a run already, which this one replaces when it is done")
 
@@ -321,6 +326,7 @@ def fit_and_write(
                 trail=trail,
                 choices=choices,
             )
+            draw_report(output)
     for choice in choices:
         typer.echo(plain(str(choice)))
     if trail is not None:
@@ -333,6 +339,28 @@ def fit_and_write(
         f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
     )
     return summary
+
+
+def draw_report(run: Path) -> None:
+    """Write the report of a finished run. If it cannot be drawn, say why: the run is whole without it."""
+    from celbo.runs.reporting import write_report
+
+    try:
+        write_report(run)
+    except CelboError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model is there, and `celbo report` shows the fault
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        say(
+            f"warning: the report could not be drawn ({type(error).__name__}: {reason}). All other files of the run "
+            f"are written. celbo report {run} tries again."
+        )
+
+
+def point_to_report(run: Path) -> None:
+    """Say which file to open, if there is one."""
+    if (run / "report.html").exists():
+        say(f"open {run / 'report.html'}")
 
 
 def describe(folder: "FolderDescription") -> dict[str, Any]:

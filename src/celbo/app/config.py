@@ -10,7 +10,7 @@ from typing import Any
 from celbo.errors import UsageError, listed
 from celbo.fit.words import celbo_words
 
-__all__ = ["READING", "read_config"]
+__all__ = ["READING", "contents", "read_config"]
 
 READING = {"gene_column": None, "make_unique": False, "na_as_level": False, "on_disk": False}
 """Options of reading data, with their defaults."""
@@ -48,11 +48,10 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
         If the file cannot be read. If it has unknown options or values of a wrong type; the message lists them all.
     """
     fingerprint = None
+    raw = contents(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode()
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}.") from error
     if path.suffix == ".json":
@@ -77,6 +76,14 @@ def read_config(path: Path, model: Mapping[str, Any], train: Mapping[str, Any]) 
     if faults:
         raise UsageError(f"{path}: {'; '.join(faults)}.")
     return {**tables, "data": {"sha256_values": fingerprint}}
+
+
+def contents(path: Path) -> bytes:
+    """Read a file of options; raise a `UsageError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _modern(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

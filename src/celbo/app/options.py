@@ -1,9 +1,13 @@
 """Arguments and options of the commands, each defined once, in the panels of the help."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+from celbo import checkpoint
+from celbo.data.paths import existing_path
 
 N_TOP_GENES = 4000
 """Most genes that `celbo fit` models unless asked for more."""
@@ -13,10 +17,15 @@ DATA, MODEL, TRAINING, MORE = "Data", "Model", "Training", "More"
 
 
 def _option(
-    help: str, *names: str, panel: str | None = None, metavar: str | None = None, minimum: int | None = None
+    help: str,
+    *names: str,
+    panel: str | None = None,
+    metavar: str | None = None,
+    minimum: int | None = None,
+    check: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Describe an option. ``metavar`` stands for its value in the help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, min=minimum)
+    """Describe an option. ``metavar`` stands for its value in the help, ``check`` is called with the value."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, min=minimum, callback=check)
 
 
 def _flag(help: str, *names: str, panel: str | None = None) -> Any:
@@ -24,13 +33,42 @@ def _flag(help: str, *names: str, panel: str | None = None) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar="", show_default=False)
 
 
+Paths = TypeVar("Paths", Path, list[Path], Path | None, list[Path] | None)
+
+
+def _refuse_missing_cells(path: Paths) -> Paths:
+    """Refuse a path without data while the options are read, which is before torch and anndata are loaded."""
+    if isinstance(path, Path):
+        existing_path(path)
+    return path
+
+
+def _refuse_missing_models(paths: Paths) -> Paths:
+    """Refuse a folder without a model while the options are read."""
+    for path in [paths] if isinstance(paths, Path) else paths or ():
+        checkpoint.find_folder(path)
+    return paths
+
+
 # What to read and where to write.
-Data = Annotated[Path, typer.Argument(help="Cells with raw counts: an .h5ad file or a .zarr folder.")]
+_COUNTS = "Cells with raw counts: an .h5ad file or a .zarr folder."
+Data = Annotated[Path, typer.Argument(help=_COUNTS, callback=_refuse_missing_cells)]
+DataToFit = Annotated[Path, typer.Argument(help=_COUNTS)]
+"""The command itself refuses a path without data: another option may be a question that needs none."""
 DataOfRun = Annotated[
-    Path | None, typer.Argument(help="Cells: an .h5ad file or a .zarr folder.  [default: the cells of the run]")
+    Path | None,
+    typer.Argument(
+        help="Cells: an .h5ad file or a .zarr folder.  [default: the cells of the run]", callback=_refuse_missing_cells
+    ),
 ]
-Run = Annotated[Path, typer.Argument(help="Folder that celbo fit wrote, or the model folder in it.")]
-Runs = Annotated[list[Path], typer.Argument(help="Two runs or more, the simplest first.")]
+Run = Annotated[
+    Path,
+    typer.Argument(help="Folder that celbo fit wrote, or the model folder in it.", callback=_refuse_missing_models),
+]
+RunToDraw = Annotated[Path, typer.Argument(help="Folder that celbo fit or celbo cure wrote.")]
+Runs = Annotated[
+    list[Path], typer.Argument(help="Two runs or more, the simplest first.", callback=_refuse_missing_models)
+]
 OutFolder = Annotated[
     Path, _option("Folder to write to. It is made if it does not exist.", "-o", "--output", metavar="FOLDER")
 ]
@@ -212,7 +250,13 @@ KeepReference = Annotated[
 
 # What the commands ask of a fitted model.
 ModelToCheck = Annotated[
-    Path | None, _option("Run, or its model folder, that will read these cells.", "--model", metavar="FOLDER")
+    Path | None,
+    _option(
+        "Run, or its model folder, that will read these cells.",
+        "--model",
+        metavar="FOLDER",
+        check=_refuse_missing_models,
+    ),
 ]
 TypesColumn = Annotated[
     str | None,
@@ -221,7 +265,13 @@ TypesColumn = Annotated[
 Tolerance = Annotated[float, _option("Nats per cell of held-out log p(x) that a remedy may cost.", metavar="NATS")]
 Tries = Annotated[int, _option("Most models to fit.", metavar="N")]
 CompareData = Annotated[
-    Path, _option("Cells to compare the models on: those they were fitted to, or others.", "--data", metavar="FILE")
+    Path,
+    _option(
+        "Cells to compare the models on: those they were fitted to, or others.",
+        "--data",
+        metavar="FILE",
+        check=_refuse_missing_cells,
+    ),
 ]
 NewConditions = Annotated[
     list[str],
@@ -234,6 +284,7 @@ Others = Annotated[
         "Run of the same cells with another seed, to combine with equal weight; repeat for more.",
         "--other",
         metavar="FOLDER",
+        check=_refuse_missing_models,
     ),
 ]
 DrawsPerModel = Annotated[int, _option("Draws of z for each cell and model.", "--n-samples", panel=MORE, metavar="N")]

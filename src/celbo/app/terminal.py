@@ -49,6 +49,7 @@ def shown_warnings() -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("ignore", ".*joblib will operate in serial mode")  # as celbo uses it
         yield notes
 
 
@@ -58,11 +59,28 @@ _signals: list[int] = []
 """Numbers of the signals that this process received."""
 
 
+_ENDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "stopped: the terminal was closed"}
+"""Signals that end a command, and what it says. Windows has no SIGHUP."""
+
+
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated)."""
+    """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated, 129 hung up)."""
     _signals.append(number)
-    say("interrupted" if number == signal.SIGINT else "terminated")
+    name = signal.Signals(number).name
+    say(_ENDS[name])
+    if name == "SIGHUP":  # a progress bar that ends, or Python itself, would fail to write to a closed terminal
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
     sys.exit(128 + number)
+
+
+def _listen_to_signals() -> None:
+    """End on each signal of `_ENDS`, but not on SIGHUP if nohup started the command."""
+    for name in _ENDS:
+        number = getattr(signal, name, None)
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, _stop)
 
 
 def _ignore_stop(dropped: "sys.UnraisableHookArgs") -> None:
@@ -88,8 +106,7 @@ def guarded(app: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    _listen_to_signals()
     sys.unraisablehook = _ignore_stop
     try:
         app()

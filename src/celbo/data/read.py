@@ -19,6 +19,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
+from celbo.data.paths import existing_path
 from celbo.data.stored import raise_no_layer
 from celbo.errors import DataError, StorageError, warn
 
@@ -64,9 +65,7 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
             "itself (adata, not adata.X), because genes are matched by name. anndata.AnnData(counts) makes one of a "
             "matrix or table of cells by genes; set obs_names and var_names."
         )
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give an .h5ad file or a .zarr folder.")
+    path = existing_path(data)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks report it

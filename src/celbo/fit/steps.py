@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from celbo.caches import settle_torch_folder
 from celbo.errors import DivergedError
 from celbo.fit.remedies import Recipe, linear_warmup
 from celbo.minibatch import Minibatch, Rows
@@ -117,6 +118,7 @@ def start_training(vae: VAE, learning_rate: float, learned: Mapping[str, Tensor]
         By name of each parameter, which of its numbers are learned (bool, of its shape); None for all.
     """
     weights = _as_one(vae)
+    settle_torch_folder()
     frozen = None
     if learned is not None:
         masks = [~_tall(learned[name]).reshape(-1) for name, _ in vae.named_parameters()]

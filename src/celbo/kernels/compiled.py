@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from celbo.kernels.cached import cached
+
 __all__ = ["nb", "poisson", "times"]
 
 # Without an explicit False a function inherits its caller's fastmath, which removes compensation of rounding errors.
-_scalar: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
+_scalar: Any = njit(nogil=True, error_model="numpy", fastmath=False)
 # Vector instructions sum in any order; NaN and infinity keep their meaning.
-_vector: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_vector: Any = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+# Only public functions are cached, and each is called with one set of types: processes that begin at once and fill
+# one cache then write the same code under the same name.
 
 _f = np.float32
 _SMALL = 16
@@ -25,6 +29,7 @@ _BLOCK = 1024
 """Number of genes in a float32 sum; float64 adds up these sums."""
 
 
+@cached
 @_scalar
 def poisson(starts, columns, values, logits, top, log_library, weight, want, value, d_library):
     """Compute the Poisson log-probability of each cell; if ``want``, its derivatives replace the logits."""
@@ -57,6 +62,7 @@ def poisson(starts, columns, values, logits, top, log_library, weight, want, val
             _through_softmax(shares, _f(sum_mu / total), weight[cell], row)
 
 
+@cached
 @_scalar
 def nb(
     starts, columns, values, logits, top, log_library, log_thetas, thetas, thetas_32, inverse_32, gates, weight, want,
@@ -314,6 +320,7 @@ def _through_softmax(shares, factor, w, d_mu):
         d_mu[gene] = w * (d_mu[gene] - factor * shares[gene])
 
 
+@cached
 @_vector
 def times(starts, columns, values, dense, out):
     """Compute ``x @ dense`` for sparse x, four values of a row at a time."""

@@ -10,12 +10,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from torch import Tensor, float32
+from torch import Tensor, device, empty, float32
 
 from celbo.errors import UsageError
 from celbo.kernels.reference import DecodedCounts
 
-__all__ = ["decoded_log_prob", "sparse_linear", "use"]
+__all__ = ["decoded_log_prob", "load_kernels", "sparse_linear", "use"]
 
 TIERS = ("auto", "reference", "cpu", "gpu")
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
@@ -36,6 +36,11 @@ def use(tier: str) -> None:
     if tier in _NEEDS and not _is_installed(_NEEDS[tier]):
         raise UsageError(f"the {tier} kernels need {_NEEDS[tier]}, which is not installed; pip install {_NEEDS[tier]}")
     _forced = tier
+
+
+def load_kernels(of: device) -> None:
+    """Import the kernels of a device, with the warnings that this gives."""
+    _tier(empty(0, device=of))
 
 
 def decoded_log_prob(counts: DecodedCounts) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from celbo.caches import settle_torch_folder
 from celbo.minibatch import Minibatch, Rows, Source, csr_tensor
 from celbo.model.inference import Block, encoded_blocks, evaluating
 from celbo.model.objective import kl_to_prior, log_prob_of_cells
@@ -173,6 +174,7 @@ def _refine(
     """Maximise each cell's ELBO over its own mean and log-variance."""
     mu_z, logvar_z = mu_z.clone().requires_grad_(), logvar_z.clone().requires_grad_()
     groups: list[dict[str, Any]] = [{"params": [mu_z]}, {"params": [logvar_z], "lr": 2 * _LEARNING_RATE}]
+    settle_torch_folder()
     optimizer = torch.optim.Adam(groups, lr=_LEARNING_RATE)
     rates = [group["lr"] for group in optimizer.param_groups]
     context = context_of(vae, cells)

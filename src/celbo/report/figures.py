@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -340,6 +341,7 @@ def to_png(figure: Figure, *, scale: float = 2.0) -> bytes:
     >>> to_png(history_figure({"history": []}))[:4]
     b'\x89PNG'
     """
+    FigureCanvasAgg(figure)  # whatever backend pyplot has
     buffer = BytesIO()
     with warnings.catch_warnings():
         # matplotlib draws boxes for scripts that its font lacks; the page has the names as text.

@@ -5,12 +5,15 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from anndata import AnnData, read_h5ad, settings
 
-from celbo.ask.counterfactual import Counterfactual
 from celbo.errors import DataError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from celbo.ask.counterfactual import Counterfactual
 
 __all__ = [
     "check_counterfactual_path",
@@ -39,7 +42,7 @@ def write_embedding(cells: AnnData, path: Path) -> None:
     _write_cells(cells, path)
 
 
-def write_counterfactual(answer: Counterfactual, cells: AnnData, path: Path, *, sample: bool, seed: int) -> None:
+def write_counterfactual(answer: "Counterfactual", cells: AnnData, path: Path, *, sample: bool, seed: int) -> None:
     """Write cells under other conditions as ``.h5ad``. Only another counterfactual may be replaced.
 
     X is the mean, ``layers["lower"]`` and ``layers["upper"]`` its 90 % interval; or, with ``sample``, drawn counts.

@@ -40,7 +40,9 @@ _SECONDS_TO_WAIT = 0.2
 
 
 @contextmanager
-def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
+def claimed_folder(
+    path: Path, data: Path | None = None, *, otherwise: str = "name another folder with -o"
+) -> Iterator[Path]:
     """Make a run's folder, check before training that it can be written to, and lock it.
 
     The operating system frees the lock when its process ends, even if that process is killed.
@@ -51,6 +53,8 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
         The folder.
     data
         The file that the run reads. The run must not overwrite it.
+    otherwise
+        What to do if the folder cannot be written to, for the message.
 
     Raises
     ------
@@ -65,10 +69,10 @@ def claimed_folder(path: Path, data: Path | None = None) -> Iterator[Path]:
             if not path.exists():
                 undo.callback(_remove_if_empty, path)
             path.mkdir(parents=True, exist_ok=True)
-            undo.enter_context(_locked(path))
+            undo.enter_context(_locked(path, otherwise))
         except OSError as error:
             reason = error.strerror or error
-            raise StorageError(f"{path} cannot be written to: {reason}. Name another folder with -o.") from error
+            raise StorageError(f"{path} cannot be written to: {reason}. {otherwise.capitalize()}.") from error
         yield path
 
 
@@ -104,10 +108,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, otherwise: str) -> Iterator[None]:
     """Hold the lock of a folder. A `StorageError` names the process that holds it already."""
     path = folder / _LOCK
-    lock = _acquire(folder)
+    lock = _acquire(folder, otherwise)
     try:
         if sys.platform != "win32":  # where no other process could read it
             path.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
@@ -118,7 +122,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(folder: Path) -> BaseFileLock:
+def _acquire(folder: Path, otherwise: str) -> BaseFileLock:
     """Lock a folder, with a marker file where the file system has no locks."""
     path, marker = folder / _LOCK, folder / _MARKER
     lock: BaseFileLock = FileLock(path, timeout=_SECONDS_TO_WAIT, fallback_to_soft=False)
@@ -126,7 +130,7 @@ def _acquire(folder: Path) -> BaseFileLock:
         lock.acquire()
         return lock
     except Timeout:
-        raise StorageError(f"{_in_use(folder, path)}.") from None
+        raise StorageError(f"{_in_use(folder, path)}, or {otherwise}.") from None
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
@@ -142,7 +146,7 @@ def _acquire(folder: Path) -> BaseFileLock:
         return lock
     except Timeout:
         raise StorageError(
-            f"{_in_use(folder, marker)}. If you are sure that no process writes there, delete {marker}."
+            f"{_in_use(folder, marker)}, or {otherwise}. If you are sure that no process writes there, delete {marker}."
         ) from None
 
 
@@ -153,4 +157,4 @@ def _in_use(folder: Path, lock: Path) -> str:
         owner = f"process {int(pid)} on {host}"
     except (OSError, ValueError):
         owner = "another process"
-    return f"{folder} is being written by {owner}. Wait for it, or name another folder with -o"
+    return f"{folder} is being written by {owner}. Wait for it"
