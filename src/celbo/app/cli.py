@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ from celbo.app.commands import (
 )
 from celbo.app.options import N_TOP_GENES
 from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
-from celbo.errors import DataError, UsageError
+from celbo.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from celbo.data.checks import Check
@@ -117,12 +117,13 @@ def check(
 
     The exit code is 3 if there is an error. `celbo fit` and `celbo embed` make the same checks first.
     """
-    from celbo.data.checks import Check, check_query
+    from celbo.data.checks import check_query
 
+    if model is not None:
+        refuse_options_of_fit(ctx)
+    fitted = None if model is None else celbo.load(model)
     try:
-        if model is not None:
-            refuse_options_of_fit(ctx)
-            fitted = celbo.load(model)
+        if fitted is not None:
             adata = cells_for(fitted, data, Reading(gene_column, make_unique, na_as_level, on_disk))
             result = check_query(adata, fitted.schema_, unseen=unseen, genes_present=genes_present)
         else:
@@ -132,21 +133,30 @@ def check(
             unfitted = make_model(chosen)
             adata = read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
             result = unfitted.check(adata)
-    except DataError as error:  # the cells could not be read
-        result = Check(0, 0)
-        result.add("unreadable", "error", str(error))
+    except (DataError, StorageError) as error:  # the cells could not be read
+        problem = {"name": "unreadable", "severity": "error", "message": str(error)}
+        sizes = dict.fromkeys(("n_cells", "n_genes", "n_values"))
+        if as_json:
+            _print_json(data, {"ok": False, **sizes, "problems": [problem]})
+        else:
+            typer.echo(plain(f"error (unreadable): {error}"))
+        raise typer.Exit(error.exit_code) from None
     if as_json:
-        document = {"path": str(data), "celbo_version": celbo.__version__, **result.to_json()}
-        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        _print_json(data, result.to_json())
     else:
         _show_check(result, data, "ready to fit" if model is None else "ready to embed")
     if result.errors:
         raise typer.Exit(DataError.exit_code)
 
 
+def _print_json(data: Path, result: dict[str, Any]) -> None:
+    document = {"path": str(data), "celbo_version": celbo.__version__, **result}
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
 def _show_check(result: "Check", data: Path, ready: str) -> None:
-    size = f"{result.n_cells:,} cells x {result.n_genes:,} genes, {result.n_values:,} stored values"
-    typer.echo(plain(f"{data}: {size}"))
+    values = "" if result.n_values is None else f", {result.n_values:,} stored values"
+    typer.echo(plain(f"{data}: {result.n_cells:,} cells x {result.n_genes:,} genes{values}"))
     for problem in result.problems:
         typer.echo(plain(f"{problem.severity} ({problem.name}): {problem.message}"))
     if not result.errors:

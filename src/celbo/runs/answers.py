@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData, read_h5ad, settings
 
 from celbo.ask.counterfactual import Counterfactual
-from celbo.errors import DataError, StorageError, UsageError
+from celbo.errors import DataError, StorageError, UsageError, warn
 
 __all__ = [
     "check_counterfactual_path",
@@ -31,6 +31,9 @@ _TABLES = {
     "de": ("gene,group,reference,",),
 }
 """First columns of the tables of each command. A file of another program rarely begins in the same way."""
+
+_RESERVED = "_index"
+"""Column that an AnnData file cannot have, although some programs write it."""
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
@@ -128,6 +131,11 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
 
 
 def _write_cells(cells: AnnData, path: Path) -> None:
+    if _RESERVED in cells.obs.columns:
+        warn(f"obs has a column {_RESERVED!r}, a name that AnnData files cannot have; it is left out of {path}.")
+        cells = AnnData(
+            cells.X, cells.obs.drop(columns=_RESERVED), cells.var, cells.uns, cells.obsm, layers=cells.layers
+        )
     try:
         with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
             _write(path, cells.write_h5ad)
