@@ -19,7 +19,6 @@ import scipy.io
 import scipy.sparse as sp
 
 from celbo import DataError
-from celbo.data.foreign import new_name
 from celbo.data.read import read_adata
 
 COUNTS = sp.csr_matrix(np.array([[0, 2, 1], [3, 0, 0], [0, 0, 7], [1, 5, 0]], np.int32))

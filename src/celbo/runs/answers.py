@@ -4,13 +4,16 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from anndata import AnnData, read_h5ad, settings
 
 from celbo.ask.counterfactual import Counterfactual
-from celbo.errors import DataError, StorageError, UsageError, warn
+from celbo.data.read import explain_lock
+from celbo.data.write import write_cells
+from celbo.errors import DataError, StorageError, UsageError
 
 __all__ = [
     "check_counterfactual_path",
@@ -32,8 +35,8 @@ _TABLES = {
 }
 """First columns of the tables of each command. A file of another program rarely begins in the same way."""
 
-_RESERVED = "_index"
-"""Column that an AnnData file cannot have, although some programs write it."""
+_RESERVED = {"_index": "_index_"}
+"""Column that AnnData files cannot have, although converters from R make it, and the name that it gets instead."""
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
@@ -122,7 +125,9 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
         return False
     try:
         cells = read_h5ad(path, backed="r")
-    except Exception:  # noqa: BLE001 - celbo did not write a file that anndata cannot read
+    except Exception as error:
+        if held := explain_lock(path, str(error)):
+            raise StorageError(held) from error
         return False
     try:
         return is_ours(cells)
@@ -131,14 +136,10 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
 
 
 def _write_cells(cells: AnnData, path: Path) -> None:
-    if _RESERVED in cells.obs.columns:
-        warn(f"obs has a column {_RESERVED!r}, a name that AnnData files cannot have; it is left out of {path}.")
-        cells = AnnData(
-            cells.X, cells.obs.drop(columns=_RESERVED), cells.var, cells.uns, cells.obsm, layers=cells.layers
-        )
+    cells.obs = cells.obs.rename(columns=_RESERVED)
     try:
         with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
-            _write(path, cells.write_h5ad)
+            _write(path, partial(write_cells, cells))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
 
