@@ -92,6 +92,7 @@ def map_query(
             mapped = model.map_query(adata, genes_present=genes_present, track=stop_on_signal(track))
             cells = embedding(mapped.fitted_, open_cells(mapped.fitted_, adata, genes_present=genes_present))
         mapped.save(output / "model")
+        (output / "embedding.h5ad").resolve().unlink(missing_ok=True)  # of the model that was there
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:
         say("the model knows every level of the conditions: nothing was trained")
