@@ -264,10 +264,10 @@ def test_files_that_are_not_there_or_no_anndata_are_refused_in_words(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_adata(tmp_path / "none.h5ad")
     (tmp_path / "text.h5ad").write_text("not counts")
-    with pytest.raises(DataError, match=r"text.h5ad cannot be read as an AnnData"):
+    with pytest.raises(DataError, match=r"text.h5ad is no AnnData: it is a text file"):
         read_adata(tmp_path / "text.h5ad")
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(DataError, match=r"empty.zarr"):
+    with pytest.raises(DataError, match=r"empty.zarr is an empty folder"):
         read_adata(tmp_path / "empty.zarr")
 
 

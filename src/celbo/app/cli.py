@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,8 +36,11 @@ from celbo.app.commands import (
 from celbo.app.options import N_TOP_GENES
 from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
 from celbo.data.paths import existing_path
-from celbo.errors import DataError, ModelFileError, UsageError
+from celbo.errors import DataError, ModelFileError, StorageError, UsageError
 from celbo.runs.record import record_of_run, run_of
+
+if TYPE_CHECKING:
+    from celbo.data.checks import Check
 
 __all__ = ["app", "main"]
 
@@ -141,25 +144,33 @@ def check(
             unfitted = make_model(chosen)
             adata = read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
             result = unfitted.check(adata)
-        found = result.to_json()
-    except DataError as error:  # the cells could not be read
+    except (DataError, StorageError) as error:  # the cells could not be read
         problem = {"name": "unreadable", "severity": "error", "message": str(error)}
-        found = {"ok": False, "n_cells": 0, "n_genes": 0, "n_values": 0, "problems": [problem]}
+        sizes = dict.fromkeys(("n_cells", "n_genes", "n_values"))
+        if as_json:
+            _print_json(data, {"ok": False, **sizes, "problems": [problem]})
+        else:
+            typer.echo(plain(f"error (unreadable): {error}"))
+        raise typer.Exit(error.exit_code) from None
     if as_json:
-        document = {"path": str(data), "celbo_version": celbo.__version__, **found}
-        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        _print_json(data, result.to_json())
     else:
-        _show_check(found, data, "ready to fit" if model is None else "ready to embed")
-    if not found["ok"]:
+        _show_check(result, data, "ready to fit" if model is None else "ready to embed")
+    if result.errors:
         raise typer.Exit(DataError.exit_code)
 
 
-def _show_check(found: dict[str, Any], data: Path, ready: str) -> None:
-    size = f"{found['n_cells']:,} cells x {found['n_genes']:,} genes, {found['n_values']:,} stored values"
-    typer.echo(plain(f"{data}: {size}"))
-    for problem in found["problems"]:
-        typer.echo(plain(f"{problem['severity']} ({problem['name']}): {problem['message']}"))
-    if found["ok"]:
+def _print_json(data: Path, result: dict[str, Any]) -> None:
+    document = {"path": str(data), "celbo_version": celbo.__version__, **result}
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _show_check(result: "Check", data: Path, ready: str) -> None:
+    values = "" if result.n_values is None else f", {result.n_values:,} stored values"
+    typer.echo(plain(f"{data}: {result.n_cells:,} cells x {result.n_genes:,} genes{values}"))
+    for problem in result.problems:
+        typer.echo(plain(f"{problem.severity} ({problem.name}): {problem.message}"))
+    if not result.errors:
         typer.echo(ready)
 
 

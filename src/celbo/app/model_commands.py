@@ -95,6 +95,7 @@ def map_query(
             opened = open_cells(mapped.fitted_, adata, genes_present=genes_present)
             cells = embedding(mapped.fitted_, opened, is_unlike=unlike(mapped.fitted_, opened))
         mapped.save(output / "model")
+        (output / "embedding.h5ad").resolve().unlink(missing_ok=True)  # of the model that was there
         write_embedding(cells, output / "embedding.h5ad")
     if mapped is model:
         say("the model knows every level of the conditions: nothing was trained")

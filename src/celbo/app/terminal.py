@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -109,6 +110,7 @@ def guarded(app: Callable[[], None]) -> None:
     _listen_to_signals()
     sys.unraisablehook = _ignore_stop
     try:
+        _check_current_folder()
         app()
     except CelboError as error:
         _fail(str(error), error.exit_code)
@@ -122,6 +124,14 @@ def guarded(app: Callable[[], None]) -> None:
         if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # errors of torch
             _fail(_OUT_OF_MEMORY, 137)
         _bug(error)
+
+
+def _check_current_folder() -> None:
+    """Raise a `StorageError` if the current folder has been removed: libraries of torch cannot be loaded there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StorageError("the current folder has been removed. Change to a folder that exists (cd).") from None
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -83,8 +83,8 @@ class Check:
 
     n_cells: int
     n_genes: int
-    n_values: int = 0
-    """Number of stored values; all were checked."""
+    n_values: int | None = None
+    """Number of stored values; all were checked. None if they could not be read."""
     problems: list[Problem] = field(default_factory=list)
     schema: Schema | None = None
     """How a model reads these cells; None if there are errors."""

@@ -1,14 +1,17 @@
 """Read the parts of an AnnData that a model needs, into memory or lazily from disk, and explain damaged files."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import h5py
@@ -19,11 +22,21 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 
 from celbo.data import probe
+from celbo.data.foreign import describe_file, describe_folder, describe_special, describe_store
 from celbo.data.paths import existing_path
-from celbo.data.stored import raise_no_layer
-from celbo.errors import DataError, StorageError, warn
+from celbo.data.stored import raise_no_layer, use_raw
+from celbo.errors import CelboError, DataError, StorageError, warn
 
-__all__ = ["MISSING_LEVEL", "ORIGIN", "fill_missing_levels", "left_on_disk", "name_genes", "read_adata"]
+__all__ = [
+    "MISSING_LEVEL",
+    "ORIGIN",
+    "OnDisk",
+    "explain_lock",
+    "fill_missing_levels",
+    "left_on_disk",
+    "name_genes",
+    "read_adata",
+]
 
 ORIGIN = "celbo_read_from"
 """Key of uns that holds the path of the source file."""
@@ -53,9 +66,10 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
     Raises
     ------
     DataError
-        If the path does not exist, is damaged, or holds no AnnData.
+        If the path does not exist, is damaged, or holds no AnnData. The message says what it holds instead, and how to
+        make an AnnData of it.
     StorageError
-        If permission to read it is missing.
+        If permission to read it is missing, or another program has it open for writing.
     """
     if isinstance(data, AnnData):
         return data
@@ -65,29 +79,71 @@ def read_adata(data: AnnData | str | Path, *, layer: str | None = None, on_disk:
             "itself (adata, not adata.X), because genes are matched by name. anndata.AnnData(counts) makes one of a "
             "matrix or table of cells by genes; set obs_names and var_names."
         )
-    path = existing_path(data)
+    path = Path(data)
     try:
+        path = existing_path(data)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*names are not unique")  # the checks report it
+            warnings.filterwarnings("ignore", message="Transforming to str index")  # names that are numbers
             return _assemble(path, _open(path), layer, on_disk)
-    except DataError:
+    except (CelboError, MemoryError):
         raise
     except PermissionError as error:
         raise StorageError(f"{path} may not be read: {error.strerror}. Ask its owner for permission.") from error
-    except MemoryError:
-        raise
     except Exception as error:
+        if held := explain_lock(path, str(error)):
+            raise StorageError(held) from error
+        if unknown := re.search(r"IOSpec\(encoding_type='([^']*)'", str(error)):
+            raise DataError(
+                f"{path} has a part that is stored as {unknown[1] or 'something unknown'!r}, which anndata "
+                f"{version('anndata')} cannot read. Upgrade anndata, or drop that part and write the file again."
+            ) from error
         raise DataError(
-            f"{path} cannot be read as an AnnData: {_first_line(error)}. Is it complete, and an .h5ad or .zarr?"
+            f"{path} cannot be read as an AnnData: {_first_line(error)}. Copy it again, or write it again with "
+            "adata.write_h5ad."
         ) from error
 
 
+def explain_lock(path: Path, error: str) -> str:
+    """Explain an error of HDF5 that is about locks; return an empty text for another error.
+
+    Examples
+    --------
+    >>> explain_lock(Path("cells.h5ad"), "unable to lock file, errno = 11")[:52]
+    'cells.h5ad is open for writing in another program, o'
+    """
+    if "unable to lock file" not in error and "already open for write" not in error:
+        return ""
+    if (number := re.search(r"errno = (\d+)", error)) and int(number[1]) not in (errno.EAGAIN, errno.EACCES):
+        return (
+            f"{path} cannot be locked, because its file system has no locks: {os.strerror(int(number[1]))}. Copy the "
+            "file to another disk; or set HDF5_USE_FILE_LOCKING=BEST_EFFORT, if no program writes to the file."
+        )
+    return (
+        f"{path} is open for writing in another program, often a notebook, and may change while it is read. Close it "
+        "there: adata.file.close(), or end that program. Or have that program write a copy, and name the copy."
+    )
+
+
+class OnDisk(NamedTuple):
+    """Functions that open the values of a file and leave them on disk. They fail if the values are damaged."""
+
+    values: dict[str | None, Callable[[], Any]]
+    """Of X, by the name None, and of the layers."""
+    raw: Callable[[], Any] | None
+    """Of ``raw.X``; None if there is none."""
+
+
 @contextmanager
-def left_on_disk(path: str, layer: str | None) -> Iterator[AnnData]:
-    """Open a file with all layers and raw left on disk, and close it afterwards."""
-    store = _open(Path(path))
+def left_on_disk(path: Path) -> Iterator[OnDisk]:
+    """Open a file for all its values, and close it afterwards."""
+    store = _open(path)
     try:
-        yield _assemble(Path(path), store, layer, on_disk=True)
+        raw = store.get("raw/X")
+        values: dict[str | None, Callable[[], Any]] = {
+            name: partial(_lazy, item) for name, item in _stored_values(store).items()
+        }
+        yield OnDisk(values, None if raw is None else partial(_lazy, raw))
     finally:
         if isinstance(store, h5py.File):
             store.close()
@@ -135,26 +191,25 @@ def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
 
 def _open(path: Path) -> h5py.File | zarr.Group:
     if path.is_dir():
-        return zarr.open_group(path, mode="r")
-    size = path.stat().st_size
-    if not size:
+        try:
+            return zarr.open_group(path, mode="r")
+        except FileNotFoundError as error:  # there is no group of zarr
+            raise DataError(describe_folder(path)) from error
+    if special := describe_special(path):
+        raise DataError(special)
+    if not path.stat().st_size:
         raise DataError(f"{path} is empty: 0 bytes. {_AGAIN}")
+    path.open("rb").close()  # raises a PermissionError if the file is not readable
     try:
-        is_hdf5 = h5py.is_hdf5(path)
-        if is_hdf5:
-            h5py.File(path, "r").close()
+        if not h5py.is_hdf5(path):
+            raise DataError(describe_file(path))
+        h5py.File(path, "r").close()
     except OSError as error:
         if sizes := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
             raise DataError(
                 f"{path} is truncated: it has {int(sizes[1]):,} of {int(sizes[2]):,} bytes. {_AGAIN}"
             ) from error
         raise
-    if not is_hdf5:
-        path.open("rb").close()  # raises a PermissionError if the file is not readable
-        raise DataError(
-            f"{path} cannot be read as an AnnData: it is no HDF5 file. Give an .h5ad or a .zarr; convert text "
-            "files with anndata.read_csv and write_h5ad."
-        )
     _probe_in_subprocess(path)
     return h5py.File(path, "r")
 
@@ -172,45 +227,67 @@ def _probe_in_subprocess(path: Path) -> None:
         return  # the file cannot be checked
     if done.returncode < 0:
         raise DataError(f"{path} is damaged: the HDF5 library crashed reading it (signal {-done.returncode}). {_AGAIN}")
+    if held := explain_lock(path, done.stderr):
+        raise StorageError(held)
     if done.returncode:
         raise DataError(f"{path} is damaged: {done.stderr.strip()[:300]}. {_AGAIN}")
 
 
 def _assemble(path: Path, store: Any, layer: str | None, on_disk: bool) -> AnnData:
     if store.attrs.get("encoding-type") != "anndata":
-        if isinstance(store, h5py.File) and "obs" in store:  # the format of anndata before 0.8
+        is_old = isinstance(store, h5py.File) and "encoding-type" not in store.attrs and "mod" not in store
+        if is_old and "obs" in store and "var" in store:  # the format of anndata before 0.8
             return anndata.read_h5ad(store.filename)
-        raise DataError(f"{_name(store)} holds no AnnData (it has {', '.join(map(repr, store)) or 'nothing'}).")
-    values: dict[str | None, Any] = {None: store["X"]} if "X" in store else {}
-    values |= {name: store["layers"][name] for name in store.get("layers", ())}
+        raise DataError(describe_store(path, store))
+    values = _stored_values(store)
     if layer not in values:
-        raise_no_layer(layer, [name for name in values if name is not None])
-    if on_disk:
-        kept = {name: _lazy(item) for name, item in values.items()}
-    else:
-        _lazy(values[layer])  # reports missing chunks
-        kept = {layer: read_elem(values[layer])}
-    adata = AnnData(X=kept.pop(None, None), obs=_frame(store, "obs"), var=_frame(store, "var"), layers=kept)
-    if on_disk:
-        adata.raw = _raw(store)
-    else:
-        adata.uns[ORIGIN] = str(path.resolve())
-        if isinstance(store, h5py.File):
-            store.close()
+        raw = use_raw(path) if "raw/X" in store else ""
+        raise_no_layer(layer, [name for name in values if name is not None], raw)
+    opened = _lazy(values[layer])  # reports missing chunks
+    kept = {layer: opened if on_disk else read_elem(values[layer])}
+    adata = AnnData(X=kept.pop(None, None), obs=_frame(path, store, "obs"), var=_frame(path, store, "var"), layers=kept)
+    adata.uns[ORIGIN] = str(path.resolve())
+    if isinstance(store, h5py.File) and not on_disk:
+        store.close()
     return adata
 
 
-def _frame(store: Any, name: str) -> pd.DataFrame:
+def _stored_values(store: Any) -> dict[str | None, Any]:
+    """Return X, by the name None, and the layers of a store as they are stored."""
+    x, layers = store.get("X"), store.get("layers")
+    values: dict[str | None, Any] = {} if x is None else {None: x}
+    return values | (dict(_layers(layers)) if isinstance(layers, h5py.Group | zarr.Group) else {})
+
+
+def _layers(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the layers in a group by name. If a name has slashes, its parts are groups in each other."""
+    for name in group:
+        item = group.get(name)
+        if isinstance(item, h5py.Group | zarr.Group) and item.attrs.get("encoding-type", "dict") == "dict":
+            yield from _layers(item, f"{prefix}{name}/")
+        elif item is not None:
+            yield f"{prefix}{name}", item
+
+
+def _frame(path: Path, store: Any, name: str) -> pd.DataFrame:
     if name not in store:
-        raise DataError(f"{_name(store)} is an incomplete AnnData: it has no {name}.")
-    return read_elem(store[name])
+        raise DataError(f"{path} is an incomplete AnnData: it has no {name}. {_AGAIN}")
+    table = read_elem(store[name])
+    for column in table.columns:
+        table[column] = _decoded(table[column])
+    return table
 
 
-def _raw(store: Any) -> Any:
-    """Return ``raw`` with its values left on disk; only `find_counts` uses it."""
-    if "raw" not in store or "X" not in store["raw"] or "var" not in store["raw"]:
-        return None
-    return AnnData(X=_lazy(store["raw"]["X"]), obs=_frame(store, "obs"), var=read_elem(store["raw"]["var"]))
+def _decoded(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Make text of bytes, as which some programs write text; other columns stay."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        levels = column.cat.categories
+        return column.cat.rename_categories(levels.map(_text)) if levels.map(type).isin([bytes]).any() else column
+    return column.map(_text) if column.dtype == object and column.map(type).isin([bytes]).any() else column
+
+
+def _text(value: object) -> object:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
 
 def _lazy(item: Any) -> Any:
@@ -244,9 +321,5 @@ def _check_chunks(group: zarr.Group) -> None:
             )
 
 
-def _name(store: h5py.File | zarr.Group) -> str:
-    return str(store.filename if isinstance(store, h5py.File) else store.store_path)
-
-
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

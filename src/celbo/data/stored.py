@@ -1,8 +1,11 @@
 """Read rows of values of an AnnData: in memory or on disk, sparse or dense, a view or not."""
 
+import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import h5py
@@ -16,7 +19,16 @@ from numpy.typing import NDArray
 from celbo.data.matching import align
 from celbo.errors import DataError
 
-__all__ = ["Stored", "layer_names", "layer_values", "place_of", "raise_no_layer", "stored_matrix", "stored_values"]
+__all__ = [
+    "Stored",
+    "layer_names",
+    "layer_values",
+    "place_of",
+    "raise_no_layer",
+    "stored_matrix",
+    "stored_values",
+    "use_raw",
+]
 
 _BLOCK = 1 << 22
 """Approximate number of values in a block of rows; data on disk are read one block at a time."""
@@ -103,7 +115,7 @@ def stored_matrix(matrix: Any, place: str) -> Stored:
 def layer_values(adata: AnnData, layer: str | None) -> Any:
     """Return X, or a layer, as it is stored; raise a `DataError` if it does not exist."""
     if layer not in adata.layers and (layer is not None or adata.X is None):
-        raise_no_layer(layer, layer_names(adata))
+        raise_no_layer(layer, layer_names(adata), "" if adata.raw is None else use_raw(None))
     return adata.X if layer is None else adata.layers[layer]
 
 
@@ -112,18 +124,40 @@ def layer_names(adata: AnnData) -> list[str]:
     return [name for name in adata.layers if name is not None]
 
 
-def raise_no_layer(layer: str | None, layers: Sequence[str]) -> NoReturn:
-    """Raise a `DataError` that says that the layer is missing, and lists the existing ``layers``."""
+def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> NoReturn:
+    """Raise a `DataError` that says that the layer is missing, and lists the existing ``layers``.
+
+    ``raw`` says how to use the values of raw, if there are any.
+    """
     known = ", ".join(map(repr, layers)) or "none"
+    if layer is None and not layers:
+        advice = f"but they have raw.X. {raw}" if raw else "so there are no counts. Give a file with the counts in X."
+        raise DataError(f"these data have no X and no layers, {advice}")
     if layer is None:
         raise DataError(
             f"these data have no X; their layers: {known}. celbo fit takes counts from one with --layer (layer=...); a "
-            "fitted model reads new cells from where it read the first."
+            f"fitted model reads new cells from where it read the first. {raw}".strip()
         )
     raise DataError(
         f"these data have no layer {layer!r}; they have {known}. "
         "A model reads new cells from the layer it was fitted to."
     )
+
+
+def use_raw(path: Path | None) -> str:
+    """Say how to use the values of raw: in Python, and for cells of a file on the command line too.
+
+    Examples
+    --------
+    >>> use_raw(None)
+    'To use raw.X, take adata.raw.to_adata().'
+    """
+    if path is None:
+        return "To use raw.X, take adata.raw.to_adata()."
+    source, target = json.dumps(str(path), ensure_ascii=False), json.dumps(f"{path.stem}_raw.h5ad", ensure_ascii=False)
+    read = "read_zarr" if path.is_dir() else "read_h5ad"
+    code = f"import anndata; anndata.{read}({source}).raw.to_adata().write_h5ad({target})"
+    return f"To use raw.X, make an .h5ad file of it, and give celbo that file: python -c {shlex.quote(code)}"
 
 
 def place_of(layer: str | None) -> str:

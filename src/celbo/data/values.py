@@ -1,6 +1,10 @@
 """Check every stored value in one pass, and explain values that are not counts."""
 
+import shlex
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +18,7 @@ from numpy.typing import NDArray
 from celbo.data.fingerprint import Fingerprint
 from celbo.data.matching import align
 from celbo.data.read import ORIGIN, left_on_disk
-from celbo.data.stored import Stored, layer_names, stored_matrix, stored_values
-from celbo.errors import DataError
+from celbo.data.stored import Stored, layer_names, layer_values, place_of, stored_matrix, use_raw
 
 __all__ = [
     "Fault",
@@ -207,6 +210,12 @@ def describe_values(stored: Stored, scan: Scan) -> str:
     Scaled values have mean 0 and variance 1 in every gene. Normalised counts are, within a cell, whole multiples of the
     value of one count. Logged counts are so after ``exp(x) - 1`` or ``2**x - 1``.
     """
+    with suppress(Exception):  # a hint must not hide the fault that it helps to mend
+        return _kind_of_values(stored)
+    return ""
+
+
+def _kind_of_values(stored: Stored) -> str:
     n_cells = stored.shape[0]
     rows = np.unique(np.linspace(0, n_cells - 1, min(n_cells, _SAMPLE)).astype(np.intp))
     x = stored.read(rows)
@@ -263,30 +272,47 @@ def describe_rounded(stored: Stored, scan: Scan) -> str:
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:
-    """Describe how to use another layer, or ``raw``, that holds counts; return an empty text if there is none."""
-    if ORIGIN not in adata.uns or not Path(adata.uns[ORIGIN]).exists():
-        return _find_counts(adata, layer)
-    with left_on_disk(adata.uns[ORIGIN], layer) as full_adata:
-        return _find_counts(full_adata, layer)
+    """Describe how to use another layer, or ``raw``, that holds counts; return an empty text if there is none.
 
-
-def _find_counts(adata: AnnData, layer: str | None) -> str:
-    for name in layer_names(adata):
-        if name != layer and _are_counts(adata, name):
-            return f"layers[{name!r}] holds whole numbers: use layer={name!r} (--layer {name})."
-    if layer is not None and adata.X is not None and _are_counts(adata, None):
-        return "X holds whole numbers: leave out layer (--layer)."
-    if adata.raw is not None and holds_counts(stored_matrix(adata.raw.X, "raw.X")):
-        return "raw.X holds whole numbers: use adata.raw.to_adata()."
+    Values that cannot be read are passed over.
+    """
+    path = Path(adata.uns[ORIGIN]) if ORIGIN in adata.uns else None
+    with warnings.catch_warnings(), suppress(Exception):  # a hint must not hide the fault that it helps to mend
+        warnings.simplefilter("ignore")
+        if path is not None and path.exists():
+            with left_on_disk(path) as (values, raw):
+                return _where_counts_are(adata, values, raw, layer, path)
+        in_memory: dict[str | None, Callable[[], Any]] = {
+            name: partial(layer_values, adata, name) for name in (None, *layer_names(adata))
+        }
+        return _where_counts_are(adata, in_memory, None if adata.raw is None else lambda: adata.raw.X, layer, None)
     return ""
 
 
-def _are_counts(adata: AnnData, layer: str | None) -> bool:
-    """Return whether a layer holds counts; False if it cannot be read."""
-    try:
-        return holds_counts(stored_values(adata, layer))
-    except DataError:
-        return False
+def _where_counts_are(
+    adata: AnnData,
+    values: dict[str | None, Callable[[], Any]],
+    raw: Callable[[], Any] | None,
+    layer: str | None,
+    path: Path | None,
+) -> str:
+    """Look for counts in the layers, then in X, then in raw."""
+    for name, opened in values.items():
+        if name not in (None, layer) and _are_counts(opened, adata.shape):
+            return f"{place_of(name)} holds whole numbers: use layer={name!r} (--layer {shlex.quote(str(name))})."
+    if layer is not None and None in values and _are_counts(values[None], adata.shape):
+        return "X holds whole numbers: leave out layer (--layer)."
+    if raw is not None and _are_counts(raw, adata.shape[:1]):
+        return f"raw.X holds whole numbers. {use_raw(path)}"
+    return ""
+
+
+def _are_counts(open_values: Callable[[], Any], shape: tuple[int, ...]) -> bool:
+    """Return whether values are counts, and their shape begins with ``shape``; False if they cannot be read."""
+    with suppress(Exception):
+        stored = stored_matrix(open_values(), "these values")
+        return stored.shape[: len(shape)] == shape and holds_counts(stored)
+    return False
 
 
 def _add_faults(block: sp.csr_matrix, start: int, faults: dict[str, Fault]) -> None:

@@ -123,9 +123,8 @@ def check_to_fit(
         if matches_levels and all(condition.levels is None for condition in schema.conditions):
             raise UsageError("remedy 'match_levels' needs a condition or a nuisance of two levels or more.")
         if check.n_cells < _FEW_CELLS:
-            check.add(
-                "few-cells", "warning", f"only {check.n_cells} cells: hardly anything can be learned from so few."
-            )
+            cells = "1 cell" if check.n_cells == 1 else f"{check.n_cells} cells"
+            check.add("few-cells", "warning", f"only {cells}: hardly anything can be learned from so few.")
         studied = [condition.name for condition in schema.conditions if not condition.nuisance]
         for name in nested_conditions(schema.codes(adata.obs), schema, studied):
             rest = listed(condition.name for condition in schema.conditions if condition.name != name)

@@ -4,12 +4,15 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from anndata import AnnData, read_h5ad, settings
 
+from celbo.data.read import explain_lock
+from celbo.data.write import write_cells
 from celbo.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ _TABLES = {
     "de": ("gene,group,reference,",),
 }
 """First columns of the tables of each command. A file of another program rarely begins in the same way."""
+
+_RESERVED = {"_index": "_index_"}
+"""Column that AnnData files cannot have, although converters from R make it, and the name that it gets instead."""
 
 
 def write_embedding(cells: AnnData, path: Path) -> None:
@@ -122,7 +128,9 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
         return False
     try:
         cells = read_h5ad(path, backed="r")
-    except Exception:  # noqa: BLE001 - celbo did not write a file that anndata cannot read
+    except Exception as error:
+        if held := explain_lock(path, str(error)):
+            raise StorageError(held) from error
         return False
     try:
         return is_ours(cells)
@@ -131,9 +139,10 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
 
 
 def _write_cells(cells: AnnData, path: Path) -> None:
+    cells.obs = cells.obs.rename(columns=_RESERVED)
     try:
         with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
-            _write(path, cells.write_h5ad)
+            _write(path, partial(write_cells, cells))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
 
