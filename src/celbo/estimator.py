@@ -114,20 +114,27 @@ class ExpressionVAE:
 
     fitted_: Fitted = field(init=False)
 
-    def fit(self, adata: CellsLike | Cells, *, track: Track | None = None) -> "ExpressionVAE":
+    def fit(self, adata: CellsLike | Cells, *, progress: bool = True, track: Track | None = None) -> "ExpressionVAE":
         """Learn from cells with raw counts.
+
+        An interrupt (Ctrl-C, or the stop button of a notebook) ends training: the model gets its best weights so far,
+        with a warning, and ``fitted_.stopped`` is "interrupted". Before the end of the first epoch, and after training,
+        an interrupt ends `fit` with a `KeyboardInterrupt`; the model then stays as it was.
 
         Parameters
         ----------
         adata
             The cells; or what `prepare` made of them for a model with the same options of data.
+        progress
+            Whether to show on stderr how far training is: a bar in a terminal or a notebook, elsewhere a line every
+            half minute.
         track
-            Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
+            Watches the minibatches of each epoch instead; see `celbo.fit.train.epochs`.
 
         Returns
         -------
         ExpressionVAE
-            The model itself. If training is interrupted, it stays as it was.
+            The model itself. If an error is raised, it stays as it was.
 
         Raises
         ------
@@ -140,7 +147,7 @@ class ExpressionVAE:
         settle_device(self.train.device)  # before anything is read
         cells = adata if isinstance(adata, Cells) else self.prepare(adata)
         check_prepared(cells, self._data_options())
-        fitted = fit_model(cells, architecture=self._architecture(), track=track, **parts)
+        fitted = fit_model(cells, architecture=self._architecture(), progress=progress, track=track, **parts)
         cells = cells.seen_by(fitted)
         fitted = readings.with_readings(fitted, cells)
         doubts = diagnosing.doubts_of_fit(fitted, cells)
@@ -531,7 +538,12 @@ class ExpressionVAE:
         return labels.predict(*self._open(adata, unseen, genes_present))
 
     def map_query(
-        self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
+        self,
+        adata: AnnData | str | Path,
+        *,
+        genes_present: float = 0.8,
+        progress: bool = True,
+        track: Track | None = None,
     ) -> "ExpressionVAE":
         """Add new batches to this model, without changing a bit of what it knows (surgery, as in scArches).
 
@@ -546,8 +558,8 @@ class ExpressionVAE:
             The cells.
         genes_present
             Share of the model's genes that must be present. The model fills in the others by what it expects of them.
-        track
-            Watches the minibatches; see `celbo.fit.train.epochs`.
+        progress, track
+            As in `fit`. An interrupt ends the mapping with a `KeyboardInterrupt`, and nothing is kept.
 
         Returns
         -------
@@ -572,7 +584,7 @@ class ExpressionVAE:
         (400, 3)
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, track=track)
+        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, progress=progress, track=track)
         model = self if fitted is self.fitted_ else copy(self)
         model.fitted_ = fitted
         return model

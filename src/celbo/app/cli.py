@@ -8,10 +8,9 @@ import json
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import celbo
 from celbo import checkpoint
@@ -31,7 +30,7 @@ from celbo.app.commands import (
     show_trail,
 )
 from celbo.app.options import N_TOP_GENES
-from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
+from celbo.app.terminal import INTERRUPTED, guarded, plain, say, shown_warnings, stop_on_signal
 from celbo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +83,7 @@ def demo(output: options.OutFolder = Path("celbo-demo"), seed: options.Seed = 0)
         components = "" if reference is None else f" (principal components {reference:.3f})"
         typer.echo(f"{name}: {value:.3f}{components}: {meaning}")
     say(f"picture: {output / 'latent.png'}\nopen {output / 'report.html'}")
+    _end_if_interrupted(summary)
 
 
 @app.command(rich_help_panel=_FIT)
@@ -216,7 +216,7 @@ def fit(
     if "n_top_genes" not in chosen["model"] and adata.n_vars > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
         say(f"modelling the {N_TOP_GENES:,} most variable of {adata.n_vars:,} genes; --n-top-genes 0 for all of them")
-    fit_and_write(
+    summary = fit_and_write(
         model,
         adata,
         output,
@@ -229,6 +229,13 @@ def fit(
         repeats=(chosen.get("data", {}).get("sha256_values"), config),
     )
     say(f"open {output / 'report.html'}")
+    _end_if_interrupted(summary)
+
+
+def _end_if_interrupted(summary: "dict[str, Any]") -> None:
+    """End with the exit code of an interrupt if the run that was written is of an interrupted fit."""
+    if summary["run"]["stopped"]:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command(rich_help_panel=_FIT)
@@ -267,7 +274,7 @@ def cure(
 
     The folder gets the files of `celbo fit` for the best model, and **cure.json** with all attempts.
     """
-    from celbo.app.progress import shown_progress
+    from celbo.fit.progress import shown_progress
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import write_run
 
@@ -275,7 +282,7 @@ def cure(
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)
     with claimed_folder(output, path):
         started = time.perf_counter()
-        with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+        with shown_warnings() as notes, shown_progress() as track:
             cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=stop_on_signal(track))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -18,6 +18,7 @@ from celbo.data.stored import layer_names
 from celbo.errors import UsageError, listed, warn
 from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.progress import watched
 from celbo.fit.start import make_vae, split_of_fit
 from celbo.fit.train import Track, epochs
 from celbo.kernels.threads import threads
@@ -65,7 +66,9 @@ def open_any(
     return fitted, open_cells(fitted, adata, unseen=unseen, genes_present=genes_present)
 
 
-def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, track: Track | None = None) -> Fitted:
+def map_query(
+    fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, progress: bool = True, track: Track | None = None
+) -> Fitted:
     """Learn weights for new levels of conditions; see `celbo.ExpressionVAE.map_query`.
 
     Returns
@@ -90,10 +93,10 @@ def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, tra
     split = split_of_fit(query, schema, fitted.config)
     config = replace(fitted.config, warmup_fraction=0.0)
     vae.to(next(fitted.vae.parameters()).device)
-    with threads(config.threads):
-        steps = epochs(vae, Filled(vae, query), split, config, objective=fitted.objective, learned=learned, track=track)
+    with threads(config.threads), watched(progress, track) as watch:
+        steps = epochs(vae, Filled(vae, query), split, config, objective=fitted.objective, learned=learned, track=watch)
         history = list(steps)
-    return replace(fitted, schema=schema, vae=vae.eval(), history=history, split=None)
+    return replace(fitted, schema=schema, vae=vae.eval(), history=history, stopped=None, split=None)
 
 
 @torch.no_grad()

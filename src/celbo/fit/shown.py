@@ -48,7 +48,8 @@ def shown_state(fitted: Fitted | None) -> str:
     if fitted is None:
         return "not fitted"
     cells = "" if fitted.split is None else f"{sum(map(len, fitted.split)):,} cells x "
-    return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
+    stopped = "" if fitted.stopped is None else f", {fitted.stopped}"
+    return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs{stopped}"
 
 
 def shown_table(options: Mapping[str, Any], state: str) -> str:

@@ -5,7 +5,7 @@ import numpy as np
 from celbo.data.conditions import column_of
 from celbo.errors import DataError, UsageError, check_seed, listed
 from celbo.fit.cells import Cells
-from celbo.fit.fitted import Fitted, cells_to_measure
+from celbo.fit.fitted import Fitted, cells_to_measure, doubts_of_training
 from celbo.kernels.threads import threads
 from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.inference import cell_terms
@@ -38,14 +38,14 @@ def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: 
 def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
     """Look at 1,000 cells of a model that was just fitted; return warnings, or an empty list.
 
-    A warning says that the decoder ignores z, or a condition that is not a nuisance, or that z has far fewer dimensions
-    in use than the data show.
+    A warning says that training was interrupted, or that the decoder ignores z, or a condition that is not a nuisance,
+    or that z has far fewer dimensions in use than the data show.
     """
     split = fitted.split
     assert split is not None
     held_out = split.validation if len(split.validation) >= 2 else split.train
     if len(held_out) < 2:
-        return []
+        return doubts_of_training(fitted)
     rng = random_stream(fitted.seed, Stream.DOUBTS)
     rows, learned = (
         np.sort(rng.permutation(part)[:n])
@@ -63,7 +63,8 @@ def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
         ablation = condition_ablation(condition.name, lost[~np.isnan(lost)])
         if ablation.verdict == "bad" and not condition.nuisance:
             doubts.append(ablation.meaning)
-    return [f"{doubt}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for doubt in doubts]
+    say_why = "model.diagnose(adata) (celbo diagnose RUN) says why, and what to try."
+    return [*doubts_of_training(fitted), *(f"{doubt}; {say_why}" for doubt in doubts)]
 
 
 def _doubts_of_latent(
