@@ -327,8 +327,7 @@ terminal.guarded(told)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, exit_code):
+def test_a_signal_to_terminate_ends_training_with_its_own_exit_code(data, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
@@ -340,10 +339,10 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, number, e
     while not folder.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == exit_code
-    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number] in stderr
+    assert process.returncode == 143
+    assert "terminated" in stderr
     assert not (folder / "model").exists()
 
 

@@ -19,7 +19,7 @@ from celbo.errors import UsageError, listed, warn
 from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import Fitted
 from celbo.fit.progress import watched
-from celbo.fit.start import make_vae, split_of_fit
+from celbo.fit.start import make_seeded_vae, split_of_fit
 from celbo.fit.train import Track, epochs
 from celbo.kernels.threads import threads
 from celbo.model.filling import Filled
@@ -87,7 +87,7 @@ def map_query(
             "this model normalises over minibatches, so new cells would move the known ones. Fit it again with "
             "norm='layer' and without norm_mu."
         )
-    vae = make_vae(fitted.architecture, schema, fitted.likelihood)
+    vae = make_seeded_vae(fitted.architecture, schema, fitted.likelihood, fitted.seed)
     learned = _copy_weights(fitted.vae, vae, fitted.schema, schema)
     query = open_source(adata, schema, genes_present=genes_present)
     split = split_of_fit(query, schema, fitted.config)

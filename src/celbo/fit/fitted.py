@@ -162,9 +162,8 @@ def fit_model(
 
 
 def doubts_of_training(fitted: Fitted) -> list[str]:
-    """Return a warning if the training of a model, which was just fitted, was interrupted; else an empty list."""
-    if fitted.stopped is None or fitted.split is None:
-        return []
+    """Return the warning about a model whose training was interrupted just now."""
+    assert fitted.split is not None
     most = plan_run(len(fitted.split.train), fitted.config, fitted.recipe).epochs
     return [
         f"training was interrupted after {len(fitted.history):,} of at most {most:,} epochs. The model has the best "

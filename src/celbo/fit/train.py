@@ -13,7 +13,7 @@ from torch import Tensor
 
 from celbo.errors import DivergedError, UsageError
 from celbo.fit.remedies import Recipe
-from celbo.fit.steps import Patience, averaged, lower_rate, start_training, state_of, take_step
+from celbo.fit.steps import Patience, TrainingState, averaged, lower_rate, start_training, state_of, take_step
 from celbo.minibatch import Rows, Source
 from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.inference import CellTerms, cell_terms
@@ -313,23 +313,10 @@ def epochs(
     watched, follow_every = _watched(split, config.seed), -(-_STEPS_TO_FOLLOW // plan.steps_per_epoch)
     try:
         for epoch in range(plan.epochs):
-            started, totals = time.perf_counter(), _Totals(vae)
-            vae.train()
+            started = time.perf_counter()
             minibatches = _minibatches(split.train, plan, config.seed, epoch)
-            for rows in minibatches if track is None else track(minibatches, plan, kept.history):
-                terms = take_step(
-                    state,
-                    source.take(rows).to(state.weights.device),
-                    rows,
-                    objective=objective,
-                    recipe=recipe,
-                    warmup_steps=plan.warmup_steps,
-                    rise_steps=plan.rise_steps,
-                    gradient_clip=config.gradient_clip,
-                    seed=config.seed,
-                    epoch=epoch,
-                )
-                totals.add(terms, len(rows))
+            shown = minibatches if track is None else track(minibatches, plan, kept.history)
+            means = _take_steps(state, source, shown, plan, config, objective=objective, recipe=recipe, epoch=epoch)
             with averaged(state):
                 _settle_norms(vae, source, split, config.seed)
                 held_out = _held_out_terms(vae, source, split, config.seed, objective, state.step)
@@ -337,7 +324,7 @@ def epochs(
                 if len(watched) and (epoch + 1) % follow_every == 0:
                     use = use_of_latent(vae, source, watched, sample=objective.samples_z, seed=config.seed)
                 seconds = time.perf_counter() - started
-                record = _record(epoch, state.step, state.shown_kl_weight, seconds, totals.means(), held_out, use)
+                record = _record(epoch, state.step, state.shown_kl_weight, seconds, means, held_out, use)
                 # One assignment: an interrupt finds an epoch either finished or not begun.
                 kept, decision = _decide(kept, record, vae, config.patience, counts=state.step >= plan.warmup_steps)
                 yield record
@@ -352,6 +339,37 @@ def epochs(
         vae.load_state_dict(kept.best, assign=True)  # copies: half a step has changed nothing in them
         raise Interrupted(kept.history) from None
     vae.load_state_dict(kept.best, assign=True)  # parameters of their own again
+
+
+def _take_steps(
+    state: TrainingState,
+    source: Source,
+    minibatches: Iterable[Rows],
+    plan: Plan,
+    config: TrainConfig,
+    *,
+    objective: Objective,
+    recipe: Recipe,
+    epoch: int,
+) -> list[float]:
+    """Take a step for each minibatch; return the mean reconstruction, then the mean KL of each dimension."""
+    totals = _Totals(state.vae)
+    state.vae.train()
+    for rows in minibatches:
+        terms = take_step(
+            state,
+            source.take(rows).to(state.weights.device),
+            rows,
+            objective=objective,
+            recipe=recipe,
+            warmup_steps=plan.warmup_steps,
+            rise_steps=plan.rise_steps,
+            gradient_clip=config.gradient_clip,
+            seed=config.seed,
+            epoch=epoch,
+        )
+        totals.add(terms, len(rows))
+    return totals.means()
 
 
 def _decide(kept: _Kept, record: Epoch, vae: VAE, patience: int, *, counts: bool) -> tuple[_Kept, str]:

@@ -38,14 +38,16 @@ def diagnose(fitted: Fitted, cells: Cells, *, groupby: str | None = None, seed: 
 def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
     """Look at 1,000 cells of a model that was just fitted; return warnings, or an empty list.
 
-    A warning says that training was interrupted, or that the decoder ignores z, or a condition that is not a nuisance,
-    or that z has far fewer dimensions in use than the data show.
+    A warning says that the decoder ignores z, or a condition that is not a nuisance, or that z has far fewer dimensions
+    in use than the data show. If training was interrupted, the warning says this alone: z comes into use in training.
     """
+    if fitted.stopped is not None:
+        return doubts_of_training(fitted)
     split = fitted.split
     assert split is not None
     held_out = split.validation if len(split.validation) >= 2 else split.train
     if len(held_out) < 2:
-        return doubts_of_training(fitted)
+        return []
     rng = random_stream(fitted.seed, Stream.DOUBTS)
     rows, learned = (
         np.sort(rng.permutation(part)[:n])
@@ -63,8 +65,7 @@ def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
         ablation = condition_ablation(condition.name, lost[~np.isnan(lost)])
         if ablation.verdict == "bad" and not condition.nuisance:
             doubts.append(ablation.meaning)
-    say_why = "model.diagnose(adata) (celbo diagnose RUN) says why, and what to try."
-    return [*doubts_of_training(fitted), *(f"{doubt}; {say_why}" for doubt in doubts)]
+    return [f"{doubt}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for doubt in doubts]
 
 
 def _doubts_of_latent(
