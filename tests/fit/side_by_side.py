@@ -1,4 +1,4 @@
-"""Fits alone, and beside each other in Python threads or in processes: say whether their weights have the same bytes."""
+"""Fit alone, then at the same time in Python threads or in processes: say whether the weights have the same bytes."""
 
 import multiprocessing
 import sys

@@ -43,7 +43,7 @@ def interrupt_at(n):
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield lambda: sys.setprofile(count)
+        yield lambda: sys.setprofile(count)  # it returns None
     finally:
         sys.setprofile(None)
         signal.signal(signal.SIGINT, before)
@@ -93,10 +93,8 @@ def test_an_interrupt_at_any_call_keeps_the_best_weights_of_the_epochs_that_ende
     n_kept = set()
     for n in (5, 400, 1500, 2600, 4100, 5200):
         vae = start()
-        with interrupt_at(n) as begin:
-            with pytest.raises(KeyboardInterrupt) as raised:
-                begin()
-                list(training(vae))
+        with interrupt_at(n) as begin, pytest.raises(KeyboardInterrupt) as raised:
+            list(training(vae, track=begin()))
         history = getattr(raised.value, "history", [])
         n_kept.add(len(history))
         assert [record.step for record in history] == [record.step for record in records[: len(history)]]
