@@ -120,20 +120,27 @@ class ExpressionVAE(metaclass=Hinted):
 
     fitted_: Fitted = field(init=False)
 
-    def fit(self, adata: CellsLike | Cells, *, track: Track | None = None) -> "ExpressionVAE":
+    def fit(self, adata: CellsLike | Cells, *, progress: bool = True, track: Track | None = None) -> "ExpressionVAE":
         """Learn from cells with raw counts.
+
+        An interrupt (Ctrl-C, or the stop button of a notebook) ends training: the model gets its best weights so far,
+        with a warning, and ``fitted_.stopped`` is "interrupted". Before the end of the first epoch, and after training,
+        an interrupt ends `fit` with a `KeyboardInterrupt`; the model then stays as it was.
 
         Parameters
         ----------
         adata
             The cells; or what `prepare` made of them for a model with the same options of data.
+        progress
+            Whether to show on stderr how far training is: a bar in a terminal or a notebook, elsewhere a line every
+            half minute.
         track
-            Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
+            Watches the minibatches of each epoch instead; see `celbo.fit.train.epochs`.
 
         Returns
         -------
         ExpressionVAE
-            The model itself. If training is interrupted, it stays as it was.
+            The model itself. If an error is raised, it stays as it was.
 
         Raises
         ------
@@ -146,7 +153,7 @@ class ExpressionVAE(metaclass=Hinted):
         settle_device(self.train.device)  # before anything is read
         cells = adata if isinstance(adata, Cells) else self.prepare(adata)
         check_prepared(cells, fit_options.data_options(self.get_params()))
-        fitted = fit_model(cells, track=track, **parts)
+        fitted = fit_model(cells, progress=progress, track=track, **parts)
         cells = cells.seen_by(fitted)
         fitted = readings.with_readings(fitted, cells)
         doubts = diagnosing.doubts_of_fit(fitted, cells)
@@ -543,7 +550,12 @@ class ExpressionVAE(metaclass=Hinted):
         return labels.predict(*self._open(adata, unseen, genes_present))
 
     def map_query(
-        self, adata: AnnData | str | Path, *, genes_present: float = 0.8, track: Track | None = None
+        self,
+        adata: AnnData | str | Path,
+        *,
+        genes_present: float = 0.8,
+        progress: bool = True,
+        track: Track | None = None,
     ) -> "ExpressionVAE":
         """Add new batches to this model, without changing a bit of what it knows (surgery, as in scArches).
 
@@ -559,8 +571,8 @@ class ExpressionVAE(metaclass=Hinted):
             The cells.
         genes_present
             Share of the model's genes that must be present. The model fills in the others by what it expects of them.
-        track
-            Watches the minibatches; see `celbo.fit.train.epochs`.
+        progress, track
+            As in `fit`. An interrupt ends the mapping with a `KeyboardInterrupt`, and nothing is kept.
 
         Returns
         -------
@@ -585,7 +597,7 @@ class ExpressionVAE(metaclass=Hinted):
         (400, 3)
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, track=track)
+        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, progress=progress, track=track)
         model = self if fitted is self.fitted_ else copy(self)
         model.fitted_ = fitted
         return model

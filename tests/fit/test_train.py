@@ -51,7 +51,7 @@ def test_the_kl_weight_is_one_by_half_of_the_plan_at_the_latest():
 )
 def test_a_run_that_nobody_planned_is_shorter_the_more_cells_there_are(n_cells, planned, most):
     plan = plan_run(n_cells, TrainConfig())
-    assert plan.epochs == most
+    assert (plan.epochs, plan.planned_epochs) == (most, planned)
     assert plan.warmup_steps == plan_run(n_cells, TrainConfig(max_epochs=planned)).warmup_steps
 
 
@@ -177,7 +177,7 @@ def test_a_step_is_the_gradient_of_the_weighted_bound(cells):
     source = source_of(cells[:2])
     vae = small_vae(source, dropout=0.0)
     reference = small_vae(source, dropout=0.0)
-    plan = Plan(2, 1, 1, 0, 0)
+    plan = Plan(2, 1, 1, 0, 0, 1)
     assert plan_run(2, TrainConfig(max_epochs=1, warmup_fraction=0)) == plan
     seen = {}
 

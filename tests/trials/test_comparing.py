@@ -144,3 +144,46 @@ def test_models_of_other_counts_are_not_compared():
     }
     with pytest.raises(celbo.UsageError, match="the models read another layer"):
         celbo.compare(models, adata)
+
+
+def test_variants_are_tried_for_a_quarter_of_the_plan_on_cells_that_are_checked_once(monkeypatch):
+    """For 400 cells a plan has 200 epochs, and a run that gains for long has up to 800."""
+    adata = planted("nb", 0, n_cells=400, n_genes=12)
+    fits, checks, check = [], [], celbo.estimator.check_to_fit
+
+    def track(minibatches, plan, history):
+        if not history:
+            fits.append(plan.epochs)
+        return minibatches[:1]  # one step for each epoch
+
+    def counted(*arguments, **options):
+        checks.append(options["values"])
+        return check(*arguments, **options)
+
+    monkeypatch.setattr("celbo.estimator.check_to_fit", counted)
+    model = celbo.ExpressionVAE(hidden_dims=(4,), train=celbo.TrainConfig(patience=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        celbo.choose(model, adata, likelihood=True, latent_dim=True, track=track)
+    early = [n for n in fits if n < 800]
+    assert early == [50] * 6  # poisson, nb, zinb; widths 2, 5, 10
+    assert checks == ["counts"]
+
+
+def test_an_interrupt_ends_the_whole_choice():
+    adata = planted("nb", 0, n_cells=320, n_genes=12)
+    epochs = []
+
+    def track(minibatches, plan, history):
+        epochs.append(len(history))
+        if len(epochs) == 6:  # in the second fit
+            raise KeyboardInterrupt
+        return minibatches
+
+    model = celbo.ExpressionVAE(hidden_dims=(4,), train=celbo.TrainConfig(max_epochs=12))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training was interrupted")
+        with pytest.raises(KeyboardInterrupt):
+            celbo.choose(model, adata, latent_dim=True, track=track)
+    assert epochs == [0, 1, 2, 0, 1, 2]
+    assert repr(model).endswith("not fitted)")

@@ -58,6 +58,23 @@ def test_a_collapsed_model_is_cured_and_the_trail_says_how(blob, many):
     np.testing.assert_array_equal(blob.embed(many), before)
 
 
+def test_an_interrupt_ends_the_whole_search(blob, many):
+    old, epochs = blob.fitted_, []
+
+    def track(minibatches, plan, history):
+        epochs.append(len(history))
+        if len(history) == 2:
+            raise KeyboardInterrupt
+        return minibatches
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training was interrupted")
+        with pytest.raises(KeyboardInterrupt):
+            celbo.cure(blob, many, track=track)
+    assert blob.fitted_ is old
+    assert epochs == [0, 1, 2]
+
+
 @pytest.mark.long
 def test_what_costs_more_than_the_tolerance_is_not_kept(blob, many, monkeypatch):
     """A remedy after which log p(x) of held-out cells is 5 nats worse."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import celbo
 from celbo import checkpoint
@@ -34,7 +33,7 @@ from celbo.app.commands import (
     show_trail,
 )
 from celbo.app.options import N_TOP_GENES
-from celbo.app.terminal import guarded, plain, say, shown_warnings, stop_on_signal
+from celbo.app.terminal import INTERRUPTED, guarded, plain, say, shown_warnings, stop_on_signal
 from celbo.data.paths import existing_path
 from celbo.errors import DataError, ModelFileError, StorageError, UsageError
 from celbo.runs.record import record_of_run, run_of
@@ -92,6 +91,7 @@ def demo(output: options.OutFolder = Path("celbo-demo"), seed: options.Seed = 0)
     if (output / "latent.png").exists():
         say(f"picture: {output / 'latent.png'}")
     point_to_report(output)
+    _end_if_interrupted(summary)
 
 
 @app.command(rich_help_panel=_FIT)
@@ -243,7 +243,7 @@ def fit(
     if "n_top_genes" not in chosen["model"] and n_genes > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
         say(f"modelling the {N_TOP_GENES:,} most variable of {n_genes:,} genes; --n-top-genes 0 for all of them")
-    fit_and_write(
+    summary = fit_and_write(
         model,
         adata,
         output,
@@ -256,6 +256,13 @@ def fit(
         repeats=(chosen.get("data", {}).get("sha256_values"), config),
     )
     point_to_report(output)
+    _end_if_interrupted(summary)
+
+
+def _end_if_interrupted(summary: "dict[str, Any]") -> None:
+    """End with the exit code of an interrupt if the run that was written is of an interrupted fit."""
+    if summary["run"]["stopped"]:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command(rich_help_panel=_FIT)
@@ -296,13 +303,13 @@ def cure(
     """
     refuse_overwriting_run(run, output)
     model, adata, path, reading = open_run(run, data, on_disk=on_disk)
-    from celbo.app.progress import shown_progress
+    from celbo.fit.progress import shown_progress
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import write_run
 
     with claimed_folder(output, path):
         started = time.perf_counter()
-        with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+        with shown_warnings() as notes, shown_progress() as track:
             cured, trail = celbo.cure(model, adata, tolerance=tolerance, tries=tries, track=stop_on_signal(track))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

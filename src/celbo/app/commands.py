@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 import celbo
 from celbo.app.config import READING, contents, read_config
-from celbo.app.terminal import plain, say, shown_warnings, stop_on_signal
-from celbo.errors import CelboError, UsageError
+from celbo.app.terminal import interruptible, plain, say, shown_warnings, stop_on_signal
+from celbo.errors import CelboError, UsageError, warn
 from celbo.fit.words import celbo_words
 from celbo.runs.record import record_of_run
 
@@ -279,21 +278,27 @@ def fit_and_write(
     repeats: tuple[str | None, Path | None] = (None, None),
     recover: "Callable[[ExpressionVAE, AnnData], list[Recovery]] | None" = None,
 ) -> dict[str, Any]:
-    """Train with a progress bar, then write the run. Warnings are shown, and repeated in the report."""
-    from celbo.app.progress import shown_progress
+    """Train with a progress bar, then write the run. Warnings are shown, and repeated in the report.
+
+    The first interrupt (Ctrl-C) ends training, and the run is written with the best weights so far; the second ends the
+    command. If the model is one of several (``auto``, ``auto_remedy``), the first interrupt of these fits ends the
+    command, and nothing is written.
+    """
+    from celbo.fit.progress import shown_progress
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import write_run
 
     announce_run(model, output)
     with claimed_folder(output, path):
         started = time.perf_counter()
-        with shown_warnings() as notes, shown_progress(Console(stderr=True, highlight=False)) as track:
+        with shown_warnings() as notes, shown_progress() as track:
             choices: list[Comparison] = []
             trail = None
             if not auto:
                 cells = model.prepare(adata, fingerprint=True)
                 compare_with_record(cells, *repeats)
-                model.fit(cells, track=stop_on_signal(track))
+                with interruptible():
+                    model.fit(cells, track=stop_on_signal(track))
             else:
                 model, choices = celbo.choose(
                     model,
@@ -304,7 +309,9 @@ def fit_and_write(
                 )
                 cells = cells_of_fit(model, adata)
                 compare_with_record(cells, *repeats)
-            if auto_remedy:
+            if auto_remedy and model.fitted_.stopped:
+                warn("no remedy was tried, because training was interrupted.")
+            elif auto_remedy:
                 fitted, n_notes = model, len(notes)
                 model, trail = celbo.cure(fitted, adata, track=stop_on_signal(track))
                 if model is not fitted:

@@ -3,8 +3,6 @@
 Commands import what they need when they run, so that ``celbo --help`` does not load torch.
 """
 
-from rich.console import Console
-
 import celbo
 from celbo import checkpoint
 from celbo.app import options
@@ -77,9 +75,9 @@ def map_query(
     New levels of conditions get weights of their own; all other weights stay. The folder gets **model/** and
     **embedding.h5ad** (of the new cells).
     """
-    from celbo.app.progress import shown_progress
     from celbo.ask.unlike import unlike
     from celbo.fit.cells import open_cells
+    from celbo.fit.progress import shown_progress
     from celbo.runs.answers import write_embedding
     from celbo.runs.claims import claimed_folder
     from celbo.runs.run_folder import embedding
@@ -90,7 +88,7 @@ def map_query(
     model = celbo.load(run)
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with claimed_folder(output, data):
-        with shown_progress(Console(stderr=True, highlight=False)) as track:
+        with shown_progress() as track:
             mapped = model.map_query(adata, genes_present=genes_present, track=stop_on_signal(track))
             opened = open_cells(mapped.fitted_, adata, genes_present=genes_present)
             cells = embedding(mapped.fitted_, opened, is_unlike=unlike(mapped.fitted_, opened))

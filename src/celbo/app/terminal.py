@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from celbo.fit.train import Epoch, Plan, Track
     from celbo.minibatch import Rows
 
-__all__ = ["guarded", "plain", "say", "shown_warnings", "stop_on_signal"]
+__all__ = ["INTERRUPTED", "guarded", "interruptible", "plain", "say", "shown_warnings", "stop_on_signal"]
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that was interrupted."""
 
 # Disk full, quota, read-only, permission: the user can repair these, celbo cannot.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -58,6 +61,8 @@ _OUT_OF_MEMORY = "out of memory: use fewer cells, genes or hidden units, or a ma
 
 _signals: list[int] = []
 """Numbers of the signals that this process received."""
+_keeps_fit = False
+"""Whether the first interrupt ends training alone."""
 
 
 _ENDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "stopped: the terminal was closed"}
@@ -65,15 +70,27 @@ _ENDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "stopped: t
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """End with 128 + the signal's number, as shells expect (130 interrupted, 143 terminated, 129 hung up)."""
+    """Note a signal, and act on it."""
     _signals.append(number)
+    what_follows = ": training ends; interrupt again to stop at once" if _ends_training() else ""
     name = signal.Signals(number).name
-    say(_ENDS[name])
+    say(_ENDS[name] + what_follows)
     if name == "SIGHUP":  # a progress bar that ends, or Python itself, would fail to write to a closed terminal
         nothing = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(nothing, stream)
-    sys.exit(128 + number)
+    _act()
+
+
+def _ends_training() -> bool:
+    return _keeps_fit and _signals == [signal.SIGINT]
+
+
+def _act() -> NoReturn:
+    """End training alone, or the command with 128 + the signal's number (130 interrupted, 143 terminated)."""
+    if _ends_training():
+        raise KeyboardInterrupt
+    sys.exit(128 + _signals[-1])
 
 
 def _listen_to_signals() -> None:
@@ -86,17 +103,33 @@ def _listen_to_signals() -> None:
 
 def _ignore_stop(dropped: "sys.UnraisableHookArgs") -> None:
     """Print no traceback for an exit that Python dropped because C code called it: `stop_on_signal` ends training."""
-    if not (_signals and isinstance(dropped.exc_value, SystemExit)):
+    if not (_signals and isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt)):
         sys.__unraisablehook__(dropped)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let the first interrupt (Ctrl-C) end training, so that the fit keeps its weights; the next ends the command.
+
+    If the fit has no weights to keep, the first interrupt ends the command too.
+    """
+    global _keeps_fit
+    _keeps_fit = True
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        _keeps_fit = False
+
+
 def stop_on_signal(track: "Track") -> "Track":
-    """End at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
+    """Act at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
 
     def stopping(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
         for rows in track(minibatches, plan, history):
             if _signals:
-                sys.exit(128 + _signals[0])
+                _act()
             yield rows
 
     return stopping
@@ -107,6 +140,7 @@ def guarded(app: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
+    _signals.clear()
     _listen_to_signals()
     sys.unraisablehook = _ignore_stop
     try:

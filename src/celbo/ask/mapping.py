@@ -19,8 +19,9 @@ from celbo.data.stored import layer_names
 from celbo.errors import UsageError, listed, warn
 from celbo.fit.cells import Cells, open_cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.progress import watched
 from celbo.fit.remedies import without_annealing
-from celbo.fit.start import make_vae, split_of_fit
+from celbo.fit.start import make_seeded_vae, split_of_fit
 from celbo.fit.train import Track, epochs
 from celbo.kernels.threads import threads
 from celbo.model.inference import cell_terms
@@ -68,7 +69,9 @@ def open_any(
     return fitted, open_cells(fitted, adata, unseen=unseen, genes_present=genes_present)
 
 
-def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, track: Track | None = None) -> Fitted:
+def map_query(
+    fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, progress: bool = True, track: Track | None = None
+) -> Fitted:
     """Learn weights for new levels of conditions; see `celbo.ExpressionVAE.map_query`.
 
     Returns
@@ -88,13 +91,13 @@ def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, tra
             "this model normalises over minibatches, so new cells would move the known ones. Fit it again with "
             "norm='layer' and without norm_mu."
         )
-    vae = make_vae(fitted.architecture, schema, fitted.likelihood)
+    vae = make_seeded_vae(fitted.architecture, schema, fitted.likelihood, fitted.seed)
     learned = _copy_weights(fitted.vae, vae, fitted.schema, schema)
     query = open_source(adata, schema, genes_present=genes_present)
     split = split_of_fit(query, schema, fitted.config)
     config = replace(fitted.config, warmup_fraction=0.0)
     vae.to(next(fitted.vae.parameters()).device)
-    with threads(config.threads):
+    with threads(config.threads), watched(progress, track) as watch:
         steps = epochs(
             vae,
             query,
@@ -103,10 +106,10 @@ def map_query(fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, tra
             objective=fitted.objective,
             recipe=without_annealing(fitted.recipe),
             learned=learned,
-            track=track,
+            track=watch,
         )
         history = list(steps)
-    mapped = replace(fitted, schema=schema, vae=vae.eval(), history=history, split=None)
+    mapped = replace(fitted, schema=schema, vae=vae.eval(), history=history, stopped=None, split=None)
     warn_of_unlike(mapped, Cells(query, adata.obs, schema, mapped.vae, mapped.threads))
     return mapped
 

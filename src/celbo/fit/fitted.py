@@ -12,10 +12,11 @@ from sklearn.cluster import KMeans
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, listed
 from celbo.fit.cells import Cells
+from celbo.fit.progress import watched
 from celbo.fit.reference import Reference, n_readings, reference_rows
 from celbo.fit.remedies import Recipe, remedy_table
 from celbo.fit.start import Architecture, split_of_fit, start_vae
-from celbo.fit.train import Epoch, Split, Track, TrainConfig, epochs, settle_device
+from celbo.fit.train import Epoch, Interrupted, Split, Track, TrainConfig, epochs, plan_run, settle_device
 from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
 from celbo.model.classifier import calibrate
@@ -24,7 +25,7 @@ from celbo.model.objective import Objective
 from celbo.model.vae import VAE
 from celbo.streams import Stream, random_stream
 
-__all__ = ["Fitted", "cells_to_measure", "fit_model", "split_again"]
+__all__ = ["Fitted", "cells_to_measure", "doubts_of_training", "fit_model", "split_again"]
 
 _CENTRES = 15
 """Typical positions in the latent space that cells are compared with."""
@@ -49,6 +50,8 @@ class Fitted:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `celbo.ExpressionVAE` at the fit, as plain values; files keep these."""
     history: Sequence[Epoch] = ()
+    stopped: str | None = None
+    """Why training ended early: "interrupted"; None if it came to its own end."""
     split: Split | None = None
     """Which cells were held out; None for a loaded or a mapped model."""
     reference: Reference | None = None
@@ -97,9 +100,13 @@ def fit_model(
     config: TrainConfig,
     recipe: Recipe,
     remedies: Sequence[str] = (),
+    progress: bool = True,
     track: Track | None = None,
 ) -> Fitted:
     """Train a model on cells, and keep where the cells lie in its latent space.
+
+    An interrupt (Ctrl-C) in training, after the first epoch, ends training: the model has the best weights so far.
+    Any other interrupt goes on.
 
     Parameters
     ----------
@@ -107,8 +114,8 @@ def fit_model(
         As `celbo.fit.start.cells_to_fit` makes them.
     likelihood, objective, architecture, config, recipe, remedies
         Of the model and its training; see `Fitted`.
-    track
-        Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
+    progress, track
+        As `celbo.fit.progress.watched` takes them.
 
     Returns
     -------
@@ -129,8 +136,12 @@ def fit_model(
         raise UsageError(f"remedies {listed(remedies)} do not fit this model: {error}\n{remedy_table()}") from error
     # A plain autoencoder has no KL, so there is nothing to warm up, and every epoch counts.
     training = config if objective.samples_z else replace(config, warmup_fraction=0.0)
-    with threads(config.threads):
-        history = list(epochs(vae, cells.source, split, training, objective=objective, recipe=recipe, track=track))
+    stopped = None
+    with threads(config.threads), watched(progress, track) as watch:
+        try:
+            history = list(epochs(vae, cells.source, split, training, objective=objective, recipe=recipe, track=watch))
+        except Interrupted as interrupt:
+            history, stopped = list(interrupt.history), "interrupted"
     fitted = Fitted(
         vae=vae.eval(),
         schema=cells.schema,
@@ -141,12 +152,24 @@ def fit_model(
         recipe=recipe,
         remedies=tuple(remedies),
         history=history,
+        stopped=stopped,
         split=split,
     )
     reference = _reference_of(fitted, cells.seen_by(fitted), split)
     if vae.classifier is not None:
         calibrate(vae.classifier, reference.mu_z[reference.held_out], reference.labels[reference.held_out])
     return replace(fitted, reference=reference)
+
+
+def doubts_of_training(fitted: Fitted) -> list[str]:
+    """Return the warning about a model whose training was interrupted just now."""
+    assert fitted.split is not None
+    most = plan_run(len(fitted.split.train), fitted.config, fitted.recipe).epochs
+    return [
+        f"training was interrupted after {len(fitted.history):,} of at most {most:,} epochs. The model has the best "
+        "weights so far, and can be used, but training did not come to its end. To train the model to the end, fit it "
+        "again: training then starts from the beginning."
+    ]
 
 
 def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:

@@ -28,6 +28,7 @@ def write_fitted(path: str | Path, fitted: Fitted, *, keep_reference: bool) -> N
         "options": dict(fitted.options),
         "schema": fitted.schema.to_json(),
         "history": [without_nan(asdict(epoch)) for epoch in fitted.history],
+        **({} if fitted.stopped is None else {"stopped": fitted.stopped}),
     }
     weights = {name: value.cpu().numpy() for name, value in fitted.vae.state_dict().items()}
     reference = fitted.reference if keep_reference else None
@@ -66,12 +67,20 @@ def read_fitted(
         recipe=recipe,
         remedies=tuple(remedies),
         history=[_epoch(record) for record in folder.document["history"]],
+        stopped=_stopped(folder.document.get("stopped")),
     )
     if folder.reference is None:
         return fitted
     n_conditions = len(schema.conditions)
     reference = reference_from(folder.reference, vae.latent_dim, n_conditions, n_readings(fitted.is_counts))
     return replace(fitted, reference=reference)
+
+
+def _stopped(reason: Any) -> str | None:
+    """Read why training ended early."""
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"stopped is {reason!r}, and not a text")
+    return reason
 
 
 def _epoch(record: Mapping[str, Any]) -> Epoch:

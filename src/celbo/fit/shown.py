@@ -67,4 +67,5 @@ def _state(fitted: Fitted | None) -> str:
     if fitted is None:
         return "not fitted"
     cells = "" if fitted.split is None else f"{sum(map(len, fitted.split)):,} cells x "
-    return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs"
+    stopped = "" if fitted.stopped is None else f", {fitted.stopped}"
+    return f"fitted: {cells}{len(fitted.schema.genes):,} genes, {len(fitted.history)} epochs{stopped}"

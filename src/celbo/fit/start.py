@@ -1,5 +1,6 @@
 """The model before its first step: cells made ready for a fit, the architecture, and the closed-form start."""
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,7 @@ __all__ = [
     "cells_to_fit",
     "check_prepared",
     "check_to_fit",
+    "make_seeded_vae",
     "make_vae",
     "split_of_fit",
     "start_vae",
@@ -44,6 +46,7 @@ DATA_OPTIONS = (
     *("allow_noninteger", "features", "mask_absent", "remedies"),
 )
 """Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
+_global_generator = threading.Lock()
 _FEW_CELLS = 30
 """A fit to fewer cells gets a warning."""
 
@@ -244,6 +247,16 @@ def make_vae(architecture: Architecture, schema: Schema, likelihood: Likelihood)
     )
 
 
+def make_seeded_vae(architecture: Architecture, schema: Schema, likelihood: Likelihood, seed: int) -> VAE:
+    """Make a model whose weights come from a seed. The state of torch's global generator stays as it was.
+
+    Two Python threads do not use that generator at the same time.
+    """
+    with _global_generator, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make_vae(architecture, schema, likelihood)
+
+
 def start_vae(architecture: Architecture, cells: Cells, likelihood: Likelihood, split: Split, seed: int) -> VAE:
     """Make a model and set its closed-form start: the best model that ignores z, and pseudo-cells of the prior.
 
@@ -256,9 +269,7 @@ def start_vae(architecture: Architecture, cells: Cells, likelihood: Likelihood, 
     seed
         Seed of the initial weights, and of the choice of pseudo-cells.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = make_vae(architecture, cells.schema, likelihood)
+    vae = make_seeded_vae(architecture, cells.schema, likelihood, seed)
     vae.head.initialise(vae.fc_out, gene_moments(cells.source, split.train))
     if vae.prior_size:
         rows = random_stream(seed, Stream.PSEUDO_CELLS).permutation(split.train)[: vae.prior_size]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, NoReturn
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from celbo.errors import DivergedError, UsageError
 from celbo.fit.remedies import Recipe
-from celbo.fit.steps import Patience, averaged, lower_rate, start_training, state_of, take_step
+from celbo.fit.steps import Patience, TrainingState, averaged, lower_rate, start_training, state_of, take_step
 from celbo.fit.words import explained
 from celbo.minibatch import Rows, Source
 from celbo.model.ablation import UseOfLatent, use_of_latent
@@ -23,7 +23,18 @@ from celbo.model.objective import OBJECTIVES, ElboTerms, Objective
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
-__all__ = ["Epoch", "Plan", "Split", "Track", "TrainConfig", "epochs", "plan_run", "settle_device", "split_cells"]
+__all__ = [
+    "Epoch",
+    "Interrupted",
+    "Plan",
+    "Split",
+    "Track",
+    "TrainConfig",
+    "epochs",
+    "plan_run",
+    "settle_device",
+    "split_cells",
+]
 
 _STEPS_PER_EPOCH = 8
 """Minibatches of a small data set become smaller, so that an epoch has at least this many steps."""
@@ -140,11 +151,14 @@ class Plan(NamedTuple):
     n_cells: int
     """Training cells."""
     epochs: int
+    """Largest number of epochs: up to four times the planned number, if nobody set it."""
     steps_per_epoch: int
     rise_steps: int
     """Steps until the learning rate is at its highest."""
     warmup_steps: int
     """Steps until the KL weight is 1."""
+    planned_epochs: int
+    """Epochs that the schedules of learning rate and KL weight are planned for."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +188,22 @@ class Epoch:
     if no cells are held out, and for most epochs if epochs are very short."""
     ablation: float | None = None
     """Reconstruction lost, nats per cell, when z is permuted over that sample: how much the decoder uses z."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted after its first epoch. The model has the best weights of the epochs in `history`."""
+
+    def __init__(self, history: Sequence[Epoch] = ()):  # a pickled exception is made again without arguments
+        super().__init__()
+        self.history = history
+
+
+class _Kept(NamedTuple):
+    """What is kept if training ends now."""
+
+    history: list[Epoch]
+    best: dict[str, Tensor]
+    patience: Patience
 
 
 Track = Callable[[Iterable[Rows], Plan, list[Epoch]], Iterable[Rows]]
@@ -217,7 +247,7 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
     Examples
     --------
     >>> plan_run(1000, TrainConfig(max_epochs=10, batch_size=100, warmup_fraction=0.2))
-    Plan(n_cells=1000, epochs=10, steps_per_epoch=10, rise_steps=10, warmup_steps=20)
+    Plan(n_cells=1000, epochs=10, steps_per_epoch=10, rise_steps=10, warmup_steps=20, planned_epochs=10)
     """
     # Minibatches have even sizes: there is never a last one with a single cell.
     batch_size = max(2, min(config.batch_size, n_cells // _STEPS_PER_EPOCH))
@@ -229,7 +259,7 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
         most = max(planned, min(_LONGER * planned, _MOST_STEPS // steps_per_epoch))
     steps = planned * steps_per_epoch
     warmup_steps = recipe.warmup_steps(config.warmup_fraction, steps)
-    return Plan(n_cells, most, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps)
+    return Plan(n_cells, most, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps, planned)
 
 
 def settle_device(name: str) -> torch.device:
@@ -296,56 +326,83 @@ def epochs(
     ------
     DivergedError
         If the loss or its gradient is not finite, and halving the learning rate three times did not help.
+    Interrupted
+        If a `KeyboardInterrupt` arrives after the first epoch. Before that, the `KeyboardInterrupt` goes on.
     """
     plan = plan_run(len(split.train), config, recipe)
     if recipe.prepare is not None:
         recipe.prepare(vae)
     state = start_training(vae, config.learning_rate, learned)
-    best, patience, history = state.last_good, Patience(), list[Epoch]()
+    kept = _Kept([], state.last_good, Patience())
     watched, follow_every = _watched(split, config.seed), -(-_STEPS_TO_FOLLOW // plan.steps_per_epoch)
+    try:
+        for epoch in range(plan.epochs):
+            started = time.perf_counter()
+            minibatches = _minibatches(split.train, plan, config.seed, epoch)
+            shown = minibatches if track is None else track(minibatches, plan, kept.history)
+            means = _take_steps(state, source, shown, plan, config, objective=objective, recipe=recipe, epoch=epoch)
+            with averaged(state):
+                _settle_norms(vae, source, split, config.seed)
+                held_out = _held_out_terms(vae, source, split, config.seed, objective, state.step)
+                use = None
+                if len(watched) and (epoch + 1) % follow_every == 0:
+                    use = use_of_latent(vae, source, watched, sample=objective.samples_z, seed=config.seed)
+                seconds = time.perf_counter() - started
+                record = _record(epoch, state.step, state.shown_kl_weight, seconds, means, held_out, use)
+                # One assignment: an interrupt finds an epoch either finished or not begun.
+                kept, decision = _decide(kept, record, vae, config.patience, counts=state.step >= plan.warmup_steps)
+                yield record
+            state.last_good = state_of(vae)
+            if decision == "fall":
+                lower_rate(state)
+            elif decision == "stop":
+                break
+    except KeyboardInterrupt:
+        if not kept.history:
+            raise
+        vae.load_state_dict(kept.best, assign=True)  # copies: half a step has changed nothing in them
+        raise Interrupted(kept.history) from None
+    vae.load_state_dict(kept.best, assign=True)  # parameters of their own again
 
-    for epoch in range(plan.epochs):
-        started, totals = time.perf_counter(), _Totals(vae)
-        vae.train()
-        minibatches = _minibatches(split.train, plan, config.seed, epoch)
-        for rows in minibatches if track is None else track(minibatches, plan, history):
-            terms = take_step(
-                state,
-                take_filled(vae, source, rows),
-                rows,
-                objective=objective,
-                recipe=recipe,
-                warmup_steps=plan.warmup_steps,
-                rise_steps=plan.rise_steps,
-                gradient_clip=config.gradient_clip,
-                seed=config.seed,
-                epoch=epoch,
-            )
-            totals.add(terms, len(rows))
-        with averaged(state):
-            _settle_norms(vae, source, split, config.seed)
-            held_out = _held_out_terms(vae, source, split, config.seed, objective, state.step)
-            use = None
-            if len(watched) and (epoch + 1) % follow_every == 0:
-                use = use_of_latent(vae, source, watched, sample=objective.samples_z, seed=config.seed)
-            seconds = time.perf_counter() - started
-            record = _record(epoch, state.step, state.shown_kl_weight, seconds, totals.means(), held_out, use)
-            history.append(record)
-            yield record
-            weights = state_of(vae)
-        state.last_good = state_of(vae)
-        if record.validation_elbo is None or state.step < plan.warmup_steps:
-            best = weights
-            continue
-        patience, decision = patience.after(record.validation_elbo, config.patience)
-        if decision == "better":
-            best = weights
-        elif decision == "fall":
-            lower_rate(state)
-        elif decision == "stop":
-            break
 
-    vae.load_state_dict(best, assign=True)  # parameters of their own again
+def _take_steps(
+    state: TrainingState,
+    source: Source,
+    minibatches: Iterable[Rows],
+    plan: Plan,
+    config: TrainConfig,
+    *,
+    objective: Objective,
+    recipe: Recipe,
+    epoch: int,
+) -> list[float]:
+    """Take a step for each minibatch; return the mean reconstruction, then the mean KL of each dimension."""
+    totals = _Totals(state.vae)
+    state.vae.train()
+    for rows in minibatches:
+        terms = take_step(
+            state,
+            take_filled(state.vae, source, rows),
+            rows,
+            objective=objective,
+            recipe=recipe,
+            warmup_steps=plan.warmup_steps,
+            rise_steps=plan.rise_steps,
+            gradient_clip=config.gradient_clip,
+            seed=config.seed,
+            epoch=epoch,
+        )
+        totals.add(terms, len(rows))
+    return totals.means()
+
+
+def _decide(kept: _Kept, record: Epoch, vae: VAE, patience: int, *, counts: bool) -> tuple[_Kept, str]:
+    """Return what is kept after one more epoch, and what follows; before held-out cells count, the last weights are."""
+    history, weights = [*kept.history, record], state_of(vae)
+    if record.validation_elbo is None or not counts:
+        return _Kept(history, weights, kept.patience), "better"
+    waited, decision = kept.patience.after(record.validation_elbo, patience)
+    return _Kept(history, weights if decision == "better" else kept.best, waited), decision
 
 
 class _Totals:

@@ -194,6 +194,7 @@ def _record(
             **{name: version(name) for name in _LIBRARIES},
         },
         "seed": model.train.seed,
+        "stopped": model.fitted_.stopped,
         "reading": dict(reading or {}),
         "data": {"name": source, **(cells.fingerprint or {})},
         "weights_sha256": hashlib.sha256((folder / "model" / "weights.safetensors").read_bytes()).hexdigest(),

@@ -13,6 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from celbo.data.read import read_adata
+from celbo.data.stored import stored_values
 from celbo.errors import UsageError, check_count, check_seed, listed, warn
 from celbo.estimator import ExpressionVAE
 from celbo.fit.cells import Cells, open_cells
@@ -23,7 +24,7 @@ from celbo.model.importance import log_prob
 from celbo.model.likelihoods import LIKELIHOODS
 from celbo.streams import Stream, random_stream
 
-__all__ = ["LATENT_DIMS", "SIMPLEST_FIRST", "Comparison", "choose", "compare", "simplest"]
+__all__ = ["LATENT_DIMS", "SIMPLEST_FIRST", "Comparison", "choose", "compare", "fit_whole", "simplest"]
 
 SIMPLEST_FIRST = ("bernoulli", "poisson", "nb", "zinb")
 """Likelihoods that ``likelihood="auto"`` chooses from; the first where no count is above 1."""
@@ -37,7 +38,7 @@ _FEW = 10
 _AS_GOOD, _HOPELESS = 2.0, 5.0
 """A model is as good up to the first number of paired standard errors below the best, and dropped beyond the second."""
 _EARLY = 4
-"""Models are dropped early after one in this many epochs of a full fit."""
+"""Models are dropped early after one in this many epochs of a planned fit."""
 _DRAWS = 1000
 """Number of resamplings of the cells, from which the certainty of a choice is computed."""
 
@@ -129,7 +130,7 @@ def compare(
     adata = read_adata(adata, layer=first.schema_.layer)
     kinds = {name: model.schema_.values for name, model in models.items()}
     if len(set(kinds.values())) > 1 and not (
-        set(kinds.values()) <= {"counts", "detected"} and _is_binary(first, adata)
+        set(kinds.values()) <= {"counts", "detected"} and _is_binary(adata, first.schema_.layer)
     ):
         listing = listed(f"{name} ({kind})" for name, kind in kinds.items())
         raise UsageError(f"the models are of values of other kinds: {listing}; their log p(x) cannot be compared.")
@@ -194,13 +195,16 @@ def choose(
     *,
     likelihood: bool = False,
     latent_dim: bool = False,
+    progress: bool = True,
     track: Track | None = None,
 ) -> tuple[ExpressionVAE, list[Comparison]]:
     """Fit variants of a model, and keep the simplest within 2 paired standard errors of the best on held-out cells.
 
-    All are fitted for a quarter of the epochs first; those that are 5 standard errors behind then are given up. The
-    likelihood is chosen before the width of z. Counts are compared with counts only: a model of real numbers is not one
-    to choose from, nor one of detection, unless no count is above 1.
+    All are fitted for a quarter of the planned epochs first; those that are 5 standard errors behind then are given up.
+    The likelihood is chosen before the width of z. Counts are compared with counts only: a model of real numbers is not
+    one to choose from, nor one of detection, unless no count is above 1.
+
+    An interrupt (Ctrl-C) ends the whole choice with a `KeyboardInterrupt`, and nothing is kept.
 
     Parameters
     ----------
@@ -212,8 +216,8 @@ def choose(
         Whether to choose among `SIMPLEST_FIRST`.
     latent_dim
         Whether to choose among `LATENT_DIMS`.
-    track
-        Watches the minibatches; see `celbo.fit.train.epochs`.
+    progress, track
+        As in `celbo.ExpressionVAE.fit`, for each fit.
 
     Returns
     -------
@@ -229,17 +233,18 @@ def choose(
     if (likelihood or latent_dim) and (n := round(adata.n_obs * model.train.validation_fraction)) < _FEW_CELLS:
         raise UsageError(f"{n} cells would be held out, too few to choose by; give {_FEW_CELLS}, or choose yourself.")
     compared, prepare = [], _prepared_once(adata)
+    watch: dict[str, Any] = {"progress": progress, "track": track}
     if likelihood:
-        binary = _is_binary(model, adata)
+        binary = _is_binary(adata, model.layer)
         names = [name for name in SIMPLEST_FIRST if binary or LIKELIHOODS[name].values == "counts"]
-        model, comparison = _best(model, "likelihood", names, prepare, track)
+        model, comparison = _best(model, "likelihood", names, prepare, watch)
         compared.append(comparison)
     if latent_dim:
         widths = [width for width in LATENT_DIMS if width < min(adata.shape)]
-        model, comparison = _best(model, "latent_dim", widths, prepare, track)
+        model, comparison = _best(model, "latent_dim", widths, prepare, watch)
         compared.append(comparison)
     if not compared:
-        model.fit(adata, track=track)
+        model.fit(adata, **watch)
     return model, compared
 
 
@@ -261,7 +266,7 @@ def _best(
     option: str,
     values: Sequence[Any],
     prepare: Callable[[ExpressionVAE], Cells],
-    track: Track | None,
+    watch: Mapping[str, Any],
 ) -> tuple[ExpressionVAE, Comparison]:
     """Fit the model with each value of an option; return the simplest that is as good as the best."""
     variants = {str(value): replace(model, **{option: value}) for value in values}
@@ -270,7 +275,7 @@ def _best(
         raise UsageError(f"there is nothing to choose {option} from: only {values[0]!r} can be fitted to these cells.")
     n_cells = len(next(iter(cells.values())))
     n_train = n_cells - round(n_cells * model.train.validation_fraction)
-    planned = plan_run(max(n_train, 1), model.train, model.recipe()).epochs
+    planned = plan_run(max(n_train, 1), model.train, model.recipe()).planned_epochs
     few = replace(model.train, max_epochs=max(1, planned // _EARLY))
 
     warnings_of = dict[str, list[warnings.WarningMessage]]()
@@ -278,7 +283,7 @@ def _best(
     def fit(name: str, variant: ExpressionVAE) -> ExpressionVAE:
         with warnings.catch_warnings(record=True) as warnings_of[name]:
             warnings.simplefilter("always")
-            return variant.fit(cells[name], track=track)
+            return fit_whole(variant, cells[name], **watch)
 
     def warned(name: str, chosen: ExpressionVAE) -> ExpressionVAE:
         for warning in warnings_of[name]:  # models that were given up do not warn
@@ -297,7 +302,14 @@ def _best(
     return warned(late.chosen, fitted[late.chosen]), late
 
 
-def _is_binary(model: ExpressionVAE, adata: AnnData) -> bool:
-    """Test whether no value is above 1."""
-    stored = model.check(adata).stored
-    return stored is not None and all(block.nnz == 0 or block.max() <= 1 for block in stored.blocks())
+def _is_binary(adata: AnnData, layer: str | None) -> bool:
+    """Test whether no value is above 1. It reads values until one is."""
+    return all(block.nnz == 0 or block.max() <= 1 for block in stored_values(adata, layer).blocks())
+
+
+def fit_whole(model: ExpressionVAE, cells: AnnData | Cells, *, progress: bool, track: Track | None) -> ExpressionVAE:
+    """Fit a model that is one of several; raise a `KeyboardInterrupt` if its training was interrupted."""
+    model.fit(cells, progress=progress, track=track)
+    if model.fitted_.stopped is not None:
+        raise KeyboardInterrupt
+    return model

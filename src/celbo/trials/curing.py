@@ -22,6 +22,7 @@ from celbo.kernels.threads import threads
 from celbo.minibatch import Rows
 from celbo.model.importance import log_prob
 from celbo.streams import Stream, random_stream
+from celbo.trials.comparing import fit_whole
 from celbo.trust.advice import Advice, Diagnosis
 
 __all__ = ["Step", "cure", "is_healthy"]
@@ -66,6 +67,7 @@ def cure(
     *,
     tolerance: float = 1.0,
     tries: int = 3,
+    progress: bool = True,
     track: Track | None = None,
 ) -> tuple[ExpressionVAE, list[Step]]:
     """Apply remedies to a fitted model, one after another, until it is healthy.
@@ -74,7 +76,8 @@ def cure(
 
     Each try fits a new model with one more remedy, from the same seed. The model is kept if z says more than before,
     and if the refined log p(x) of held-out cells fell by at most ``tolerance`` since the first model. The trail also
-    has the models that were not kept.
+    has the models that were not kept. An interrupt (Ctrl-C) ends the whole search with a `KeyboardInterrupt`; the given
+    model stays as it is.
 
     Parameters
     ----------
@@ -86,8 +89,8 @@ def cure(
         Nats per cell of held-out log p(x) that all remedies together may cost.
     tries
         Largest number of models to fit.
-    track
-        Watches the minibatches of each epoch; see `celbo.fit.train.epochs`.
+    progress, track
+        As in `celbo.ExpressionVAE.fit`, for each fit.
 
     Returns
     -------
@@ -148,7 +151,7 @@ def cure(
         try:
             with warnings.catch_warnings(record=True) as its_warnings:
                 warnings.simplefilter("always")
-                changed.fit(adata, track=track)
+                fit_whole(changed, adata, progress=progress, track=track)
         except (UsageError, DivergedError) as error:
             reason = f"not kept: {str(error).splitlines()[0]}"
             trail.append(replace(trail[-1], remedies=tuple(changed.remedies), kept=False, said=reason))

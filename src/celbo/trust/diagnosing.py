@@ -5,7 +5,7 @@ import numpy as np
 from celbo.data.groups import Groups, grouping
 from celbo.errors import DataError, check_seed
 from celbo.fit.cells import Cells
-from celbo.fit.fitted import Fitted, cells_to_measure
+from celbo.fit.fitted import Fitted, cells_to_measure, doubts_of_training
 from celbo.kernels.threads import threads
 from celbo.model.ablation import UseOfLatent, use_of_latent
 from celbo.model.inference import cell_terms
@@ -38,8 +38,10 @@ def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
     """Look at 1,000 cells of a model that was just fitted; return warnings, or an empty list.
 
     A warning says that the decoder ignores z, or a condition that is not a nuisance, or that z has far fewer dimensions
-    in use than the data show.
+    in use than the data show. If training was interrupted, the warning says this alone: z comes into use in training.
     """
+    if fitted.stopped is not None:
+        return doubts_of_training(fitted)
     split = fitted.split
     assert split is not None
     held_out = split.validation if len(split.validation) >= 2 else split.train
