@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from celbo.fit.train import Epoch, Plan, Track
     from celbo.minibatch import Rows
 
-__all__ = ["guarded", "plain", "say", "shown_warnings", "stop_on_signal"]
+__all__ = ["guarded", "plain", "say", "shown_warnings", "stop_on_signal", "until_signal"]
+
+T = TypeVar("T")
 
 # Disk full, quota, read-only, permission: the user can repair these, celbo cannot.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -75,12 +77,17 @@ def stop_on_signal(track: "Track") -> "Track":
     """End at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
 
     def stopping(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
-        for rows in track(minibatches, plan, history):
-            if _signals:
-                sys.exit(128 + _signals[0])
-            yield rows
+        return until_signal(track(minibatches, plan, history))
 
     return stopping
+
+
+def until_signal(items: "Iterable[T]") -> "Iterator[T]":
+    """Pass items on, and end the command after a signal, as `stop_on_signal` does."""
+    for item in items:
+        if _signals:
+            sys.exit(128 + _signals[0])
+        yield item
 
 
 def guarded(app: Callable[[], None]) -> None:
