@@ -43,8 +43,13 @@ def write_in_blocks(cells: AnnData, blocks: Iterable[NDArray[np.float32]], path:
     """
     if not as_zarr:
         cells.write_h5ad(path)
-        with h5py.File(path, "r+") as file:
-            _fill(file.create_dataset("X", cells.shape, np.float32), blocks)
+        try:
+            with h5py.File(path, "r+") as file:
+                _fill(file.create_dataset("X", cells.shape, np.float32), blocks)
+        except RuntimeError as error:
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from None  # HDF5 could not write, and then could not close the file either
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Writing zarr v2")

@@ -1,5 +1,6 @@
 """Write the files of commands in one step or not at all, and never over a file that celbo did not write."""
 
+import errno
 import os
 import shutil
 import threading
@@ -85,7 +86,14 @@ def write_expression(cells: AnnData, blocks: Iterable[NDArray[np.float32]], path
         The file, or the folder if it ends in ``.zarr``.
     """
     check_expression_path(path)
-    _write_cells(cells, path, lambda to: write_in_blocks(cells, blocks, to, as_zarr=path.suffix == ".zarr"))
+
+    def write(to: Path) -> None:
+        needed, free = 4 * cells.n_obs * cells.n_vars, shutil.disk_usage(to.parent).free
+        if path.suffix == ".h5ad" and free < needed:  # zarr compresses
+            raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, and its disk has {free:,} left")
+        write_in_blocks(cells, blocks, to, as_zarr=path.suffix == ".zarr")
+
+    _write_cells(cells, path, write)
 
 
 def write_sample(cells: AnnData, path: Path) -> None:
