@@ -1,6 +1,9 @@
 """Decoding under another condition: simulated truth, support, refusals, and the command."""
 
 import re
+import subprocess
+import sys
+from copy import copy
 from dataclasses import replace
 
 import anndata
