@@ -9,12 +9,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Contexts", "GeneMoments", "Minibatch", "Rows", "Source", "csr_tensor", "gene_moments", "in_chunks"]
+__all__ = [
+    "FEWEST_ROWS",
+    "Contexts",
+    "GeneMoments",
+    "Minibatch",
+    "Rows",
+    "Source",
+    "csr_tensor",
+    "gene_moments",
+    "in_chunks",
+    "in_even_pieces",
+]
 
 Rows = NDArray[np.int64]
 """Positions of cells in a `Source`."""
 Contexts = Callable[[Rows], Tensor]
 """Encoded conditions of the cells at these positions, ``(cells, context_dim)``: made where they are needed."""
+FEWEST_ROWS = 16
+"""Smallest limit for pieces of a matrix that is multiplied. Fewer than 4 rows are multiplied by other code, which may
+round in another way; even pieces have at least half as many rows as their limit."""
 
 
 class Minibatch(NamedTuple):
@@ -72,6 +86,17 @@ def in_chunks(rows: Rows, size: int) -> Iterator[Rows]:
     """
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def in_even_pieces(rows: Rows, most: int) -> Iterator[Rows]:
+    """Cut positions into consecutive pieces of at most ``most``, as few as possible, whose sizes differ by 1 at most.
+
+    Examples
+    --------
+    >>> [piece.tolist() for piece in in_even_pieces(np.arange(5), 4)]
+    [[0, 1, 2], [3, 4]]
+    """
+    yield from np.array_split(rows, max(1, -(-len(rows) // most)))
 
 
 class GeneMoments(NamedTuple):

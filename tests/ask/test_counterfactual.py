@@ -1,6 +1,9 @@
 """Decoding under another condition: simulated truth, support, refusals, and the command."""
 
 import re
+import subprocess
+import sys
+from copy import copy
 from dataclasses import replace
 
 import anndata
@@ -614,3 +617,53 @@ def test_the_interval_lies_between_the_5_and_95_percent_quantiles_of_the_draws()
     low, high = np.quantile(np.stack(decoded), [0.05, 0.95], axis=0)
     np.testing.assert_allclose(answer.lower, low, rtol=1e-4)
     np.testing.assert_allclose(answer.upper, high, rtol=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "gaussian"])
+def test_the_bytes_do_not_depend_on_how_much_is_decoded_at_a_time(cells, left_out, monkeypatch, likelihood):
+    """Of all cells at once, of some, and of some draws of one cell; of two models."""
+    model, _ = left_out
+    if likelihood != "nb":
+        options = {"likelihood": likelihood, "latent_dim": 3, "conditions": ["treatment"]}
+        model = celbo.ExpressionVAE(**options, train=celbo.TrainConfig(max_epochs=2, seed=0)).fit(cells)
+    asked = anndata.concat([controls(cells, "type_0")[:40], controls(cells, "type_1")[:27]])
+    other = copy(model)
+    other.fitted_ = replace(model.fitted_)
+    found = []
+    for n_values in (1 << 40, 1 << 20, 300 * 200, 300 * 16, 1):
+        monkeypatch.setattr("celbo.ask.decoding._VALUES", n_values)
+        answer = model.counterfactual(asked, {"treatment": "treated"}, others=[other], n_samples=33)
+        found.append([answer.mean, answer.lower, answer.upper, answer.genes.to_numpy(), answer.sample(1).X.toarray()])
+    for others in found[1:]:
+        for one, same in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(one, same)
+
+
+PEAK = """
+import sys, warnings
+import anndata, numpy as np, celbo
+warnings.simplefilter("ignore")
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+rng = np.random.default_rng(0)
+cells = anndata.AnnData(rng.poisson(0.05, (96, 8000)).astype(np.float32))
+cells.obs["treatment"] = np.where(np.arange(96) % 2, "treated", "ctrl")
+cells.obs["donor"] = np.where(np.arange(96) % 4 < 3, "one", "other")  # the other was never seen treated
+known = cells[(cells.obs["donor"] == "one").to_numpy() | (cells.obs["treatment"] == "ctrl").to_numpy()].copy()
+train = celbo.TrainConfig(max_epochs=1, threads=1)
+model = celbo.ExpressionVAE(latent_dim=2, conditions=["treatment", "donor"], train=train).fit(known)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+answer = model.counterfactual(cells[:64].copy(), {"treatment": "treated"})
+assert (answer.draws[0].carried.row_of >= 0).any()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_for_many_genes():
+    """Two gigabytes would be needed to decode 64 cells of 8,000 genes and 50 draws at once."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 256

@@ -7,6 +7,7 @@ import pytest
 
 import celbo
 from celbo.data import stored
+from celbo.data.sources import CellSource
 from celbo.fit import fitted as fitting
 from celbo.model import inference
 from celbo.model.vae import VAE
@@ -52,6 +53,22 @@ def test_a_fit_reads_every_value_a_few_times_at_most(tmp_path, count, celbo_comm
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").exists()
     assert 0 < count.values <= limit * cells.X.nnz, count.values / cells.X.nnz
+
+
+def test_checksums_of_real_numbers_on_disk_cost_no_reading(tmp_path, count, celbo_command, monkeypatch):
+    cells = celbo.simulate_cells(n_cells=300, n_genes=40, seed=0)
+    cells.layers["real"] = np.random.default_rng(0).normal(size=cells.shape)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    read = []
+    for known in (True, False):
+        if not known:  # nothing is known of a cell, and nothing is computed
+            monkeypatch.setattr(CellSource, "checksums", lambda _, rows: np.zeros(len(rows), np.int32))
+        count.values = 0
+        options = ["--layer", "real", "--likelihood", "gaussian", "--epochs", "2", "--on-disk"]
+        done = celbo_command("fit", tmp_path / "cells.h5ad", "-o", tmp_path / "run", *options)
+        assert done.returncode == 0, done.stderr
+        read.append(count.values)
+    assert read[0] == read[1] > 0
 
 
 @pytest.mark.parametrize("genes", [slice(None), slice(0, 55)])

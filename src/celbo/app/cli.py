@@ -391,6 +391,7 @@ for _command in (
     model_commands.embed,
     model_commands.predict,
     model_commands.score,
+    model_commands.express,
     model_commands.counterfactual,
     model_commands.de,
     model_commands.sample,

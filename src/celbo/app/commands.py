@@ -230,6 +230,8 @@ def refuse_overwriting_data(output: Path, data: Path) -> None:
     """Refuse to write over the cells that the command reads."""
     if output.exists() and data.exists() and output.samefile(data):
         raise UsageError(f"{output} is the data file; name another file with -o.")
+    if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+        raise UsageError(f"{output} is in the folder of the data, which would be damaged; name another place with -o.")
 
 
 def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:

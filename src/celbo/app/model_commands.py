@@ -3,6 +3,8 @@
 Commands import what they need when they run, so that ``celbo --help`` does not load torch.
 """
 
+from typing import Any
+
 import celbo
 from celbo import checkpoint
 from celbo.app import options
@@ -14,10 +16,10 @@ from celbo.app.commands import (
     refuse_overwriting_data,
     refuse_overwriting_run,
 )
-from celbo.app.terminal import say, stop_on_signal
+from celbo.app.terminal import say, stop_on_signal, until_signal
 from celbo.errors import UsageError
 
-__all__ = ["counterfactual", "de", "embed", "map_query", "predict", "sample", "score"]
+__all__ = ["counterfactual", "de", "embed", "express", "map_query", "predict", "sample", "score"]
 
 _FDR = 0.05
 """False discovery rate at which changed genes are counted."""
@@ -56,6 +58,49 @@ def embed(
     cells = embedding(fitted, opened, adata.obs, warn_of_unlike(fitted, opened))
     write_embedding(cells, output)
     say(f"{cells.n_obs:,} cells, {model.latent_dim} latent dimensions: {output}")
+
+
+def express(
+    run: options.Run,
+    data: options.Data,
+    output: options.OutExpression,
+    given: options.GivenConditions = None,
+    over: options.Over = None,
+    library: options.SameLibrary = None,
+    gene: options.Genes = None,
+    genes: options.GenesFile = None,
+    unseen: options.Unseen = "refuse",
+    genes_present: options.GenesPresent = 0.8,
+    gene_column: options.GeneColumn = None,
+    make_unique: options.MakeUnique = False,
+    na_as_level: options.NaAsLevel = False,
+    on_disk: options.OnDisk = False,
+) -> None:
+    """Write the denoised expression of cells, corrected for the conditions that you name.
+
+    `celbo express run counts.h5ad --over batch -o corrected.h5ad`
+
+    **X** has the mean of each gene without the noise of counting: under the cell's own conditions, under those of
+    `--given`, or the mean over the levels of `--over`. **obs** and **var** are those of the cells. X is written in
+    blocks of cells, so it may be larger than the memory.
+    """
+    from celbo.ask.mapping import open_any
+    from celbo.ask.scoring import expression_blocks
+    from celbo.runs.answers import check_expression_path, write_expression
+    from celbo.runs.expression import chosen_genes, expression_frame
+
+    refuse_overwriting_data(output, data)
+    check_expression_path(output)
+    model = celbo.load(run)
+    columns = chosen_genes(model.schema_, gene or (), genes)
+    conditions = conditions_of(model, given or (), "--given")
+    adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
+    fitted, opened = open_any(model.fitted_, adata, unseen=unseen, genes_present=genes_present)
+    how: dict[str, Any] = {"given": conditions, "over": list(over or ()), "library": library}
+    blocks = expression_blocks(fitted, opened, **how)
+    cells = expression_frame(fitted, opened, adata, columns, how)
+    write_expression(cells, until_signal(block[:, columns] for block in blocks), output)
+    say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {output}")
 
 
 def map_query(

@@ -293,6 +293,26 @@ GivenConditions = Annotated[
     list[str] | None,
     _option("Condition and its value, as stim=ctrl; repeat for more.", "--given", metavar="NAME=VALUE"),
 ]
+Over = Annotated[
+    list[str] | None,
+    _option(
+        "Condition over whose levels to take the mean, with equal weights, e.g. batch; repeat for more.",
+        "--over",
+        metavar="NAME",
+    ),
+]
+SameLibrary = Annotated[
+    float | None,
+    _option("Library size to decode at, the same for all cells.  [default: each cell's own]", "--library", metavar="N"),
+]
+Genes = Annotated[
+    list[str] | None,
+    _option("Gene to write; repeat for more.  [default: all genes of the model]", "--gene", metavar="NAME"),
+]
+GenesFile = Annotated[
+    Path | None, _option("Text file with the genes to write, one name a line.", "--genes", metavar="FILE")
+]
+OutExpression = Annotated[Path, _option("The .h5ad file or .zarr folder to write.", "-o", "--output", metavar="FILE")]
 Source = Annotated[
     str,
     _option(

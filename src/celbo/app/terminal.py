@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -21,10 +21,21 @@ if TYPE_CHECKING:
     from celbo.fit.train import Epoch, Plan, Track
     from celbo.minibatch import Rows
 
-__all__ = ["INTERRUPTED", "guarded", "interruptible", "plain", "say", "shown_warnings", "stop_on_signal"]
+__all__ = [
+    "INTERRUPTED",
+    "guarded",
+    "interruptible",
+    "plain",
+    "say",
+    "shown_warnings",
+    "stop_on_signal",
+    "until_signal",
+]
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that was interrupted."""
+
+T = TypeVar("T")
 
 # Disk full, quota, read-only, permission: the user can repair these, celbo cannot.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -127,12 +138,17 @@ def stop_on_signal(track: "Track") -> "Track":
     """Act at the next minibatch after a signal. Python drops the exception of `_stop` inside a destructor."""
 
     def stopping(minibatches: "Iterable[Rows]", plan: "Plan", history: "list[Epoch]") -> "Iterator[Rows]":
-        for rows in track(minibatches, plan, history):
-            if _signals:
-                _act()
-            yield rows
+        return until_signal(track(minibatches, plan, history))
 
     return stopping
+
+
+def until_signal(items: "Iterable[T]") -> "Iterator[T]":
+    """Pass items on, and act on a signal before the next one, as `stop_on_signal` does."""
+    for item in items:
+        if _signals:
+            _act()
+        yield item
 
 
 def guarded(app: Callable[[], None]) -> None:

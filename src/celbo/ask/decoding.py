@@ -9,7 +9,7 @@ mu', and the mean under the cell's own condition times the effect that the decod
 cells, mu e. The draws use the two answers in turn; counts are drawn from ``(mu' mu e)**(1/2)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +20,10 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.distributions import Distribution
 
+from celbo.ask.sums import RowSum
 from celbo.ask.support import nearest
 from celbo.fit.cells import Cells
-from celbo.minibatch import Contexts, Rows, Source, in_chunks
+from celbo.minibatch import FEWEST_ROWS, Contexts, Minibatch, Rows, Source, in_chunks, in_even_pieces
 from celbo.model.distributions import NegativeBinomial
 from celbo.model.filling import fill_in
 from celbo.model.likelihoods import NegativeBinomialHead
@@ -31,7 +32,9 @@ from celbo.model.vae import VAE, context_of
 __all__ = ["Carried", "Decoded", "Draws", "carried_effects", "decode_under", "draw_counts"]
 
 _CHUNK = 64
-"""Cells whose posterior samples are held at a time."""
+"""Cells whose noise is drawn at a time."""
+_VALUES = 1 << 20
+"""Approximate number of values that are decoded at a time."""
 _CARRIERS = 100
 """Supported cells nearest to an unsupported one; the effect that is carried to it is their mean effect."""
 
@@ -81,11 +84,11 @@ def carried_effects(
     log_effect = np.empty((len(rows), source.n_genes), np.float32)
     device = next(vae.parameters()).device
     with torch.inference_mode():
-        for chunk in in_chunks(np.arange(len(rows)), _CHUNK):
+        for chunk in _groups(len(rows), _CARRIERS * source.n_genes):
             z = torch.from_numpy(supported[near[chunk]]).to(device)
             library = z.new_ones(len(chunk), 1)
             own, other = (
-                _decode(vae, z, context.to(device), library).mean.view(*z.shape[:2], -1).mean(1)
+                _decode_all(vae, z, context.to(device), library).mean.view(*z.shape[:2], -1).mean(1)
                 for context in (cells.source.contexts(rows[chunk]), contexts(rows[chunk]))
             )
             smallest = torch.finfo(own.dtype).tiny
@@ -135,6 +138,8 @@ def decode_under(
 ) -> Decoded:
     """Decode the cells of a source under another context, with the same draws of z as under their own context.
 
+    Beside the result, memory is needed for some millions of values at a time, and for means by draw and gene.
+
     Parameters
     ----------
     vaes
@@ -171,33 +176,92 @@ def decode_under(
         for vae, effects in zip(vaes, carried, strict=True)
     ]
     noise = torch.zeros(2, n_genes, dtype=torch.float64, device=device)
-    weights = torch.arange(n_samples).float() % 2  # the two answers in turn
-    generator, quantiles = torch.Generator().manual_seed(seed), torch.tensor([0.05, 0.95], device=device)
+    generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         for rows in in_chunks(np.arange(n), _CHUNK):
-            minibatch, decoded_by = source.take(rows), []
-            for number, vae in enumerate(vaes):
-                its_device = next(vae.parameters()).device  # models may be on different devices
-                cells = fill_in(vae, minibatch.to(its_device), source)
-                mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
-                eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(its_device)
-                z = mu_z[:, None] + has_width * (0.5 * logvar_z[:, None]).exp() * eps
-                own = _decode(vae, z, cells.context, cells.library)
-                other = _decode(vae, z, contexts(rows).to(its_device), cells.library)
-                x = cells.x.to_dense().repeat_interleave(n_samples, 0)
-                means = own.mean, _between(other, own, carried[number], rows, weights.repeat(len(rows)))
-                pair = [_rates(mean, own, x).view(len(rows), n_samples, n_genes).to(device) for mean in means]
-                decoded_by.append(pair[1])
-                before[number] += pair[0].sum(0)
-                after[number] += pair[1].sum(0)
-                noise += torch.stack([p.variance.sum(0) for p in (own, other)]).to(device)
-                draws[number].z[rows], draws[number].library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
-            decoded = torch.cat(decoded_by, dim=1)
-            mean[rows] = decoded.mean(1).cpu().numpy()
-            lower[rows], upper[rows] = torch.quantile(decoded, quantiles, dim=1).cpu().numpy()
+            minibatch = source.take(rows)
+            chunks = [_draw_z(of_model, minibatch, rows, generator, has_width) for of_model in draws]
+            for group in _groups(len(rows), n_samples * len(vaes) * n_genes):
+                decoded = torch.cat([chunk.decode(group).to(device) for chunk in chunks], dim=1)
+                mean[rows[group]] = decoded.mean(1).cpu().numpy()
+                lower[rows[group]], upper[rows[group]] = _interval(decoded)
+            for number, chunk in enumerate(chunks):
+                before[number] += chunk.before.result().view(n_samples, n_genes).to(device)
+                after[number] += chunk.after.result().view(n_samples, n_genes).to(device)
+                noise += torch.stack([total.result() for total in chunk.noise]).to(device)
     own_mean, other_mean = ((total / n).flatten(0, 1).float().cpu().numpy() for total in (before, after))
     variance = (noise / (n * n_samples * len(vaes))).cpu().numpy()
     return Decoded(mean, lower, upper, own_mean, other_mean, variance, draws)
+
+
+class _Chunk(NamedTuple):
+    """Cells with draws of z from one model, and sums over what was decoded of them so far."""
+
+    draws: Draws
+    rows: Rows
+    cells: Minibatch
+    """Missing genes are filled in."""
+    x: Tensor
+    """Their values, ``(cells, genes)``, dense."""
+    z: Tensor
+    """``(cells, n_samples, latent_dim)``."""
+    other: Tensor
+    """Contexts to decode under, ``(cells, context_dim)``."""
+    before: RowSum
+    """Over cells, of means by draw and gene under the own context; ``after``: under the other context."""
+    after: RowSum
+    noise: tuple[RowSum, RowSum]
+    """Over cells and draws, of the variances of a count under the own and the other context."""
+
+    def decode(self, group: Rows) -> Tensor:
+        """Decode the cells at these positions, ``(cells, n_samples, genes)``, and add to the sums."""
+        n_samples, n_genes = self.z.shape[1], self.x.shape[1]
+        pair = self.x.new_empty(2, len(group) * n_samples, n_genes)
+        weights = torch.arange(n_samples).float().repeat(len(group)) % 2  # the two answers in turn
+        z = self.z[group].flatten(0, 1)
+        for piece in in_even_pieces(np.arange(len(z)), max(FEWEST_ROWS, _VALUES // n_genes)):
+            of_draws = group[piece // n_samples]
+            library = self.cells.library[of_draws]
+            own = _decode(self.draws.vae, z[piece], self.cells.context[of_draws], library)
+            other = _decode(self.draws.vae, z[piece], self.other[of_draws], library)
+            between = _between(other, own, self.draws.carried, self.rows[of_draws], weights[piece])
+            for means, to in ((own.mean, pair[0]), (between, pair[1])):
+                to[piece] = _rates(means, own, self.x[of_draws])
+            for total, p in zip(self.noise, (own, other), strict=True):
+                total.add(p.variance)
+        self.before.add(pair[0].view(len(group), -1))
+        self.after.add(pair[1].view(len(group), -1))
+        return pair[1].view(len(group), n_samples, n_genes)
+
+
+def _draw_z(draws: Draws, minibatch: Minibatch, rows: Rows, generator: torch.Generator, has_width: bool) -> _Chunk:
+    """Draw z of these cells from a model, and keep it among the draws."""
+    vae, n_samples, n_genes = draws.vae, draws.z.shape[1], draws.source.n_genes
+    device = next(vae.parameters()).device  # models may be on different devices
+    cells = fill_in(vae, minibatch.to(device), draws.source)
+    mu_z, logvar_z = vae.encode(cells.x, context_of(vae, cells))
+    eps = torch.randn(len(rows), n_samples, vae.latent_dim, generator=generator).to(device)
+    z = mu_z[:, None] + has_width * (0.5 * logvar_z[:, None]).exp() * eps
+    draws.z[rows], draws.library[rows] = z.cpu().numpy(), cells.library.cpu().numpy()
+    before, after = (RowSum(len(rows), n_samples * n_genes, device) for _ in range(2))
+    noise = (RowSum(len(rows) * n_samples, n_genes, device), RowSum(len(rows) * n_samples, n_genes, device))
+    other = draws.contexts(rows).to(device)
+    return _Chunk(draws, rows, cells, cells.x.to_dense(), z, other, before, after, noise)
+
+
+def _interval(decoded: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """5 and 95 % quantiles over draws, ``(cells, genes)`` each, of ``(cells, draws, genes)``."""
+    quantiles = torch.tensor([0.05, 0.95], device=decoded.device)
+    most = max(1, _VALUES // (decoded.shape[0] * decoded.shape[1]))
+    parts = [torch.quantile(part, quantiles, dim=1) for part in decoded.split(most, dim=2)]
+    lower, upper = torch.cat(parts, dim=2).cpu().numpy()
+    return lower, upper
+
+
+def _groups(n_cells: int, n_values: int) -> Iterator[Rows]:
+    """Cut cells into consecutive groups of at most `_CHUNK`, and of few values if a cell has ``n_values``."""
+    for chunk in in_chunks(np.arange(n_cells), _CHUNK):
+        yield from in_even_pieces(chunk, max(1, _VALUES // n_values))
 
 
 def draw_counts(draws: Draws, rows: Rows, seed: int, weight: float = 0.5) -> sparse.csr_matrix:
@@ -221,25 +285,30 @@ def draw_counts(draws: Draws, rows: Rows, seed: int, weight: float = 0.5) -> spa
     return sparse.vstack(blocks, format="csr")
 
 
-def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:
-    """Distribution p(x | z, c) for every draw of z, ``(cells * n_samples, genes)``."""
+def _decode_all(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:
+    """Distribution p(x | z, c) for every draw of z, ``(cells * n_samples, genes)``; z is by cell and draw."""
     n_samples = z.shape[1]
-    again = context.repeat_interleave(n_samples, 0) if vae.context_dim else None
-    return vae.likelihood(z.flatten(0, 1), context=again, library=library.repeat_interleave(n_samples, 0))
+    context, library = (part.repeat_interleave(n_samples, 0) for part in (context, library))
+    return _decode(vae, z.flatten(0, 1), context, library)
+
+
+def _decode(vae: VAE, z: Tensor, context: Tensor, library: Tensor) -> Distribution:
+    """Distribution p(x | z, c), ``(rows, genes)``."""
+    return vae.likelihood(z, context=context if vae.context_dim else None, library=library)
 
 
 def _between(p: Distribution, own: Distribution, carried: Carried, rows: Rows, weights: Tensor) -> Tensor:
     """Mean of p; ``mu'**(1 - w) (mu e)**w`` for unsupported cells of a negative binomial."""
     mean: Tensor = p.mean
-    row_of = np.repeat(carried.row_of[rows], len(mean) // len(rows))
-    rows_of_draws = torch.from_numpy(np.flatnonzero(row_of >= 0)).to(mean.device)
-    if not (len(rows_of_draws) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
+    row_of = carried.row_of[rows]
+    unsupported = torch.from_numpy(np.flatnonzero(row_of >= 0)).to(mean.device)
+    if not (len(unsupported) and isinstance(p, NegativeBinomial) and isinstance(own, NegativeBinomial)):
         return mean
     effect = torch.from_numpy(carried.log_effect[row_of[row_of >= 0]]).to(mean.device)
-    decoded, weight = p.log_mu[rows_of_draws], weights.to(mean.device)[rows_of_draws, None]
-    between = (decoded + weight * (own.log_mu[rows_of_draws] + effect - decoded)).exp()
-    total = mean[rows_of_draws].sum(-1, keepdim=True)
-    return mean.index_copy(0, rows_of_draws, between * (total / between.sum(-1, keepdim=True)))
+    decoded, weight = p.log_mu[unsupported], weights.to(mean.device)[unsupported, None]
+    between = (decoded + weight * (own.log_mu[unsupported] + effect - decoded)).exp()
+    total = mean[unsupported].sum(-1, keepdim=True)
+    return mean.index_copy(0, unsupported, between * (total / between.sum(-1, keepdim=True)))
 
 
 def _rates(mean: Tensor, own: Distribution, x: Tensor, *, draw: bool = False) -> Tensor:

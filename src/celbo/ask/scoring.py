@@ -1,11 +1,10 @@
 """Where cells lie, how likely they are, and what their expression is expected to be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from celbo.data.schema import Schema
@@ -15,13 +14,14 @@ from celbo.fit.fitted import Fitted
 from celbo.kernels.threads import threads
 from celbo.model.importance import BLOCK as REFINED_TOGETHER
 from celbo.model.importance import LogProb, log_prob_of_block
-from celbo.model.inference import cell_terms, encoded_blocks, expected_values
+from celbo.model.inference import cell_terms, decoded_blocks, encoded_blocks
 
 __all__ = [
     "check_library",
     "doubts_of_values",
     "elbo",
     "expected_expression",
+    "expression_blocks",
     "log_prob",
     "posterior",
     "refuse_autoencoder",
@@ -89,18 +89,56 @@ def expected_expression(
     library: float | None = None,
 ) -> NDArray[np.float32]:
     """Mean of p(x | mu_z, c), ``(cells, genes)``; see `celbo.ExpressionVAE.expected_expression`."""
+    means, start = np.empty((len(cells), cells.source.n_genes), np.float32), 0
+    for block in expression_blocks(fitted, cells, given=given, over=over, library=library):
+        means[start : start + len(block)] = block
+        start += len(block)
+    return means
+
+
+def expression_blocks(
+    fitted: Fitted,
+    cells: Cells,
+    *,
+    given: Mapping[str, Any] | None = None,
+    over: Sequence[str] = (),
+    library: float | None = None,
+) -> Iterator[NDArray[np.float32]]:
+    """Compute what `expected_expression` returns, in blocks of consecutive cells of bounded size.
+
+    Parameters
+    ----------
+    fitted, cells
+        The model, and cells opened for it. They are read and encoded once, before the first block.
+    given, over, library
+        As `celbo.ExpressionVAE.expected_expression` takes them.
+
+    Returns
+    -------
+    Iterator
+        Blocks, ``(cells of the block, genes)`` float32.
+
+    Raises
+    ------
+    UsageError, DataError
+        If the model cannot decode under these conditions, or at this library size; at the call.
+    """
     settings = fitted.schema.combinations({} if given is None else given, over)
     check_library(fitted, library)
-    libraries = None if library is None else torch.full((len(cells), 1), float(library))
+    contexts = [cells.contexts(setting) if setting else cells.source.contexts for setting in settings]
     for doubt in doubts_of_values(fitted.schema, settings[0]):
         warn(doubt)
-    total, n = np.zeros((), np.float32), np.float32(len(settings))
-    with threads(fitted.threads):
-        for setting in settings:
-            contexts = cells.contexts(setting) if setting else None
-            means = expected_values(fitted.vae, cells.source, contexts=contexts, library=libraries)
-            total = np.add(total, means / n)
-    return total
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        decoded = decoded_blocks(fitted.vae, cells.encoded, contexts, library=library)
+        while True:
+            with threads(fitted.threads):
+                block = next(decoded, None)
+            if block is None:
+                return
+            yield block
+
+    return blocks()
 
 
 def refuse_autoencoder(fitted: Fitted) -> None:

@@ -18,9 +18,12 @@ from celbo.data.matching import align
 from celbo.data.normalise import COUNTS_PER_CELL, log_normalise
 from celbo.data.schema import Schema
 from celbo.data.stored import Stored
-from celbo.minibatch import Minibatch, Rows, csr_tensor
+from celbo.minibatch import Minibatch, Rows, csr_tensor, in_chunks
 
 __all__ = ["CellSource", "make_source", "open_source", "sum_of_genes"]
+
+_CELLS = 128
+"""Cells whose checksums are computed together."""
 
 
 class CellSource:
@@ -72,6 +75,8 @@ class CellSource:
         self._columns = columns
         self._stored = stored
         self._x = None if stored.on_disk else align(stored.read(slice(None)), columns)
+        self._weights = _weights(self.n_genes)
+        self._checksums, self._is_summed = np.zeros(self.n_cells, np.int32), np.zeros(self.n_cells, bool)
         self.library = self._sums.astype(np.float32) if library is None else library
 
     @cached_property
@@ -86,7 +91,7 @@ class CellSource:
 
     def take(self, rows: Rows) -> Minibatch:
         """Read the cells at these positions, in this order."""
-        block = self._x[rows] if self._x is not None else align(self._stored.read(rows), self._columns)
+        block = self._x[rows] if self._x is not None else self._read(rows)
         data = _model_values(block, self.library[rows], self._values)
         starts, columns, values = (torch.from_numpy(array) for array in (block.indptr, block.indices, data))
         x = csr_tensor(starts, columns, values, block.shape)
@@ -102,6 +107,25 @@ class CellSource:
             same = len(level) > 0 and (level == level[0]).all()
             observed = observed & ~self._absent[level[0] if same else level]
         return None if observed.all() else torch.from_numpy(observed)
+
+    def _read(self, rows: Rows) -> sp.csr_matrix:
+        """Read cells from disk, and keep their checksums, so that nothing needs to read them again for these."""
+        block = align(self._stored.read(rows), self._columns)
+        if not self._is_summed[rows].all():
+            self._checksums[rows], self._is_summed[rows] = _checksums(block, self._weights), True
+        return block
+
+    def checksums(self, rows: Rows) -> NDArray[np.int32]:
+        """Return a number for each of these cells that its values of the model's genes give, ``(cells,)``.
+
+        It is the same for any type of number, storage and order of genes. Data on disk are read only for cells that no
+        `take` has read.
+        """
+        if self._x is not None:
+            return _checksums(self._x, self._weights, rows)
+        for piece in in_chunks(rows[~self._is_summed[rows]], _CELLS):
+            self._read(piece)
+        return self._checksums[rows]
 
     def contexts(self, rows: Rows) -> Tensor:
         """Return the contexts of these cells, ``(cells, context_dim)``, without reading their values."""
@@ -164,6 +188,34 @@ def sum_of_genes(stored: Stored, columns: NDArray[np.intp]) -> NDArray[np.float6
     wanted = np.zeros(stored.shape[1])
     wanted[columns[columns >= 0]] = 1
     return np.concatenate([block @ wanted for block in stored.blocks()])
+
+
+def _weights(n_genes: int) -> NDArray[np.uint64]:
+    """Return fixed odd numbers, one for each gene; numpy keeps this stream the same in all versions."""
+    return np.random.PCG64(0).random_raw(n_genes) | np.uint64(1)
+
+
+def _checksums(block: sp.csr_matrix, weights: NDArray[np.uint64], rows: Rows | None = None) -> NDArray[np.int32]:
+    """Sum the bits of each cell's float32 values, times the weight of the gene, modulo 2**64; return the upper 32 bits.
+
+    Whole numbers have no rounding, so the order of the genes does not matter, and a zero adds nothing.
+
+    Examples
+    --------
+    >>> one, other = sp.csr_matrix([[1.0, 0, 2]]), sp.csr_matrix([[1, 0, 3]])
+    >>> weights = _weights(3)
+    >>> int(_checksums(one, weights)[0]) == int(_checksums(one[:, ::-1].tocsr(), weights[::-1])[0])
+    True
+    >>> int(_checksums(one, weights)[0]) == int(_checksums(other, weights)[0])
+    False
+    """
+    sums = [np.zeros(0, np.uint64)]
+    for piece in in_chunks(np.arange(block.shape[0]) if rows is None else rows, _CELLS):
+        part = block[piece]
+        bits = (part.data.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0.0 + 0 is 0.0
+        total = np.cumsum(bits * weights[part.indices], dtype=np.uint64)
+        sums.append(np.diff(np.concatenate([np.zeros(1, np.uint64), total])[part.indptr]))
+    return (np.concatenate(sums) >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
 def _model_values(block: sp.csr_matrix, library: NDArray[np.float32], values: str) -> NDArray[Any]:

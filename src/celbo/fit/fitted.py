@@ -187,21 +187,28 @@ def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
         readings=np.zeros((len(rows), n_readings(fitted.is_counts))),
         surprise=encoded.surprise,
         absent_level=source.absent_level[rows].astype(np.int32),
+        checksums=source.checksums(rows),
     )
 
 
 def split_again(fitted: Fitted, cells: Cells) -> Split | None:
-    """Return how fit split these cells; None if they are not the cells of fit, as far as one can tell.
+    """Return how fit split these cells; None if they are not the cells of fit.
 
-    The split is drawn again from the seed, and library sizes are compared with those of the reference cells.
+    The split is drawn again from the seed, and the cells that would then be reference cells are compared with them: by
+    library size, conditions and checksums of values. Models of older versions have no checksums; there library sizes
+    alone are compared.
     """
-    if fitted.reference is None:
+    reference, source = fitted.reference, cells.source
+    if reference is None:
         return None
-    split = split_of_fit(cells.source, fitted.schema, fitted.config)
+    split = split_of_fit(source, fitted.schema, fitted.config)
     rows = reference_rows(split, fitted.seed)
-    if len(rows) != len(fitted.reference.library):
+    if len(rows) != len(reference.library) or not np.array_equal(source.library[rows], reference.library):
         return None
-    return split if np.array_equal(cells.source.library[rows], fitted.reference.library) else None
+    if reference.checksums is None:
+        return split
+    is_same = np.array_equal(source.codes[rows], reference.conditions)
+    return split if is_same and np.array_equal(source.checksums(rows), reference.checksums) else None
 
 
 def cells_to_measure(fitted: Fitted, cells: Cells) -> tuple[Rows, Rows]:

@@ -59,6 +59,9 @@ class Reference(NamedTuple):
     """`celbo.model.surprise.surprise` of the cell, ``(cells,)``; 0 in older files."""
     absent_level: NDArray[np.int32]
     """Number of the level whose genes the cell lacks (`celbo.data.absent`), ``(cells,)``; -1 for none."""
+    checksums: NDArray[np.int32] | None = None
+    """``(cells,)``: `celbo.data.sources.CellSource.checksums`, to recognise the cells; None in models of older
+    versions."""
 
 
 def n_readings(is_counts: bool) -> int:
@@ -68,7 +71,8 @@ def n_readings(is_counts: bool) -> int:
 
 def reference_arrays(reference: Reference) -> dict[str, NDArray[Any]]:
     """Return the arrays as a file keeps them; a file has no bool."""
-    return {**reference._asdict(), **{name: getattr(reference, name).astype(np.uint8) for name in _FLAGS}}
+    flags = {name: getattr(reference, name).astype(np.uint8) for name in _FLAGS}
+    return {name: value for name, value in {**reference._asdict(), **flags}.items() if value is not None}
 
 
 def reference_from(
@@ -82,18 +86,19 @@ def reference_from(
         If the shapes are not those of such a model.
     """
     n_cells = len(arrays["mu_z"])
-    absent: dict[str, NDArray[Any]] = {
+    absent: dict[str, NDArray[Any] | None] = {
         "labels": np.full(n_cells, -1, np.int32),
         "was_read": np.zeros(n_cells, np.uint8),
         "readings": np.zeros((n_cells, n_readings)),
         "surprise": np.zeros(n_cells, np.float32),
         "absent_level": np.full(n_cells, -1, np.int32),
+        "checksums": None,
     }
-    known = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
+    known: dict[str, Any] = {name: arrays[name] if name in arrays else absent[name] for name in Reference._fields}
     of_latent, of_cells = (n_cells, latent_dim), (n_cells,)
     shapes = [of_latent, of_latent, of_cells, (n_cells, n_conditions), *[of_cells] * 3, (n_cells, n_readings)]
-    shapes += [of_cells, of_cells]
-    if [value.shape for value in known.values()] != shapes:
+    shapes += [of_cells] * 3
+    if any(value is not None and value.shape != shape for value, shape in zip(known.values(), shapes, strict=True)):
         raise ValueError("reference.safetensors does not fit the model")
     return Reference(**{**known, **{name: known[name].astype(bool) for name in _FLAGS}})
 

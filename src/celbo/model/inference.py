@@ -1,9 +1,10 @@
 """Run a model over a Source, in chunks of bounded memory: torch in, numpy out."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celbo.kernels.threads import in_threads, n_threads
-from celbo.minibatch import Contexts, Minibatch, Rows, Source, in_chunks
+from celbo.minibatch import FEWEST_ROWS, Contexts, Minibatch, Rows, Source, in_chunks, in_even_pieces
 from celbo.model.filling import fill_in
 from celbo.model.objective import OBJECTIVES, Objective
 from celbo.model.surprise import surprise
@@ -22,10 +23,10 @@ __all__ = [
     "CellTerms",
     "Encoded",
     "cell_terms",
+    "decoded_blocks",
     "encode",
     "encoded_blocks",
     "evaluating",
-    "expected_values",
     "false_share",
     "for_chunks",
     "posterior",
@@ -36,6 +37,8 @@ CHUNK = 1024
 """Cells computed together: enough to keep the processor busy, few enough to stay in its cache."""
 _CONTEXT_CHUNK = 1_000_000
 """Largest number of context values in a chunk; it makes chunks smaller where there are very many levels."""
+_PIECE, _BLOCK = 1 << 21, 1 << 23
+"""Largest number of values that a thread decodes at once, and of values in a block that is returned."""
 
 
 class Encoded(NamedTuple):
@@ -191,40 +194,60 @@ def cell_terms(
     return CellTerms(reconstruction, kl)
 
 
-def expected_values(
-    vae: VAE, source: Source, *, contexts: Contexts | None = None, library: Tensor | None = None
-) -> NDArray[np.float32]:
-    """Compute the mean of p(x | mu_z, c, library); mu_z is each cell's, encoded under its own conditions.
+def decoded_blocks(
+    vae: VAE, encoded: Encoded, contexts: Sequence[Contexts], *, library: float | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Compute the mean of p(x | mu_z, c, library) in blocks of consecutive cells; at most 32 MB or 16 cells a block.
 
     Parameters
     ----------
     vae
         The model.
-    source
-        The cells.
+    encoded
+        The cells, encoded under their own conditions.
     contexts
-        Conditions to decode under; each cell's own if None.
+        Conditions to decode under. With several, the mean over them with equal weights is computed.
     library
-        Library sizes to decode at, ``(cells, 1)``; each cell's own if None.
+        Library size to decode at, the same for all cells; each cell's own if None.
 
-    Returns
-    -------
+    Yields
+    ------
     numpy.ndarray
-        ``(cells, genes)`` float32.
+        ``(cells of the block, genes)`` float32.
     """
-    rows, means = np.arange(source.n_cells), np.empty((source.n_cells, source.n_genes), np.float32)
+    n_genes, device = vae.input_dim, next(vae.parameters()).device
+    most = max(FEWEST_ROWS, _PIECE // n_genes)
+    chunks = in_chunks(np.arange(len(encoded.mu_z)), _chunk_size(vae))
+    pieces = [piece for chunk in chunks for piece in in_even_pieces(chunk, most)]
+    together = max(1, _BLOCK // (n_genes * max(map(len, pieces), default=1)))
 
-    def decode(cells: Minibatch, chunk: slice) -> None:
-        mu_z, _ = vae.encode(cells.x, context_of(vae, cells))
-        target = Minibatch(
-            cells.x,
-            cells.context if contexts is None else contexts(rows[chunk]).to(cells.x.device),
-            cells.library if library is None else library[chunk].to(cells.x.device),
-        )
-        means[chunk] = vae.decode(mu_z, context_of(vae, target), target.library).cpu().numpy()
+    def decode(piece: Rows) -> NDArray[np.float32]:
+        mu_z = torch.from_numpy(encoded.mu_z[piece]).to(device)
+        sizes = encoded.library[piece, None] if library is None else np.full((len(piece), 1), library, np.float32)
+        total, n = np.zeros((len(piece), n_genes), np.float32), np.float32(len(contexts))
+        for context in contexts:
+            given = context(piece).to(device) if vae.context_dim else None
+            total += vae.decode(mu_z, given, torch.from_numpy(sizes).to(device)).cpu().numpy() / n
+        return total
 
-    for_chunks(vae, source, rows, decode)
-    return means
+    for start in range(0, len(pieces), together):
+        some = pieces[start : start + together]
+        block, first = np.empty((sum(map(len, some)), n_genes), np.float32), some[0][0]
+
+        def work(turn: int, n: int, some: Sequence[Rows] = some, block: Any = block, first: int = first) -> None:
+            with torch.inference_mode():
+                for piece in some[turn::n]:
+                    block[piece - first] = decode(piece)
+
+        n = min(n_threads(), len(some)) if device.type == "cpu" else 1
+        with evaluating(vae):
+            in_threads(partial(work, n=n), n)
+        yield block
+
+
+def _chunk_size(vae: VAE) -> int:
+    """Return how many cells are computed together."""
+    return min(CHUNK, max(1, _CONTEXT_CHUNK // max(vae.context_dim, 1)))
 
 
 def for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatch, slice], None]) -> None:
@@ -233,7 +256,7 @@ def for_chunks(vae: VAE, source: Source, rows: Rows, compute: Callable[[Minibatc
     Threads share the chunks: each takes every n-th.
     """
     device = next(vae.parameters()).device
-    size = min(CHUNK, max(1, _CONTEXT_CHUNK // max(vae.context_dim, 1)))
+    size = _chunk_size(vae)
     pieces = list(in_chunks(rows, size))
     reading = threading.Lock()
     n = min(n_threads(), len(pieces)) if device.type == "cpu" else 1

@@ -1,35 +1,46 @@
 """Write the files of commands in one step or not at all, and never over a file that celbo did not write."""
 
+import errno
 import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData, read_h5ad, settings
+from numpy.typing import NDArray
 
+from celbo import checkpoint
 from celbo.data.read import explain_lock
-from celbo.data.write import write_cells
+from celbo.data.write import holds_only, write_cells, write_in_blocks
 from celbo.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from celbo.ask.counterfactual import Counterfactual
 
 __all__ = [
+    "EXPRESSION",
     "check_counterfactual_path",
     "check_embedding_path",
+    "check_expression_path",
     "check_sample_path",
     "check_table_path",
     "write_counterfactual",
     "write_embedding",
+    "write_expression",
     "write_file",
     "write_sample",
     "write_table",
 ]
 
+
+EXPRESSION = "celbo_expression"
+"""Key of uns that marks a file of expression."""
 
 _TABLES = {
     "predict": ("cell,label,probability,p_known,",),
@@ -70,6 +81,29 @@ def write_counterfactual(answer: "Counterfactual", cells: AnnData, path: Path, *
     _write_cells(adata, path)
 
 
+def write_expression(cells: AnnData, blocks: Iterable[NDArray[np.float32]], path: Path) -> None:
+    """Write expression as ``.h5ad`` or ``.zarr``, in blocks of cells. Only another file of expression may be replaced.
+
+    Parameters
+    ----------
+    cells
+        The cells without X. Their ``uns`` has nothing but the key `EXPRESSION`.
+    blocks
+        X, in blocks of consecutive cells.
+    path
+        The file, or the folder if it ends in ``.zarr``.
+    """
+    check_expression_path(path)
+
+    def write(to: Path) -> None:
+        needed, free = 4 * cells.n_obs * cells.n_vars, shutil.disk_usage(to.parent).free
+        if path.suffix == ".h5ad" and free < needed:  # zarr compresses
+            raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes, and its disk has {free:,} left")
+        write_in_blocks(cells, blocks, to, as_zarr=path.suffix == ".zarr")
+
+    _write_cells(cells, path, write)
+
+
 def write_sample(cells: AnnData, path: Path) -> None:
     """Write drawn cells as ``.h5ad``. Only another file of drawn cells may be replaced."""
     check_sample_path(path)
@@ -103,16 +137,29 @@ def check_counterfactual_path(path: Path) -> None:
     _check_cells_path(path, lambda cells: "celbo_counterfactual" in cells.uns, "counterfactual that celbo wrote")
 
 
+def check_expression_path(path: Path) -> None:
+    """Check that a file of expression can have this name, that no other file has it, and that no model is there."""
+    path = Path(os.path.realpath(path))
+    _check_name(path, ".h5ad", ".zarr")
+    if any(checkpoint.is_model_folder(folder) for folder in path.parents):
+        raise UsageError(f"{path} is in a model folder, which would be damaged; name another place with -o.")
+    if path.exists() and not holds_only(path, EXPRESSION):
+        raise UsageError(
+            f"{path} exists, and is no expression that celbo wrote, or has more than that; name another place with -o."
+        )
+
+
 def check_sample_path(path: Path) -> None:
     """Check that drawn cells can have this name, and that no other file has it."""
     _check_cells_path(path, lambda cells: "celbo_sample" in cells.uns, "sample that celbo drew")
 
 
-def _check_name(path: Path, ending: str) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file that ends in {ending}.")
-    if path.suffix != ending:
-        raise UsageError(f"{path} does not end in {ending}; name a file that does.")
+def _check_name(path: Path, *endings: str) -> None:
+    if path.is_dir() != (path.suffix == ".zarr") and path.exists():
+        what = "a folder" if path.is_dir() else "not a folder"
+        raise UsageError(f"{path} is {what}; name a file that ends in {endings[0]}.")
+    if path.suffix not in endings:
+        raise UsageError(f"{path} does not end in {' or '.join(endings)}; name a file that does.")
 
 
 def _check_cells_path(path: Path, is_ours: Callable[[AnnData], bool], kind: str) -> None:
@@ -138,11 +185,11 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
         cells.file.close()
 
 
-def _write_cells(cells: AnnData, path: Path) -> None:
+def _write_cells(cells: AnnData, path: Path, write: Callable[[Path], object] | None = None) -> None:
     cells.obs = cells.obs.rename(columns=_RESERVED)
     try:
         with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
-            _write(path, partial(write_cells, cells))
+            _write(path, write or partial(write_cells, cells))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
 
@@ -157,10 +204,14 @@ def write_file(path: Path, content: str | bytes) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, then rename. Follow a link, so that it stays a link."""
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    temporary, old = (
+        path.with_name(f".{path.name}-{kind}{os.getpid()}-{threading.get_ident()}") for kind in ("", "old-")
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        if path.is_dir():  # no folder can take the place of another in one step
+            path.rename(old)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
@@ -168,5 +219,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             f"{path} cannot be written: {reason}. Free some space, or name another place with -o."
         ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
