@@ -149,13 +149,15 @@ class ExpressionVAE:
             warn(doubt)
         return self
 
-    def check(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Check:
+    def check(self, adata: AnnData | str | Path, *, groupby: str | None = None, fingerprint: bool = False) -> Check:
         """Check cells that this model is to be fitted to, as `fit` does first; nothing is trained.
 
         Parameters
         ----------
         adata
             The cells.
+        groupby
+            Column of obs with cell types; a nuisance whose levels have types of their own gets a warning.
         fingerprint
             Whether to hash all values in the same pass.
 
@@ -172,7 +174,7 @@ class ExpressionVAE:
         'not-whole'
         """
         adata = read_adata(adata, layer=self.layer)
-        return check_to_fit(adata, fingerprint=fingerprint, **self._data_options())
+        return check_to_fit(adata, groupby=groupby, fingerprint=fingerprint, **self._data_options())
 
     def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
         """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.

@@ -96,6 +96,7 @@ def check(
     layer: options.Layer = None,
     labels: options.Labels = None,
     unlabelled: options.Unlabelled = "unknown",
+    groupby: options.TypesToCheck = None,
     gene_column: options.GeneColumn = None,
     make_unique: options.MakeUnique = False,
     na_as_level: options.NaAsLevel = False,
@@ -131,7 +132,7 @@ def check(
                 del chosen["model"]["likelihood"]
             unfitted = make_model(chosen)
             adata = read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
-            result = unfitted.check(adata)
+            result = unfitted.check(adata, groupby=groupby)
     except DataError as error:  # the cells could not be read
         result = Check(0, 0)
         result.add("unreadable", "error", str(error))
