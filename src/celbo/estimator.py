@@ -162,13 +162,15 @@ class ExpressionVAE(metaclass=Hinted):
             warn(doubt)
         return self
 
-    def check(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Check:
+    def check(self, adata: AnnData | str | Path, *, groupby: str | None = None, fingerprint: bool = False) -> Check:
         """Check cells that this model is to be fitted to, as `fit` does first; nothing is trained.
 
         Parameters
         ----------
         adata
             The cells.
+        groupby
+            Column of obs with cell types; a nuisance whose levels have types of their own gets a warning.
         fingerprint
             Whether to hash all values in the same pass.
 
@@ -185,7 +187,8 @@ class ExpressionVAE(metaclass=Hinted):
         'not-whole'
         """
         adata = read_adata(adata, layer=self.layer)
-        return check_to_fit(adata, fingerprint=fingerprint, **fit_options.data_options(self.get_params()))
+        options = fit_options.data_options(self.get_params())
+        return check_to_fit(adata, groupby=groupby, fingerprint=fingerprint, **options)
 
     def prepare(self, adata: AnnData | str | Path, *, fingerprint: bool = False) -> Cells:
         """Check cells, choose genes and align the cells, so that `fit` of one model or of several can use them.

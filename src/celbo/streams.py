@@ -62,6 +62,8 @@ class Stream(IntEnum):
     """Draws of shrunken fold changes."""
     TYPES_KEPT = 22
     """Cells among which types are compared."""
+    OVERLAP = 23
+    """Cells, halves and normal draws by which levels are compared."""
 
 
 def random_stream(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

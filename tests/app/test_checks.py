@@ -432,3 +432,48 @@ def test_what_can_hardly_be_learned_is_said_before_anything_is_trained():
     assert "'arm' is nested in the others" in next(each.message for each in found.problems if each.name == "nested")
     few = celbo.ExpressionVAE().check(cells[:5].copy())
     assert "only 5 cells" in next(each.message for each in few.problems if each.name == "few-cells")
+
+
+def test_types_that_go_with_the_levels_of_a_nuisance_are_doubted(tmp_path):
+    """By a column that is named, by labels that are learned, and not if the levels share types."""
+    cells = celbo.simulate_cells(n_cells=400, n_genes=40, n_types=4, seed=0)
+    cells.obs["sample"] = np.where(cells.obs["cell_type"].isin(["type_0", "type_1"]), "A", "B")
+    cells.obs["some"] = cells.obs["cell_type"].astype(object).where(np.arange(400) % 3 > 0, "unknown")
+    cells.obs["few"] = cells.obs["cell_type"].astype(object).where(np.arange(400) % 3 > 0, None)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for options in (["--groupby", "cell_type"], ["--labels", "cell_type"], ["--groupby", "some"], ["--labels", "few"]):
+        done = command("check", tmp_path / "cells.h5ad", "--nuisance", "sample", *options)
+        assert done.exit_code == 0
+        found = done.stdout.partition("warning (types-of-one-level): ")[2]
+        assert found.startswith(
+            "nuisance 'sample': 4 of 4 types (100% of the cells) occur in one level of 'sample' only"
+        )
+        assert repr(options[1]) in found
+        assert "ready to fit" in found
+        done = command("check", tmp_path / "cells.h5ad", "--nuisance", "batch", *options)
+        assert "types-of-one-level" not in done.stdout
+    for condition in (["--condition", "sample"], []):  # nothing is removed
+        done = command("check", tmp_path / "cells.h5ad", *condition, "--groupby", "cell_type")
+        assert "types-of-one-level" not in done.stdout
+    model = celbo.ExpressionVAE(nuisance=["sample"], labels="cell_type", train=celbo.TrainConfig(max_epochs=1))
+    with pytest.warns(UserWarning, match="4 of 4 types"):
+        model.fit(cells)
+    found = celbo.ExpressionVAE(nuisance=["sample"]).check(cells, groupby="cell_type").problems
+    assert [each.name for each in found] == ["types-of-one-level"]
+
+
+def test_a_column_of_types_that_cannot_be_used_is_refused(file, tmp_path):
+    done = command("check", file, "--nuisance", "batch", "--groupby", "kind")
+    assert done.exit_code == 3
+    assert "obs has no column 'kind' for groupby; it has 'cell_type'" in done.stdout
+    done = command("check", file, "--nuisance", "batch", "--groupby", "batch")
+    assert isinstance(done.exception, UsageError)
+    assert "is a nuisance too" in str(done.exception)
+    done = command("check", file, "--nuisance", "batch", "--groupby", "library")
+    assert done.exit_code == 3
+    assert "obs column 'library' holds floating-point numbers" in done.stdout
+    celbo.ExpressionVAE(latent_dim=2, train=celbo.TrainConfig(max_epochs=1)).fit(anndata.read_h5ad(file)).save(
+        tmp_path / "model"
+    )
+    done = command("check", file, "--model", tmp_path / "model", "--groupby", "cell_type")
+    assert "leave out --groupby" in str(done.exception)

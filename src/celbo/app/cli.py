@@ -104,6 +104,7 @@ def check(
     layer: options.Layer = None,
     labels: options.Labels = None,
     unlabelled: options.Unlabelled = "unknown",
+    groupby: options.TypesToCheck = None,
     gene_column: options.GeneColumn = None,
     make_unique: options.MakeUnique = False,
     na_as_level: options.NaAsLevel = False,
@@ -143,7 +144,7 @@ def check(
                 del chosen["model"]["likelihood"]
             unfitted = make_model(chosen)
             adata = read_cells(data, reading, unfitted.layer, [*unfitted.conditions, *unfitted.nuisance])
-            result = unfitted.check(adata)
+            result = unfitted.check(adata, groupby=groupby)
     except (DataError, StorageError) as error:  # the cells could not be read
         problem = {"name": "unreadable", "severity": "error", "message": str(error)}
         sizes = dict.fromkeys(("n_cells", "n_genes", "n_values"))

@@ -130,7 +130,7 @@ def refuse_options_of_fit(ctx: typer.Context) -> None:
     """Refuse options of fit beside ``--model``: a fitted model has its own."""
     of_fit = (
         *("condition", "nuisance", "interaction", "likelihood", "labels", "unlabelled", "layer", "size_factor"),
-        *("allow_noninteger", "features", "mask_absent", "config"),
+        *("allow_noninteger", "features", "mask_absent", "groupby", "config"),
     )
     given = [name for name in of_fit if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
     if given:

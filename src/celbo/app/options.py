@@ -97,6 +97,15 @@ Labels = Annotated[
     str | None,
     _option("Column of obs with cell types, known for some cells, for celbo predict.", panel=DATA, metavar="COLUMN"),
 ]
+TypesToCheck = Annotated[
+    str | None,
+    _option(
+        "Column of obs with cell types; a nuisance whose levels have types of their own gets a warning.",
+        "--groupby",
+        panel=DATA,
+        metavar="COLUMN",
+    ),
+]
 Unlabelled = Annotated[
     str, _option("Value of the labels column where the type is unknown.", panel=DATA, metavar="VALUE")
 ]

@@ -11,7 +11,8 @@ import torch
 
 from celbo.data.absent import absent_genes
 from celbo.data.checks import Check, check_adata
-from celbo.data.conditions import column_of, known_labels
+from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels
+from celbo.data.confounding import types_of_one_level
 from celbo.data.schema import Schema
 from celbo.data.sources import CellSource, make_source
 from celbo.data.variable_genes import choose_genes
@@ -47,6 +48,10 @@ DATA_OPTIONS = (
 )
 """Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
 _global_generator = threading.Lock()
+_OF_ONE_LEVEL = (
+    "Add cells so that levels share types; or leave out this nuisance, or fit its levels one by one, and do not read "
+    "differences between levels as differences between types."
+)
 _FEW_CELLS = 30
 """A fit to fewer cells gets a warning."""
 
@@ -93,12 +98,14 @@ def check_to_fit(
     features: str | None = None,
     mask_absent: str | None = None,
     remedies: Sequence[str] = (),
+    groupby: str | None = None,
     fingerprint: bool = False,
 ) -> Check:
     """Check cells that a model is to be fitted to: values, names, conditions, labels; nothing is trained.
 
-    Parameters are `DATA_OPTIONS` of `celbo.ExpressionVAE`, and ``values`` the kind of values of its likelihood. With
-    ``fingerprint`` all values are hashed in the same pass.
+    Parameters are `DATA_OPTIONS` of `celbo.ExpressionVAE`, and ``values`` the kind of values of its likelihood.
+    ``groupby`` is a column of cell types that is not learned. With ``fingerprint`` all values are hashed in the same
+    pass.
     """
     check_names({"conditions": conditions, "nuisance": nuisance, "interactions": interactions, "remedies": remedies})
     if labels is not None and labels in (*conditions, *nuisance):
@@ -138,7 +145,41 @@ def check_to_fit(
             )
     if labels is not None:
         _check_labels(check, adata.obs, labels, unlabelled)
+    _check_types(check, adata.obs, nuisance, labels, unlabelled, groupby)
     return check
+
+
+def _check_types(
+    check: Check,
+    obs: "pd.DataFrame",
+    nuisance: Sequence[str],
+    labels: str | None,
+    unlabelled: str,
+    groupby: str | None,
+) -> None:
+    """Add a warning for each nuisance whose levels have types of their own."""
+    if groupby is not None and groupby in nuisance:
+        raise UsageError(f"groupby={groupby!r} (--groupby) is a nuisance too; name a column of cell types.")
+    if groupby is not None and groupby not in obs.columns:
+        check.add("groupby", "error", f"obs has no column {groupby!r} for groupby; it has {listed(obs.columns)}.")
+    elif groupby is not None:
+        with check.noting("groupby"):
+            if column_of(obs, groupby).dtype.kind == "f":
+                raise DataError(
+                    f"obs column {groupby!r} holds floating-point numbers, but types are text. If they name cell "
+                    f"types, make them text: adata.obs[{groupby!r}].map('{{:g}}'.format, na_action='ignore')."
+                )
+    if check.errors or check.schema is None:
+        return
+    for name in dict.fromkeys(name for name in (labels, groupby) if name is not None):
+        known = (obs[name].notna() & ~as_text(obs[name]).isin([unlabelled, UNLABELLED])).to_numpy()
+        for condition in check.schema.conditions:
+            if not condition.nuisance or condition.levels is None:
+                continue
+            found = types_of_one_level(as_text(obs[name][known]), as_text(obs[condition.name][known]))
+            if found.doubtful:
+                sentence = found.sentence(condition.name, f"the types in {name!r}")
+                check.add("types-of-one-level", "warning", f"nuisance {condition.name!r}: {sentence}. {_OF_ONE_LEVEL}")
 
 
 def _check_labels(check: Check, obs: "pd.DataFrame", labels: str, unlabelled: str) -> None:

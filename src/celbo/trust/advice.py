@@ -29,6 +29,7 @@ from celbo.trust.findings import (
     listens,
     types_kept,
 )
+from celbo.trust.overlap import Overlap, level_overlap
 
 __all__ = ["Advice", "Diagnosis", "Evidence", "Settings", "conclude"]
 
@@ -146,6 +147,8 @@ class Evidence(NamedTuple):
     """Known types of the cells. Leakage is measured within types."""
     principal: Floats | None = None
     """Principal components of log-normalised values, ``(cells, n)``, where types are known."""
+    overlaps: Sequence[Overlap] = ()
+    """Whether the levels of each nuisance overlap in the counts."""
     settings: Settings = Settings()
 
 
@@ -178,6 +181,7 @@ def conclude(evidence: Evidence) -> Diagnosis:
         nuisance = name in settings.nuisance
         findings.append(condition_ablation(name, lost, nuisance=nuisance))
         findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
+    findings += [level_overlap(overlap) for overlap in e.overlaps]
     if e.types is not None and e.principal is not None:
         removed = [levels for name, levels in e.conditions.items() if np.issubdtype(levels.dtype, np.integer)]
         batch = (

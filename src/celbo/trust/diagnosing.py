@@ -12,7 +12,7 @@ from celbo.model.inference import cell_terms
 from celbo.model.information import ACTIVE
 from celbo.streams import Stream, random_stream
 from celbo.trust.advice import Diagnosis, conclude
-from celbo.trust.evidence import dispersion_of_simpler, gather, settings_of
+from celbo.trust.evidence import dispersion_of_simpler, gather, overlaps, settings_of
 from celbo.trust.findings import condition_ablation, enough_ablation, falls_short
 from celbo.trust.simpler import expected_dim, gene_mean_log_prob, read_sample
 
@@ -37,8 +37,9 @@ def diagnose(fitted: Fitted, cells: Cells, *, groupby: Groups | None = None, see
 def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
     """Look at 1,000 cells of a model that was just fitted; return warnings, or an empty list.
 
-    A warning says that the decoder ignores z, or a condition that is not a nuisance, or that z has far fewer dimensions
-    in use than the data show. If training was interrupted, the warning says this alone: z comes into use in training.
+    A warning says that the decoder ignores z, or a condition that is not a nuisance, that z has far fewer dimensions
+    in use than the data show, or that the levels of a nuisance do not overlap in the counts (of up to 4,000 cells). If
+    training was interrupted, the warning says this alone: z comes into use in training.
     """
     if fitted.stopped is not None:
         return doubts_of_training(fitted)
@@ -64,7 +65,9 @@ def doubts_of_fit(fitted: Fitted, cells: Cells) -> list[str]:
         ablation = condition_ablation(condition.name, lost[~np.isnan(lost)])
         if ablation.verdict == "bad" and not condition.nuisance:
             doubts.append(ablation.meaning)
-    return [f"{doubt}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for doubt in doubts]
+    doubts = [f"{doubt}; model.diagnose(adata) (celbo diagnose RUN) says why, and what to try." for doubt in doubts]
+    with threads(fitted.threads):
+        return doubts + [overlap.warning for overlap in overlaps(fitted, cells, seed=fitted.seed) if overlap.apart]
 
 
 def _doubts_of_latent(

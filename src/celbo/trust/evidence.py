@@ -6,12 +6,13 @@ from scipy import sparse
 
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
-from celbo.minibatch import Rows, in_chunks
+from celbo.minibatch import Minibatch, Rows, in_chunks
 from celbo.model.ablation import sensitivity, use_of_latent
 from celbo.model.inference import CHUNK, Encoded, cell_terms
 from celbo.model.information import ANCHORS
 from celbo.streams import Stream, random_stream
 from celbo.trust.advice import Evidence, Settings
+from celbo.trust.overlap import Overlap, choose_levels, overlap_of
 from celbo.trust.simpler import (
     expected_dim,
     gene_mean_log_prob,
@@ -20,7 +21,7 @@ from celbo.trust.simpler import (
     read_sample,
 )
 
-__all__ = ["dispersion_of_simpler", "gather", "settings_of"]
+__all__ = ["dispersion_of_simpler", "gather", "overlaps", "settings_of"]
 
 _CELLS_TO_LEARN_FROM = 3000
 """Training cells from which simpler models learn."""
@@ -95,6 +96,7 @@ def gather(
             for condition, codes in zip(schema.conditions, cells.codes[rows].T, strict=True)
         },
         types=types,
+        overlaps=overlaps(fitted, cells, seed=seed),
         settings=settings,
     )
     if not len(learned) > 2 * vae.latent_dim < source.n_genes or not cells.measured.all():
@@ -106,6 +108,27 @@ def gather(
         expected_dim=expected_dim(sample),
         principal=None if types is None else principal_components(source, rows, sample, _COMPONENTS_FOR_TYPES),
     )
+
+
+def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
+    """Compare the levels of each categorical nuisance on at most 4,000 cells; see `celbo.trust.overlap`."""
+    found = []
+    for condition, column in zip(fitted.schema.conditions, cells.codes.T, strict=True):
+        if condition.levels is None or not condition.nuisance:
+            continue
+        codes = np.where(cells.empty, -1, column).astype(np.intp)
+        rows = choose_levels(codes, seed=seed)
+        if len(rows):
+            x = sparse.vstack([_csr(cells.source.take(piece)) for piece in in_chunks(rows, CHUNK)], format="csr")
+            name, levels, is_counts = condition.name, condition.levels, fitted.is_counts
+            found.append(overlap_of(name, x, codes[rows], levels, is_counts=is_counts, seed=seed))
+    return found
+
+
+def _csr(cells: Minibatch) -> "sparse.csr_matrix":
+    """Return the values of a minibatch as scipy's matrix, ``(cells, genes)``."""
+    parts = (cells.x.values(), cells.x.col_indices(), cells.x.crow_indices())
+    return sparse.csr_matrix(tuple(part.numpy() for part in parts), shape=tuple(cells.x.shape))
 
 
 def settings_of(fitted: Fitted) -> Settings:

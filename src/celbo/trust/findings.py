@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from celbo.data.confounding import types_of_one_level
 from celbo.model.information import ACTIVE, ANCHORS, mutual_information
 from celbo.streams import Stream, random_stream, short_seed
 
@@ -285,6 +286,9 @@ def condition_leakage(
     where = "" if types is None else " within types"
     if not scores:
         meaning = f"cannot be measured: {name!r} does not differ{where}, or in fewer than 10 cells of a level"
+        of_one = None if types is None else types_of_one_level(types, levels)
+        if of_one is not None and of_one.doubtful:
+            meaning = f"cannot be measured: {of_one.sentence(name)}"
         return Finding(f"leakage of {name}", None, f"below {LEAKS / 2}", "watch", meaning)
     value = float(np.average(scores, weights=sizes))
     verdict = "bad" if value > LEAKS else "watch" if value > LEAKS / 2 else "good"
