@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from celbo.checkpoint import FolderDescription
     from celbo.estimator import ExpressionVAE
     from celbo.fit.cells import Cells
+    from celbo.fit.train import Track
     from celbo.trials.comparing import Comparison
     from celbo.trials.curing import Step
 
@@ -294,23 +295,8 @@ def fit_and_write(
     with claimed_folder(output, path):
         started = time.perf_counter()
         with shown_warnings() as notes, shown_progress() as track:
-            choices: list[Comparison] = []
             trail = None
-            if not auto:
-                cells = model.prepare(adata, fingerprint=True)
-                compare_with_record(cells, *repeats)
-                with interruptible():
-                    model.fit(cells, track=stop_on_signal(track))
-            else:
-                model, choices = celbo.choose(
-                    model,
-                    adata,
-                    likelihood="likelihood" in auto,
-                    latent_dim="latent_dim" in auto,
-                    track=stop_on_signal(track),
-                )
-                cells = cells_of_fit(model, adata)
-                compare_with_record(cells, *repeats)
+            model, cells, choices = _fit_or_choose(model, adata, auto, repeats, stop_on_signal(track))
             if auto_remedy and model.fitted_.stopped:
                 warn("no remedy was tried, because training was interrupted.")
             elif auto_remedy:
@@ -340,6 +326,33 @@ def fit_and_write(
         typer.echo(plain(str(choice)))
     if trail is not None:
         show_trail(trail)
+    _say_result(summary, seconds)
+    return summary
+
+
+def _fit_or_choose(
+    model: "ExpressionVAE",
+    adata: "AnnData",
+    auto: Collection[str],
+    repeats: tuple[str | None, Path | None],
+    track: "Track",
+) -> "tuple[ExpressionVAE, Cells, list[Comparison]]":
+    """Fit a model, or choose one; return it, the cells of fit, and the comparisons by which it was chosen."""
+    choices: list[Comparison] = []
+    if not auto:
+        cells = model.prepare(adata, fingerprint=True)
+        compare_with_record(cells, *repeats)
+        with interruptible():
+            model.fit(cells, track=track)
+        return model, cells, choices
+    wanted = {option: option in auto for option in ("likelihood", "latent_dim")}
+    model, choices = celbo.choose(model, adata, track=track, **wanted)
+    cells = cells_of_fit(model, adata)
+    compare_with_record(cells, *repeats)
+    return model, cells, choices
+
+
+def _say_result(summary: dict[str, Any], seconds: float) -> None:
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     which = "training" if elbo == "elbo_train" else "held-out"
@@ -347,7 +360,6 @@ def fit_and_write(
         f"{summary['verdict']} ELBO of {which} cells: {metrics[elbo]:,.1f} nats per cell; "
         f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
     )
-    return summary
 
 
 def draw_report(run: Path) -> None:
