@@ -111,15 +111,20 @@ def gather(
 
 
 def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
-    """Compare the levels of each categorical nuisance on at most 4,000 cells; see `celbo.trust.overlap`."""
-    found = []
-    for condition, column in zip(fitted.schema.conditions, cells.codes.T, strict=True):
+    """Compare the levels of each categorical nuisance on at most 4,000 cells; see `celbo.trust.overlap`.
+
+    Genes that some levels lack are left out.
+    """
+    found, schema = [], fitted.schema
+    everywhere = cells.measured if schema.absent is None else cells.measured & ~schema.absent.masks(schema.genes).any(0)
+    for condition, column in zip(schema.conditions, cells.codes.T, strict=True):
         if condition.levels is None or not condition.nuisance:
             continue
         codes = np.where(cells.empty, -1, column).astype(np.intp)
         rows = choose_levels(codes, seed=seed)
         if len(rows):
             x = sparse.vstack([_csr(cells.source.take(piece)) for piece in in_chunks(rows, CHUNK)], format="csr")
+            x = x[:, everywhere]
             name, levels, is_counts = condition.name, condition.levels, fitted.is_counts
             found.append(overlap_of(name, x, codes[rows], levels, is_counts=is_counts, seed=seed))
     return found
