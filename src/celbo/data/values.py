@@ -142,7 +142,7 @@ def scan_values(
 
     Examples
     --------
-    >>> scan = scan_values(stored_values(AnnData(np.array([[0.0, 3.0], [-1.0, 0.5]])), None))
+    >>> scan = scan_values(stored_matrix(np.array([[0.0, 3.0], [-1.0, 0.5]]), "X"))
     >>> scan.faults["negative"]
     Fault(n=1, row=1, column=0, value=-1.0)
     """
@@ -173,7 +173,7 @@ def holds_counts(stored: Stored) -> bool:
 
     Examples
     --------
-    >>> [holds_counts(stored_values(AnnData(np.array([[x]])), None)) for x in (3.0, 0.5, -1.0)]
+    >>> [holds_counts(stored_matrix(np.array([[x]]), "X")) for x in (3.0, 0.5, -1.0)]
     [True, False, False]
     """
     return not any(_bad_kinds(block) & {"not-finite", "negative", "not-whole"} for block in stored.blocks())
