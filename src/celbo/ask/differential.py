@@ -43,7 +43,8 @@ _SCALES, _ROUNDS = 16, 200
 """Number of normal distributions in the mixture of log fold changes, and rounds of fitting their weights."""
 _NARROWEST = 0.05
 """Standard deviation of the narrowest normal distribution, log2: no gene is exactly the same in two groups."""
-_DRAWS = 2000
+_DRAWS, _GENES = 2000, 512
+"""Draws from which an interval is computed, and genes that are drawn together."""
 _SMALLEST = 1e-12
 
 
@@ -283,10 +284,18 @@ def shrink(change: NDArray[np.float64], variance: NDArray[np.float64], least: fl
     mean += middle
     beyond = norm.cdf((-least - mean) / sd) + norm.sf((least - mean) / sd)
     probability = (of_gene * beyond).sum(1).clip(0, 1)
-    rng = random_stream(seed, Stream.SHRINKAGE)
-    chosen = (of_gene.cumsum(1)[:, None] < rng.random((len(change), _DRAWS))[:, :, None]).sum(2).clip(max=_SCALES - 1)
-    drawn = np.take_along_axis(mean, chosen, 1) + np.take_along_axis(sd, chosen, 1) * rng.standard_normal(chosen.shape)
-    lower, upper = np.quantile(drawn, [0.05, 0.95], axis=1)
+    uniform, normal = (random_stream(seed, Stream.SHRINKAGE) for _ in range(2))
+    pieces = list(in_chunks(np.arange(len(change)), _GENES))
+    for piece in pieces:  # the normal numbers come after all uniform ones
+        normal.random((len(piece), _DRAWS))
+    interval = np.empty((2, len(change)))
+    for piece in pieces:
+        share = of_gene[piece].cumsum(1)[:, None]
+        chosen = (share < uniform.random((len(piece), _DRAWS))[:, :, None]).sum(2).clip(max=_SCALES - 1)
+        noise = normal.standard_normal(chosen.shape)
+        drawn = np.take_along_axis(mean[piece], chosen, 1) + np.take_along_axis(sd[piece], chosen, 1) * noise
+        interval[:, piece] = np.quantile(drawn, [0.05, 0.95], axis=1)
+    lower, upper = interval
     columns = {"log2_fold_change": (of_gene * mean).sum(1), "lower": lower, "upper": upper}
     return pd.DataFrame({**columns, "probability": probability, "fdr": false_share(probability)})
 
