@@ -649,7 +649,10 @@ def test_what_a_fitted_model_says_itself_is_refused_beside_it(fitted_run, data):
 @pytest.mark.parametrize("command_name", ["predict", "score", "de"])
 def test_the_table_of_another_program_is_refused_before_any_work(tmp_path, celbo_command, command_name):
     more = ["--groupby", "cell_type"] if command_name == "de" else []
-    ask = [command_name, tmp_path / "no-run", tmp_path / "no-cells.h5ad", *more, "-o", tmp_path / "mine.csv"]
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{}")
+    (tmp_path / "cells.h5ad").touch()
+    ask = [command_name, tmp_path / "damaged", tmp_path / "cells.h5ad", *more, "-o", tmp_path / "mine.csv"]
     starts = {
         "predict": "cell,label,probability,p_known,",
         "score": "cell,log_p,se,ess,",
@@ -658,7 +661,7 @@ def test_the_table_of_another_program_is_refused_before_any_work(tmp_path, celbo
     for name, start in starts.items():
         (tmp_path / "mine.csv").write_text(f"{start}more\n")
         done = celbo_command(*ask)
-        assert done.returncode == (4 if name == command_name else 2)  # no run, or no name for the table
+        assert done.returncode == (4 if name == command_name else 2)  # a damaged model, or no name for the table
         assert ("mine.csv exists, and is no table that celbo wrote" in done.stderr) == (name != command_name)
     (tmp_path / "mine.csv").unlink()
     (tmp_path / "mine.csv").mkdir()
@@ -667,6 +670,7 @@ def test_the_table_of_another_program_is_refused_before_any_work(tmp_path, celbo
 
 def test_a_name_for_no_embedding_is_refused_before_any_work(fitted_run, tmp_path):
     folder, _ = fitted_run
-    done = run("embed", folder, tmp_path / "not-there.h5ad", "-o", tmp_path / "z.txt")
+    (tmp_path / "empty.h5ad").touch()
+    done = run("embed", folder, tmp_path / "empty.h5ad", "-o", tmp_path / "z.txt")
     assert done.returncode == 2
     assert "z.txt does not end in .h5ad" in done.stderr
