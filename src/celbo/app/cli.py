@@ -262,7 +262,7 @@ def fit(
 
 def _end_if_interrupted(summary: "dict[str, Any]") -> None:
     """End with the exit code of an interrupt if the run that was written is of an interrupted fit."""
-    if summary["run"]["stopped"]:
+    if summary["stopped"]:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -153,7 +153,7 @@ def write_run(
     Returns
     -------
     dict
-        The verdict, the metrics and the recovery, as the report shows them.
+        The verdict, the metrics and the recovery, as the report shows them; and ``stopped``, why training ended early.
     """
     model.save(folder / "model", keep_reference=keep_reference)
     if (folder / "run.json").exists():  # of an earlier run
@@ -179,6 +179,7 @@ def write_run(
         "verdict": verdict_of(metrics, None if diagnosis is None else diagnosis.to_json()),
         "metrics": metrics,
         "recovery": run["recovery"],
+        "stopped": run["stopped"],
     }
 
 
