@@ -194,8 +194,10 @@ def test_a_matrix_without_names_is_read_by_the_command_of_the_message():
     np.testing.assert_array_equal(read_adata("counts.h5ad").X.toarray(), COUNTS.toarray())
 
 
-@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t"), ("t 'x'.txt", ";"), ("t.h5ad", ",")])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "separator", "packed"),
+    [("t.csv", ",", False), ("t.tsv", "\t", True), ("t 'x'.txt", ";", False), ("t.h5ad", ",", True)],
+)
 def test_a_table_in_a_text_file_is_read_by_the_command_of_the_message(name, separator, packed):
     table = pd.DataFrame(COUNTS.toarray(), CELLS, GENES).to_csv(sep=separator).encode()
     path = f"{name}.gz" if packed else name

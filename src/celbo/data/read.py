@@ -261,7 +261,7 @@ def _stored_values(store: Any) -> dict[str | None, Any]:
 
 def _layers(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the layers in a group by name. If a name has slashes, its parts are groups in each other."""
-    for name in group:
+    for name in sorted(group):  # zarr lists them in any order
         item = group.get(name)
         if isinstance(item, h5py.Group | zarr.Group) and item.attrs.get("encoding-type", "dict") == "dict":
             yield from _layers(item, f"{prefix}{name}/")
