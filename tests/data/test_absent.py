@@ -100,10 +100,10 @@ def test_the_schema_keeps_exactly_the_genes_that_are_absent(joined, lacked):
     cells = celbo.ExpressionVAE(mask_absent="sample").prepare(joined)
     schema = cells.schema
     assert schema.absent.column == "sample"
-    assert schema.absent.levels == ("s3",)
-    assert set(schema.absent.genes[0][1]) == set(lacked)
+    assert schema.absent.levels == ("s1", "s2", "s3")
+    assert [set(genes) for _, genes in schema.absent.genes] == [set(), set(), set(lacked)]
     assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
-    assert "genes absent by sample" in repr(schema)
+    assert "genes masked by sample" in repr(schema)
 
 
 def test_a_gene_that_is_rare_is_absent_only_where_others_are():

@@ -1,5 +1,6 @@
 """Genes that were not measured in some levels of a column, as in samples that were joined with other genes."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from celbo.data.conditions import as_text, column_of
+from celbo.data.conditions import as_text, column_of, level_positions
 from celbo.errors import listed
 
 __all__ = [
@@ -20,13 +21,14 @@ __all__ = [
     "columns_to_watch",
     "describe_absences",
     "find_absences",
-    "n_explained",
+    "n_missing_values",
+    "why_not_watched",
 ]
 
 _MOST_LEVELS = 100
 """A column with more levels is not looked at."""
 _MOST_COLUMNS = 8
-"""Columns that are looked at beside the conditions; each costs time and memory."""
+"""Columns that are looked at beside the conditions, the first of obs; each costs time and memory."""
 _CHANCE = 1e-4
 """Probability that any gene of a level is called absent by chance."""
 _FEWEST_GENES = 5
@@ -45,18 +47,18 @@ class Absent:
 
     column: str
     genes: tuple[tuple[str, tuple[str, ...]], ...]
-    """Pairs of a level and the genes that its cells lack."""
+    """Pairs of each level of fit and the genes that its cells lack; these may be none."""
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Return the levels whose cells lack genes."""
+        """Return the levels of fit."""
         return tuple(level for level, _ in self.genes)
 
     def codes(self, obs: pd.DataFrame) -> NDArray[np.intp]:
-        """Return the number of each cell's level in `levels`; -1 for cells that lack no genes, ``(cells,)``."""
+        """Return the number of each cell's level in `levels`; -1 for a level that fit did not see, ``(cells,)``."""
         if self.column not in obs.columns:
             return np.full(len(obs), -1, np.intp)
-        return pd.Index(self.levels).get_indexer(as_text(column_of(obs, self.column)))
+        return level_positions(self.levels, as_text(column_of(obs, self.column)))
 
     def masks(self, genes: Sequence[str]) -> NDArray[np.bool_]:
         """Return which genes are absent in each level, ``(levels + 1, genes)``; the last row has none.
@@ -125,16 +127,31 @@ def columns_to_watch(obs: pd.DataFrame, first: Sequence[str]) -> list[str]:
     >>> columns_to_watch(obs, [])
     ['sample']
     """
-    chosen = [name for name in dict.fromkeys(first) if name in obs.columns and _may_be_sample(obs, name)]
-    others = [name for name in obs.columns if name not in chosen and _may_be_sample(obs, name)]
+    chosen = [name for name in dict.fromkeys(first) if name in obs.columns and why_not_watched(obs, name) == ""]
+    others = [name for name in obs.columns if name not in chosen and why_not_watched(obs, name) == ""]
     return [*chosen, *map(str, others[:_MOST_COLUMNS])]
 
 
-def _may_be_sample(obs: pd.DataFrame, name: str) -> bool:
+def why_not_watched(obs: pd.DataFrame, name: str) -> str:
+    """Say why a column cannot be a column of samples; return an empty text if it can.
+
+    Examples
+    --------
+    >>> why_not_watched(pd.DataFrame({"depth": [1.0, 2.5]}), "depth")
+    'it holds floating-point numbers'
+    """
     column = obs[name]
-    if isinstance(column, pd.DataFrame) or pd.api.types.is_float_dtype(column):
-        return False
-    return 2 <= column.nunique() <= _MOST_LEVELS
+    if isinstance(column, pd.DataFrame):
+        return "it occurs several times"
+    if pd.api.types.is_float_dtype(column):
+        return "it holds floating-point numbers"
+    try:
+        n_levels = column.nunique()
+    except TypeError:  # lists, for example
+        return "its values are no names"
+    if n_levels < 2:
+        return "it has a single level"
+    return f"it has {n_levels:,} levels, more than {_MOST_LEVELS}" if n_levels > _MOST_LEVELS else ""
 
 
 def find_absences(
@@ -195,14 +212,16 @@ def find_absences(
     return found
 
 
-def absent_genes(absences: Sequence[Absence], var_names: pd.Index, genes: Sequence[str]) -> Absent:
-    """Name the genes of a model that these levels of one column lack; levels that lack none of them are left out."""
+def absent_genes(
+    absences: Sequence[Absence], levels: Sequence[str], var_names: pd.Index, genes: Sequence[str]
+) -> Absent:
+    """Name the genes of a model that each of these levels of one column lacks."""
     lacking = {absence.level: set(var_names[absence.lacking]) for absence in absences}
-    pairs = [(level, tuple(gene for gene in genes if gene in names)) for level, names in lacking.items()]
-    return Absent(absences[0].column, tuple(pair for pair in pairs if pair[1]))
+    pairs = [(level, tuple(gene for gene in genes if gene in lacking.get(level, ()))) for level in levels]
+    return Absent(absences[0].column, tuple(pairs))
 
 
-def n_explained(absences: Sequence[Absence]) -> int:
+def n_missing_values(absences: Sequence[Absence]) -> int:
     """Count the values, cells times genes, that are missing because these levels lack genes."""
     return sum(absence.n_cells * int(absence.lacking.sum()) for absence in absences)
 
@@ -220,5 +239,5 @@ def describe_absences(absences: Sequence[Absence], var_names: pd.Index) -> str:
         f"genes without a count in a whole level of {column!r}, although other cells have them: {', '.join(levels)}"
         f"{rest}; for example {listed(var_names[absences[0].lacking], 3)}. If they were not measured there (samples "
         "joined with join='outer'), the model would learn that as an effect. Leave them out of these cells with "
-        f"mask_absent={column!r} (--mask-absent {column}), or join the samples with join='inner'."
+        f"mask_absent={column!r} (--mask-absent {shlex.quote(column)}), or join the samples with join='inner'."
     )

@@ -11,11 +11,13 @@ from anndata import AnnData
 
 from celbo.data.absent import (
     Absence,
+    Absent,
     CellsWithGene,
     columns_to_watch,
     describe_absences,
     find_absences,
-    n_explained,
+    n_missing_values,
+    why_not_watched,
 )
 from celbo.data.conditions import UNSEEN, Condition, as_text, doubt_levels, doubt_numbers, make_condition, size_factors
 from celbo.data.features import Features, choose_features, describe_genomes, features_of_query
@@ -294,13 +296,8 @@ def check_query(
     if schema.size_factor is not None:
         with check.noting("size-factor"):
             size_factors(adata.obs, schema.size_factor)
-    if schema.absent is not None and schema.absent.column not in adata.obs.columns:
-        check.add(
-            "absent-genes",
-            "warning",
-            f"obs has no column {schema.absent.column!r}, which says which genes were not measured in a cell; all "
-            "genes count as measured.",
-        )
+    if schema.absent is not None:
+        _check_mask(check, adata.obs, schema.absent)
     with check.noting("conditions"):
         schema.codes(adata.obs, unseen=unseen)
         for condition in schema.conditions:
@@ -421,18 +418,39 @@ def _check_absences(check: Check, obs: pd.DataFrame, mask_absent: str | None) ->
             known = listed(obs.columns) or "no column"
             check.add("absent-genes", "error", f"obs has no column {mask_absent!r} (mask_absent); it has {known}.")
             return
-        if not check.absences.get(mask_absent):
+        if mask_absent not in check.absences:
+            why = why_not_watched(obs, mask_absent) or "the values are real numbers, of which a zero says nothing"
+            message = f"mask_absent={mask_absent!r} (--mask-absent) cannot be used: {why}. Name a column of samples."
+            check.add("absent-genes", "error", message)
+            return
+        if not check.absences[mask_absent]:
             check.add(
                 "absent-genes",
                 "warning",
                 f"no level of {mask_absent!r} lacks so many genes that chance cannot explain it: nothing is masked "
                 "(mask_absent, --mask-absent).",
             )
-    explained = {name: n_explained(absences) for name, absences in check.absences.items()}
+    explained = {name: n_missing_values(absences) for name, absences in check.absences.items()}
     most = max(explained, key=lambda name: explained[name], default="")
     if not explained.get(most) or explained.get(mask_absent or "", 0) >= _MOSTLY * explained[most]:
         return
     check.add("absent-genes", "warning", describe_absences(check.absences[most], check.genes))
+
+
+def _check_mask(check: Check, obs: pd.DataFrame, absent: Absent) -> None:
+    """Warn about cells of which a fitted model cannot know which genes were measured."""
+    if absent.column not in obs.columns:
+        found = f"obs has no column {absent.column!r}"
+    elif n := int((absent.codes(obs) < 0).sum()):
+        unknown = as_text(obs[absent.column][absent.codes(obs) < 0]).unique()
+        found = f"{n:,} cells have levels of {absent.column!r} that fit did not see ({listed(sorted(unknown))})"
+    else:
+        return
+    message = (
+        f"{found}. That column says which genes were not measured (mask_absent of the fit), so all genes of these "
+        "cells count as measured. If they are zeros because they were not measured, leave them out of the file."
+    )
+    check.add("absent-genes", "warning", message)
 
 
 def _check_conditions(

@@ -57,7 +57,7 @@ class Schema:
             for condition in (*self.conditions, *([] if self.labels is None else [self.labels]))
         ]
         place = "X" if self.layer is None else f"layers[{self.layer!r}]"
-        absent = [] if self.absent is None else [f"genes absent by {self.absent.column}"]
+        absent = [] if self.absent is None else [f"genes masked by {self.absent.column}"]
         parts = [f"{len(self.genes):,} genes", *conditions, *absent]
         return f"Schema({', '.join(parts)}; {self.values} of {place})"
 

@@ -84,6 +84,13 @@ class CellSource:
         """Sum of each cell's values over the model's genes, ``(cells,)``."""
         return sum_of_genes(self._stored, self._columns) if self._x is None else self._x @ np.ones(self.n_genes)
 
+    @cached_property
+    def measured_in_any(self) -> NDArray[np.bool_]:
+        """Return which genes were measured in at least one cell, ``(genes,)``."""
+        if self._absent is None or not self.n_cells:
+            return self.measured
+        return self.measured & ~self._absent[np.unique(self.absent_level)].all(0)
+
     @property
     def empty(self) -> NDArray[np.bool_]:
         """Return which cells have no count of the model's genes, ``(cells,)``; none if values are real numbers."""

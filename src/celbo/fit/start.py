@@ -110,6 +110,8 @@ def check_to_fit(
     check_names({"conditions": conditions, "nuisance": nuisance, "interactions": interactions, "remedies": remedies})
     if labels is not None and labels in (*conditions, *nuisance):
         raise UsageError(f"{labels!r} is a condition and the column of labels; z cannot carry what is given beside it.")
+    if mask_absent is not None and not isinstance(mask_absent, str):
+        raise UsageError(f"mask_absent={mask_absent!r}; give the name of one column of obs.")
     if n_top_genes is not None and (not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1):
         raise UsageError(f"n_top_genes={n_top_genes!r}; give a whole number of at least 1, or None for all.")
     check = check_adata(
@@ -224,7 +226,9 @@ def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> 
     if n_top_genes is not None and check.stored is not None:
         schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
     if absences := check.absences.get(options["mask_absent"]):
-        schema = replace(schema, absent=absent_genes(absences, check.genes, schema.genes))
+        schema = replace(
+            schema, absent=absent_genes(absences, _levels_of(adata.obs, absences[0].column), check.genes, schema.genes)
+        )
     source = make_source(check, adata, schema)
     if labels is not None:
         with warnings.catch_warnings():
@@ -232,6 +236,11 @@ def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> 
             levels, source.labels = known_labels(column_of(adata.obs, labels), options["unlabelled"])
         schema = replace(schema, labels=levels)
     return Cells(source, adata.obs, schema, fingerprint=check.fingerprint, prepared_with=_comparable(options))
+
+
+def _levels_of(obs: "pd.DataFrame", name: str) -> list[str]:
+    column = column_of(obs, name)
+    return sorted(as_text(column[column.notna()]).unique())
 
 
 def check_prepared(cells: Cells, options: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from celbo.data.features import features_of_query
 from celbo.data.schema import Schema
 from celbo.errors import UsageError, listed
 from celbo.fit.cells import Cells
@@ -67,7 +68,8 @@ def expression_frame(
     """Make the AnnData of expression without X.
 
     obs is that of the cells, with ``celbo_empty`` if some have no count. var is that of the cells for the chosen genes;
-    if the cells lack some of these, ``celbo_measured`` is False there, and the other columns are missing values.
+    if no cell has some of these, ``celbo_measured`` is False there. Columns of genes that the file lacks are missing
+    values.
     ``uns["celbo_expression"]`` has the likelihood, and the entries of ``how`` that are not empty.
 
     Parameters
@@ -85,11 +87,15 @@ def expression_frame(
     if cells.empty.any():
         obs["celbo_empty"] = cells.empty
     genes = pd.Index(fitted.schema.genes)[columns]
-    places, measured = fitted.schema.columns(adata.var_names)[columns], cells.measured[columns]
-    var = adata.var.iloc[places[measured]]
-    if not measured.all():
+    features = features_of_query(adata.var, fitted.schema.features).of(
+        adata.var
+    )  # an antibody may be named as its gene
+    in_file, measured = cells.measured[columns], cells.source.measured_in_any[columns]
+    var = features.iloc[fitted.schema.columns(features.index)[columns][in_file]]
+    if not in_file.all():
         flags = {name: "boolean" for name, column in var.items() if pd.api.types.is_bool_dtype(column)}
         var = var.astype(flags).reindex(genes)  # a column of bool has no missing values
-        var["celbo_measured"] = measured
+    if not measured.all():
+        var = var.assign(celbo_measured=measured)
     kept = {name: value for name, value in how.items() if value}
     return AnnData(obs=obs, var=var.copy(), uns={EXPRESSION: {"likelihood": fitted.likelihood.name, **kept}})

@@ -124,6 +124,10 @@ def compare(
         raise UsageError("the models have other genes; log p(x) can be compared over the same genes only.")
     if any(model.objective == "autoencoder" for model in models.values()):
         raise UsageError("a plain autoencoder has no p(x) to compare; leave it out.")
+    if any(model.schema_.absent != first.schema_.absent for model in models.values()):
+        raise UsageError(
+            "the models mask other genes (mask_absent); log p(x) can be compared over the same genes only."
+        )
     for part in ("layer", "size_factor"):
         if any(getattr(model.schema_, part) != getattr(first.schema_, part) for model in models.values()):
             raise UsageError(f"the models read another {part}; log p(x) can be compared of the same counts only.")

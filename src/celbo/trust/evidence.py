@@ -12,7 +12,7 @@ from celbo.model.inference import CHUNK, Encoded, cell_terms
 from celbo.model.information import ANCHORS
 from celbo.streams import Stream, random_stream
 from celbo.trust.advice import Evidence, Settings
-from celbo.trust.overlap import Overlap, choose_levels, overlap_of
+from celbo.trust.overlap import COMPONENTS, Overlap, choose_levels, overlap_of
 from celbo.trust.simpler import (
     expected_dim,
     gene_mean_log_prob,
@@ -118,7 +118,7 @@ def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
     found, schema = [], fitted.schema
     everywhere = cells.measured if schema.absent is None else cells.measured & ~schema.absent.masks(schema.genes).any(0)
     for condition, column in zip(schema.conditions, cells.codes.T, strict=True):
-        if condition.levels is None or not condition.nuisance:
+        if condition.levels is None or not condition.nuisance or everywhere.sum() <= COMPONENTS:
             continue
         codes = np.where(cells.empty, -1, column).astype(np.intp)
         rows = choose_levels(codes, seed=seed)

@@ -8,7 +8,8 @@ with types of their own have other groups, which no shift brings together. So le
    what varies within levels. The mismatch of one level to another is the mean distance of its centres to the nearest
    centre of the other after the best shift, in units of their spread. Two known mismatches give the scale: that to the
    other half of the same level (the same groups), and that to normal draws with the mean and covariance of the other
-   level (no groups at all). It is enough that the groups of one are found in the other, which may have more.
+   level (no groups at all). Both directions count. If the groups of one level are clearly found in the other, which
+   may have more, that is enough.
 
 Levels without groups cannot be compared in the second step. If they do not overlap in the first, counts cannot tell
 whether a batch effect or a type divides them.
@@ -16,7 +17,7 @@ whether a batch effect or a type divides them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from celbo.data.normalise import COUNTS_PER_CELL, log_normalise
 from celbo.streams import Stream, random_stream
 from celbo.trust.findings import Finding
 
-__all__ = ["Overlap", "choose_levels", "level_overlap", "overlap_of"]
+__all__ = ["COMPONENTS", "Overlap", "choose_levels", "level_overlap", "overlap_of"]
 
 Floats = NDArray[np.float64]
 _Halves = tuple[Floats, Floats, Floats]
@@ -39,17 +40,20 @@ _CELLS, _CELLS_OF_LEVEL = 4000, 1000
 """Most cells of all levels together, and of one level."""
 _GENES, _DETECTED = 1000, 0.005
 """Most genes to compare, and their smallest mean count."""
-_COMPONENTS, _COMPONENTS_WITHIN = 20, 12
+COMPONENTS, _COMPONENTS_WITHIN = 20, 8
 """Principal components for neighbours, and for groups within levels."""
 _NEIGHBOURS = 15
 _OVERLAP = 0.5
 """Two levels overlap if neighbours are of the other level at least this often, as a share of what chance gives."""
-_GROUPS, _CELLS_OF_GROUP, _SPLITS = 15, 16, 12
-"""Most groups in half of a level, mean number of cells in one at least, and divisions into halves of all levels."""
-_DIFFERENT, _DIFFERENT_AT_LEAST = 0.63, 0.08
-"""Groups differ if the mismatch is above that of halves by more than this share of the way to normal draws, and by
-more than this."""
-_NO_GROUPS, _CELLS_WITHOUT_GROUPS, _FAR = 0.055, 250, 0.05
+_GROUPS, _CELLS_OF_GROUP = 15, 16
+"""Most groups in half of a level, and mean number of cells in one at least."""
+_SPLITS, _FEWEST_SPLITS = 16, 4
+"""Divisions of all levels together into halves, and fewest of one level."""
+_SAME, _WITHIN, _SAME_AT_LEAST = 0.66, 0.42, 0.08
+"""Two levels have the same groups if their mismatches, from that of halves (0) to that of normal draws (1), are on
+average at most the first number; if one is at most the second, because the other level has more groups; or if they are
+above that of halves by at most the third."""
+_NO_GROUPS, _CELLS_WITHOUT_GROUPS, _FAR = 0.05, 350, 0.05
 """Levels have no groups if normal draws match as well as halves, up to this difference. That is believed for at least
 this median number of cells per level, and matters for levels that overlap less than this."""
 _STARTS, _STEPS = 16, 3
@@ -197,7 +201,7 @@ def overlap_of(
     """
     present, codes = np.unique(codes, return_inverse=True)
     n, values = len(present), _values(x, is_counts=is_counts)
-    mixing = _mixing(_components(values, _COMPONENTS), codes)
+    mixing = _mixing(_components(values, COMPONENTS), codes)
     linked = mixing >= _OVERLAP
     grouped = True
     if _sets(linked)[0] > 1:
@@ -205,11 +209,14 @@ def overlap_of(
             values[codes == level] -= values[codes == level].mean(0)
         within = _components(values, _COMPONENTS_WITHIN)
         rng = random_stream(seed, Stream.OVERLAP, 1)
-        parts = [_centres(within[codes == level], max(_SPLITS // n, 3), rng) for level in range(n)]
-        pairs = [pair for pair in permutations(range(n), 2) if not linked[pair]]
-        compared = np.array([_mismatches(parts[a], parts[b]) for a, b in pairs])
-        excess, room = compared[:, 0] - compared[:, 1], compared[:, 2] - compared[:, 1]
-        same = (excess <= _DIFFERENT * room) | (excess <= _DIFFERENT_AT_LEAST)
+        splits = max(_SPLITS // n, _FEWEST_SPLITS)
+        parts = [_centres(within[codes == level], splits, rng) for level in range(n)]
+        pairs = [pair for pair in combinations(range(n), 2) if not linked[pair]]
+        both = [(_mismatches(parts[a], parts[b]), _mismatches(parts[b], parts[a])) for a, b in pairs]
+        between, halves, normal = np.moveaxis(np.array(both), 2, 0)  # each (pairs, 2)
+        excess, room = between - halves, normal - halves
+        same = excess.sum(1) <= _SAME * room.sum(1)
+        same |= (excess <= _WITHIN * room).any(1) | (excess.mean(1) <= _SAME_AT_LEAST)
         if room.mean() < _NO_GROUPS and np.median(np.bincount(codes)) >= _CELLS_WITHOUT_GROUPS:
             grouped = False
             same &= np.array([mixing[pair] >= _FAR for pair in pairs])
