@@ -302,6 +302,12 @@ def fit_and_write(
         typer.echo(plain(str(choice)))
     if trail is not None:
         show_trail(trail)
+    _say_result(summary, seconds)
+    return summary
+
+
+def _say_result(summary: dict[str, Any], seconds: float) -> None:
+    """Say the verdict and the figures of a run."""
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     which = "training" if elbo == "elbo_train" else "held-out"
@@ -309,7 +315,6 @@ def fit_and_write(
         f"{summary['verdict']} ELBO of {which} cells: {metrics[elbo]:,.1f} nats per cell; "
         f"epochs: {metrics['epochs']}, seconds: {seconds:.0f}."
     )
-    return summary
 
 
 def describe(folder: "FolderDescription") -> dict[str, Any]:
