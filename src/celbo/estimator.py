@@ -553,12 +553,7 @@ class ExpressionVAE(metaclass=Hinted):
         return labels.predict(*self._open(adata, unseen, genes_present))
 
     def map_query(
-        self,
-        adata: AnnData | str | Path,
-        *,
-        genes_present: float = 0.8,
-        progress: bool = True,
-        track: Track | None = None,
+        self, adata: CellsLike, *, genes_present: float = 0.8, progress: bool = True, track: Track | None = None
     ) -> "ExpressionVAE":
         """Add new batches to this model, without changing a bit of what it knows (surgery, as in scArches).
 

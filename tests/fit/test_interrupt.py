@@ -156,16 +156,17 @@ def test_an_interrupt_after_training_leaves_the_old_fit_as_a_whole(few):
     while not outcomes or outcomes[-1] != "new":
         try:
             fit(n)
-        except KeyboardInterrupt:
-            assert model.fitted_ is old
-            outcomes.append("old")
+        except KeyboardInterrupt:  # among the warnings, which come last, the model has the new fit
+            outcomes.append("old" if model.fitted_ is old else "warnings")
         else:
             outcomes.append(model.fitted_.stopped or "new")
+        if model.fitted_ is not old:
             assert len(model.history_) == (1 if model.fitted_.stopped else 2)
             assert model.fitted_.reference.was_read.any()
+            assert model.fitted_.options == model.options()
             model.fitted_ = old
         n = n * 5 // 4 + 1
-    assert {"old", "interrupted", "new"} == set(outcomes)
+    assert {"old", "interrupted", "new"} == set(outcomes) - {"warnings"}
     assert outcomes.count("old") > 5
     np.testing.assert_array_equal(model.embed(few), answer)
 

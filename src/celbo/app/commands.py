@@ -353,6 +353,7 @@ def _fit_or_choose(
 
 
 def _say_result(summary: dict[str, Any], seconds: float) -> None:
+    """Say the verdict and the figures of a run."""
     metrics = summary["metrics"]
     elbo = "elbo_train" if metrics["elbo_validation"] is None else "elbo_validation"
     which = "training" if elbo == "elbo_train" else "held-out"
