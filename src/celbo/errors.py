@@ -15,7 +15,7 @@ A signal ends a command with 128 + its number, and a lack of memory with 137; se
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import TypeVar
 
@@ -139,7 +139,7 @@ def check_names(options: Mapping[str, object]) -> None:
     celbo.errors.UsageError: remedies=None; give a list of names, or [] for none.
     """
     for name, value in options.items():
-        if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, Mapping) or not isinstance(value, Iterable) or isinstance(value, Iterator):
             raise UsageError(f"{name}={value!r}; give a list of names, or [] for none.")
 
 

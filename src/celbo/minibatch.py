@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "gene_moments",
     "in_chunks",
     "in_even_pieces",
+    "scipy_csr",
 ]
 
 Rows = NDArray[np.int64]
@@ -59,6 +61,15 @@ def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(starts, columns, values, tuple(shape), check_invariants=False)
+
+
+def scipy_csr(x: Tensor) -> sp.csr_matrix:
+    """Return a matrix of values, ``(cells, genes)``, as scipy's; it may share memory with a sparse tensor."""
+    x = x.cpu()
+    if x.layout != torch.sparse_csr:
+        return sp.csr_matrix(x.numpy())
+    parts = (part.numpy() for part in (x.values(), x.col_indices(), x.crow_indices()))
+    return sp.csr_matrix(tuple(parts), tuple(x.shape))
 
 
 class Source(Protocol):

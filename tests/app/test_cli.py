@@ -29,7 +29,6 @@ import celbo
 from celbo.app import cli, terminal
 from celbo.app.commands import conditions_of, open_run
 from celbo.app.config import READING
-from celbo.data.checks import Check
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -399,7 +398,7 @@ def test_a_command_that_nohup_started_goes_on_when_the_terminal_is_closed(data, 
 
 
 MISSING_CELLS = "missing.h5ad does not exist; give an .h5ad file or a .zarr folder."
-MISSING_RUN = "nothing does not exist; name what `celbo fit -o` or `save` wrote."
+MISSING_RUN = "nothing does not exist; name the folder that `celbo fit -o` or `save` wrote."
 MISSING_INPUTS = {
     "fit": (["fit", "missing.h5ad", "-o", "new", "--seed", "0"], 3, MISSING_CELLS),
     "fit with a config": (
@@ -427,6 +426,7 @@ MISSING_INPUTS = {
         4,
         MISSING_RUN,
     ),
+    "express": (["express", "RUN", "missing.h5ad", "-o", "z.h5ad"], 3, MISSING_CELLS),
     "sample": (["sample", "nothing", "-o", "z.h5ad"], 4, MISSING_RUN),
     "inspect": (["inspect", "nothing"], 4, MISSING_RUN),
     "diagnose": (["diagnose", "RUN", "missing.h5ad"], 3, MISSING_CELLS),
@@ -485,11 +485,11 @@ def test_the_list_of_remedies_needs_no_cells(celbo_command):
 def test_missing_cells_are_a_finding_of_check_in_json_too(celbo_command, tmp_path):
     done = celbo_command("check", tmp_path / "missing.h5ad", "--json")
     document = json.loads(done.stdout)
-    nothing = Check(0, 0)
-    nothing.add(
-        "unreadable", "error", f"{tmp_path / 'missing.h5ad'} does not exist; give an .h5ad file or a .zarr folder."
-    )
-    assert document == {"path": str(tmp_path / "missing.h5ad"), "celbo_version": celbo.__version__, **nothing.to_json()}
+    message = f"{tmp_path / 'missing.h5ad'} does not exist; give an .h5ad file or a .zarr folder."
+    problem = {"name": "unreadable", "severity": "error", "message": message}
+    sizes = dict.fromkeys(["n_cells", "n_genes", "n_values"])
+    found = {"ok": False, **sizes, "problems": [problem]}
+    assert document == {"path": str(tmp_path / "missing.h5ad"), "celbo_version": celbo.__version__, **found}
     assert done.returncode == 3
 
 

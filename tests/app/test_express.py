@@ -61,6 +61,7 @@ def test_the_file_has_what_expected_expression_returns(
     kept = found.uns["celbo_expression"]
     assert set(kept) == set(said)
     assert all(np.array_equal(kept[name], value) for name, value in said.items() if name != "given")
+    assert dict(kept.get("given", {})) == options.get("given", {})
     assert {path.name for path in tmp_path.iterdir()} == {output.name}
 
 

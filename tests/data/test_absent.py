@@ -247,3 +247,99 @@ def test_every_likelihood_takes_a_mask(joined, likelihood):
         model = celbo.ExpressionVAE(latent_dim=2, train=celbo.TrainConfig(max_epochs=3, seed=0), **options).fit(joined)
         assert np.isfinite(model.embed(joined)).all()
         assert np.isfinite(model.history_[-1].validation_elbo)
+
+
+def test_levels_that_are_numbers_are_known_however_they_are_written(joined):
+    cells = joined.copy()
+    cells.obs["sample"] = cells.obs["sample"].map({"s1": 0, "s2": 1, "s3": 2}).astype(int)
+    schema = celbo.ExpressionVAE(mask_absent="sample").prepare(cells).schema
+    for kind in (int, float, str):
+        written = cells.obs.assign(sample=cells.obs["sample"].astype(kind))
+        assert schema.absent.codes(written).tolist() == cells.obs["sample"].tolist()
+
+
+def test_new_cells_of_a_sample_that_fit_did_not_see_are_doubted(masked, joined):
+    new = joined[:50].copy()
+    new.obs["sample"] = "S3"
+    with pytest.warns(UserWarning, match=r"50 cells have levels of 'sample' that fit did not see \('S3'\)"):
+        masked.embed(new)
+
+
+@pytest.mark.parametrize(("column", "why"), [("depth", "floating-point numbers"), ("one", "a single level")])
+def test_a_mask_by_a_column_that_cannot_be_of_samples_is_refused_with_the_reason(joined, column, why):
+    cells = joined.copy()
+    cells.obs["depth"], cells.obs["one"] = np.linspace(0, 1, cells.n_obs), "x"
+    (found,) = absent_problems(cells, mask_absent=column)
+    assert found.severity == "error"
+    assert why in found.message
+    with pytest.raises(celbo.UsageError, match="one column of obs"):
+        celbo.ExpressionVAE(mask_absent=[column]).check(cells)
+
+
+def test_columns_of_lists_are_passed_over(complete):
+    cells = complete.copy()
+    cells.obs["list"] = [[1, 2]] * cells.n_obs
+    assert not absent_problems(cells)
+
+
+def test_models_with_other_masks_are_not_compared(masked, joined):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = celbo.ExpressionVAE(latent_dim=2, train=celbo.TrainConfig(max_epochs=2)).fit(joined)
+    with pytest.raises(celbo.UsageError, match="mask_absent"):
+        celbo.compare({"masked": masked, "plain": plain}, joined)
+
+
+def test_samples_without_a_gene_in_common_are_fitted_and_not_compared_gene_by_gene(complete):
+    """No gene is measured in both samples: there is nothing to compare levels or groups by."""
+    cells = complete.copy()
+    x, first = cells.X.toarray(), (cells.obs["sample"] == "s1").to_numpy()
+    x[np.ix_(first, np.arange(75))] = 0
+    x[np.ix_(~first, np.arange(75, 150))] = 0
+    cells.X, cells.obs["part"] = sp.csr_matrix(x), np.where(first, "a", "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train = celbo.TrainConfig(max_epochs=3, seed=0)
+        model = celbo.ExpressionVAE(latent_dim=2, nuisance=["part"], mask_absent="part", train=train).fit(cells)
+        assert np.isfinite(model.embed(cells)).all()
+        with pytest.raises(celbo.UsageError, match="no gene that was measured in both"):
+            model.differential_expression(cells, groupby="part", group="a", reference="b")
+
+
+def test_questions_about_genes_leave_out_what_a_group_lacks(masked, joined, lacked, tmp_path, celbo_command):
+    third = joined[joined.obs["sample"] == "s3"].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = masked.differential_expression(joined, groupby="sample", group="s3", reference="s1")
+        assert not set(table.index) & set(lacked)
+        assert len(table) == 150 - N_LACKED
+        genes = masked.counterfactual(third, {"batch": "batch_1"}, n_samples=2).genes
+        assert genes.loc[lacked, "fdr"].isna().all()
+    masked.save(tmp_path / "model")
+    third.write_h5ad(tmp_path / "third.h5ad")
+    joined.write_h5ad(tmp_path / "all.h5ad")
+    for name in ("third", "all"):
+        files = [tmp_path / "model", tmp_path / f"{name}.h5ad", "-o", tmp_path / f"{name}_x.h5ad"]
+        assert celbo_command("express", *files).returncode == 0
+    measured = ad.read_h5ad(tmp_path / "third_x.h5ad").var["celbo_measured"]
+    assert set(measured.index[~measured]) == set(lacked)
+    assert "celbo_measured" not in ad.read_h5ad(tmp_path / "all_x.h5ad").var
+
+
+def test_masks_go_with_chosen_genes_size_factors_labels_and_data_on_disk(joined, lacked, tmp_path):
+    cells = joined.copy()
+    cells.obs["factor"] = np.asarray(cells.X.sum(1)).ravel()
+    cells.obs["known"] = cells.obs["cell_type"].astype(str)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    options = {"n_top_genes": 80, "size_factor": "factor", "labels": "known", "mask_absent": "sample"}
+    train = celbo.TrainConfig(max_epochs=3, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = celbo.ExpressionVAE(latent_dim=2, train=train, **options).fit(cells)
+        on_disk = celbo.data.read.read_adata(tmp_path / "cells.h5ad", on_disk=True)
+        again = celbo.ExpressionVAE(latent_dim=2, train=train, **options).fit(on_disk)
+        assert set(dict(model.schema_.absent.genes)["s3"]) == set(lacked) & set(model.schema_.genes)
+        np.testing.assert_array_equal(model.embed(cells), again.embed(cells))
+        assert len(model.predict(cells)) == cells.n_obs
+        mapped = model.map_query(cells[:60])
+        assert mapped.schema_.absent == model.schema_.absent

@@ -16,6 +16,7 @@ COMMANDS = {
     "score": ["cells.h5ad", "-o", "out/s.csv", "--n-samples", "2"],
     "counterfactual": ["cells.h5ad", "--set", "batch=a", "-o", "out/c.h5ad", "--n-samples", "2"],
     "de": ["cells.h5ad", "--groupby", "cell_type", "-o", "out/de.csv"],
+    "express": ["cells.h5ad", "-o", "out/x.h5ad"],
     "sample": ["-n", "100", "-o", "out/new.h5ad"],
     "cure": ["-o", "out/cured", "--tries", "1"],
 }

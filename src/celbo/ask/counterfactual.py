@@ -157,11 +157,12 @@ def counterfactual(
     _warn_before(fitted, given)
     with threads(fitted.threads):
         known = [known_cells(model.needed_reference(), schema, model.vae.classifier, given) for model in models]
+        is_unlike = warn_of_unlike(fitted, cells)
         mu_z = cells.encoded.mu_z
         levels = other_levels(schema, fitted.vae.classifier, given, cells.codes, mu_z, label_codes(schema, cells.obs))
         standing = support(mu_z, levels, known[0], cells.obs.index)
         standing.loc[cells.empty] = (np.nan, np.nan, "empty")
-        if (is_unlike := warn_of_unlike(fitted, cells)) is not None:
+        if is_unlike is not None:
             standing["unlike"] = is_unlike
         unsupported = (standing["verdict"] != "supported").to_numpy()
         carried = [
@@ -188,7 +189,7 @@ def counterfactual(
         decoded.noise,
         n_like(mu_z, known[0]),
         pd.Index(schema.genes),
-        cells.measured,
+        cells.source.measured_in_any,
         is_ratio=fitted.likelihood.values != "real",
         seed=seed,
     )

@@ -26,6 +26,7 @@ from celbo.fit.cells import Cells
 from celbo.minibatch import FEWEST_ROWS, Contexts, Minibatch, Rows, Source, in_chunks, in_even_pieces
 from celbo.model.distributions import NegativeBinomial
 from celbo.model.filling import fill_in
+from celbo.model.inference import take_filled
 from celbo.model.likelihoods import NegativeBinomialHead
 from celbo.model.vae import VAE, context_of
 
@@ -275,7 +276,7 @@ def draw_counts(draws: Draws, rows: Rows, seed: int, weight: float = 0.5) -> spa
             size = torch.from_numpy(library[chunk]).to(device)
             p = vae.likelihood(chosen, context=contexts(chunk).to(device) if vae.context_dim else None, library=size)
             if isinstance(p, NegativeBinomial):
-                cells = fill_in(vae, source.take(chunk).to(device), source)
+                cells = take_filled(vae, source, chunk)
                 own = vae.likelihood(chosen, context=context_of(vae, cells), library=size)
                 mean = _between(p, own, carried, chunk, torch.full((len(chunk),), weight))
                 counts = torch.poisson(_rates(mean, own, cells.x.to_dense(), draw=True))

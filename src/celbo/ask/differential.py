@@ -29,8 +29,7 @@ from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
 from celbo.kernels.threads import threads
 from celbo.minibatch import Contexts, Source, in_chunks
-from celbo.model.filling import fill_in
-from celbo.model.inference import false_share
+from celbo.model.inference import false_share, take_filled
 from celbo.model.vae import VAE, context_of
 from celbo.streams import Stream, random_stream
 
@@ -176,7 +175,7 @@ def group_sums(
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         for rows in in_chunks(np.flatnonzero(sets >= 0), _CHUNK):
-            cells = fill_in(vae, source.take(rows).to(device), source)
+            cells = take_filled(vae, source, rows)
             own, of_set = context_of(vae, cells), torch.from_numpy(sets[rows]).to(device)
             mu_z, logvar_z = vae.encode(cells.x, own)
             p = vae.likelihood(mu_z, context=own, library=cells.library)
@@ -315,7 +314,12 @@ def _contrast(
     least: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Table of one comparison, surest genes first."""
+    """Table of one comparison, surest genes first, without genes that no cell of one side has measured."""
+    sides = [list(side) for pair in pairs for side in pair]
+    measured = np.all([sums.expected[side].sum(0) > 0 for side in sides], axis=0)
+    if not measured.any():
+        raise UsageError(f"{names[0]!r} and {names[1]!r} have no gene that was measured in both; compare other groups.")
+    sums, genes = _sums_of_genes(sums, measured), [gene for gene, has in zip(genes, measured, strict=True) if has]
     change, variance, one, other = fold_changes(sums, pairs)
     table = shrink(change, variance, least, seed=seed)
     table.index = pd.Index(genes, name="gene")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celbo.data.conditions import as_text, level_positions
+from celbo.data.conditions import as_text, level_positions, text_or_none
 from celbo.errors import DataError, UsageError, listed, warn
 
 __all__ = ["FEWEST", "group_cells", "group_named", "warn_of_confounding"]
@@ -51,7 +51,7 @@ def group_cells(
         If groups are not there, or have too few cells to be compared.
     """
     groupby, is_number = labels.name, pd.api.types.is_float_dtype(labels)
-    labels = _as_text(labels)
+    labels = text_or_none(labels)
     sizes = labels.value_counts()
     if unknown := [name for name in (group, reference) if name is not None and name not in sizes]:
         raise UsageError(f"{groupby!r} has no {listed(unknown)}; it has {listed(sorted(sizes.index))}.")
@@ -75,7 +75,7 @@ def group_cells(
         raise UsageError(
             f"none of the {len(sizes):,} groups of {groupby!r} has {FEWEST} cells; group by a coarser column."
         )
-    both = pd.DataFrame({"level": "" if levels is None else _as_text(levels), "group": labels})
+    both = pd.DataFrame({"level": "" if levels is None else text_or_none(levels), "group": labels})
     numbered = both.groupby(["level", "group"], sort=True)
     sets = numbered.ngroup().to_numpy()
     sets = np.where(both.notna().all(axis=1), sets, -1).astype(np.intp)
@@ -133,17 +133,12 @@ def warn_of_confounding(
         ]
         if not apart:
             continue
-        against = "the other cells" if reference is None else repr(reference)
-        who = repr(apart[0]) if len(apart) == 1 else f"one of the groups {listed(apart)}"
+        against = "the cells it is compared with" if reference is None else repr(reference)
+        who = f"group {apart[0]!r} shares" if len(apart) == 1 else f"groups {listed(apart)} share"
         at = "" if within is None else f" within a level of {within!r}"
         warn(
-            f"no level of the nuisance {nuisance!r} has both cells of {who} and of {against}{at}. All of the "
+            f"{who} no level of the nuisance {nuisance!r} with {against}{at}. All of the "
             f"difference may come from {nuisance!r}, so nothing can be told about genes that differ. Compare groups "
             f"that have cells in the same level of {nuisance!r}. If each group has several levels, you can instead add "
             "up the counts of each level (celbo.pseudobulk) and compare the sums."
         )
-
-
-def _as_text(column: pd.Series) -> pd.Series:
-    """Values as text, None where a value is missing."""
-    return as_text(column).astype(object).where(column.notna(), None)

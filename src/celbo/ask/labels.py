@@ -59,7 +59,8 @@ def predict(fitted: Fitted, cells: Cells) -> pd.DataFrame:
     labels, classifier = fitted.schema.labels, fitted.vae.classifier
     if labels is None or labels.levels is None or classifier is None:
         raise UsageError("this model was fitted without labels; give labels='...' (celbo fit --labels COLUMN).")
-    reference, mu_z = fitted.needed_reference(), cells.encoded.mu_z
+    reference, is_unlike = fitted.needed_reference(), warn_of_unlike(fitted, cells)
+    mu_z = cells.encoded.mu_z
     with torch.inference_mode():
         log_p = classifier(torch.from_numpy(mu_z).to(classifier.temperature.device))
         probabilities = log_p.exp().cpu().numpy()
@@ -72,7 +73,7 @@ def predict(fitted: Fitted, cells: Cells) -> pd.DataFrame:
             "fit with a larger validation_fraction."
         )
     table = predictions(probabilities, mu_z, known, labels.levels, cells.obs.index, cells.empty)
-    if (is_unlike := warn_of_unlike(fitted, cells)) is not None:
+    if is_unlike is not None and "unlike" not in labels.levels:  # a label of an older version may be called that
         table.insert(3, "unlike", is_unlike)
     return table
 

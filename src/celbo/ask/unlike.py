@@ -36,11 +36,11 @@ def unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:
     known = reference.held_out & (reference.surprise != 0)
     if known.sum() < _FEWEST_HELD_OUT:
         return None
-    encoded = cells.encoded
+    surprise = cells.surprise  # `encoded` comes from the same pass
     usual, readings = standardised(
         reference.surprise[known, None].astype(np.float64),
-        encoded.surprise[:, None].astype(np.float64),
-        library=(reference.library[known], encoded.library),
+        surprise[:, None].astype(np.float64),
+        library=(reference.library[known], cells.encoded.library),
         batch=batches(fitted, reference, known, cells),
     )
     return (readings[:, 0] > _highest_usual(usual[:, 0])) & ~cells.empty

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from celbo.data.conditions import as_text, column_of, level_positions
+from celbo.data.conditions import as_text, column_of, level_positions, text_or_none
 from celbo.errors import listed
 
 __all__ = [
@@ -95,7 +95,7 @@ class CellsWithGene:
         """By column, ``(levels, genes)``."""
         for name in columns:
             column = column_of(obs, name)
-            codes, levels = pd.factorize(as_text(column).where(column.notna(), None), sort=True)
+            codes, levels = pd.factorize(text_or_none(column), sort=True)
             self._codes[name], self.levels[name] = codes, [str(level) for level in levels]
             self.detected[name] = np.zeros((len(levels), n_genes), np.int64)
 

@@ -25,8 +25,10 @@ __all__ = [
     "known_labels",
     "level_positions",
     "make_condition",
+    "refuse_floats",
     "size_factors",
     "spelling",
+    "text_or_none",
 ]
 
 _MOST_ONE_HOT = 50
@@ -290,6 +292,20 @@ def as_text(column: "pd.Series[Any]") -> "pd.Series[str]":
     return pd.Series(names[column.cat.codes], index=column.index)
 
 
+def refuse_floats(column: "pd.Series[Any]") -> None:
+    """Raise a `DataError` if a column of labels or types holds floating-point numbers."""
+    if pd.api.types.is_float_dtype(column):
+        raise DataError(
+            f"obs column {column.name!r} holds floating-point numbers, but labels are text. If they name cell types, "
+            f"make them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
+        )
+
+
+def text_or_none(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Return values as text, None where a value is missing."""
+    return as_text(column).astype(object).where(column.notna(), None)
+
+
 def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, NDArray[np.int32]]:
     """Return the labels, and the position of each cell's label: -1 if it is missing or ``unlabelled``.
 
@@ -307,11 +323,7 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     >>> labels.levels, codes
     (('B', 'T'), array([ 1, -1, -1,  0], dtype=int32))
     """
-    if pd.api.types.is_float_dtype(column):
-        raise DataError(
-            f"obs column {column.name!r} holds floating-point numbers, but labels are text. If they name cell types, "
-            f"make them text: adata.obs[{column.name!r}].map('{{:g}}'.format, na_action='ignore')."
-        )
+    refuse_floats(column)
     text, unlabelled = as_text(column), str(unlabelled)
     is_unlabelled = level_positions([unlabelled], text) == 0
     if unlabelled != UNLABELLED and not is_unlabelled.any():

@@ -89,6 +89,8 @@ def choose_features(var: pd.DataFrame, wanted: str | None = None) -> Features:
                 f"({kind!r}). Choose another type with features (--features); features='all' models all of them."
             )
             return _chosen(column, types, is_gene.to_numpy(), kind)._replace(doubt=doubt)
+        if is_gene.any() and is_gene.all():
+            return Features(kind=types.iloc[0])
     for column, types in tables.items():
         if len(set(types)) > 1 and types.map(_plain).isin(_OTHERS).any():
             return Features(

@@ -73,26 +73,34 @@ class Cells:
 
     @cached_property
     def encoded(self) -> Encoded:
-        """Posteriors, library sizes and surprise; missing genes are filled in.
+        """Posteriors and library sizes; missing genes are filled in. Computed in one pass, at the first use."""
+        return self._encode(None, with_surprise=False)
 
-        Computed in one pass, at the first use.
-        """
-        assert self.vae is not None
-        with threads(self.n_threads):
-            return encode(self.vae, self.source, with_surprise=True)
+    @cached_property
+    def surprise(self) -> NDArray[np.float32]:
+        """`celbo.model.surprise.surprise` of the cells, ``(cells,)``; `encoded` comes from the same pass."""
+        encoded = self._encode(None, with_surprise=True)
+        self.__dict__.setdefault("encoded", encoded)
+        return encoded.surprise
 
-    def encoded_at(self, rows: Rows) -> Encoded:
+    def encoded_at(self, rows: Rows, *, with_surprise: bool = False) -> Encoded:
         """Posteriors and library sizes of the cells at these positions; if these are most cells, all are encoded."""
-        assert self.vae is not None
-        if "encoded" in self.__dict__ or 2 * len(rows) > len(self):
+        if with_surprise and 2 * len(rows) > len(self):
+            surprise = self.surprise  # first, so that `encoded` comes from its pass
+            return self.encoded.at(rows)._replace(surprise=surprise[rows])
+        if not with_surprise and ("encoded" in self.__dict__ or 2 * len(rows) > len(self)):
             return self.encoded.at(rows)
-        with threads(self.n_threads):
-            return encode(self.vae, self.source, rows, with_surprise=True)
+        return self._encode(rows, with_surprise=with_surprise)
 
     def contexts(self, given: Mapping[str, Any]) -> Contexts:
         """Contexts of these cells by position, with the conditions of ``given`` set to its values."""
         codes = self.schema.codes(self.obs, given)
         return lambda rows: self.schema.expand(codes[rows])
+
+    def _encode(self, rows: Rows | None, *, with_surprise: bool) -> Encoded:
+        assert self.vae is not None
+        with threads(self.n_threads):
+            return encode(self.vae, self.source, rows, with_surprise=with_surprise)
 
     def seen_by(self, fitted: "Fitted") -> "Cells":
         """Return the same cells, to be encoded by this model. The view of the last model is kept."""

@@ -167,7 +167,8 @@ def doubts_of_training(fitted: Fitted) -> list[str]:
     most = plan_run(len(fitted.split.train), fitted.config, fitted.recipe).epochs
     return [
         f"training was interrupted after {len(fitted.history):,} of at most {most:,} epochs. The model has the best "
-        "weights so far, and can be used, but training did not come to its end. To train the model to the end, fit it "
+        "weights so far (the last ones, if the KL weight was still rising), and can be used, but training did not come "
+        "to its end. To train the model to the end, fit it "
         "again: training then starts from the beginning."
     ]
 
@@ -175,7 +176,7 @@ def doubts_of_training(fitted: Fitted) -> list[str]:
 def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
     """Keep the positions of all held-out cells, and of as many training cells as a reference has."""
     rows, source = reference_rows(split, fitted.seed), cells.source
-    encoded = cells.encoded_at(rows)
+    encoded = cells.encoded_at(rows, with_surprise=True)
     return Reference(
         mu_z=encoded.mu_z,
         logvar_z=encoded.logvar_z,

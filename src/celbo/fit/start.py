@@ -11,8 +11,9 @@ import torch
 
 from celbo.data.absent import absent_genes
 from celbo.data.checks import Check, check_adata
-from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels
+from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels, level_positions, refuse_floats
 from celbo.data.confounding import types_of_one_level
+from celbo.data.groups import Groups, grouping
 from celbo.data.schema import Schema
 from celbo.data.sources import CellSource, make_source
 from celbo.data.variable_genes import choose_genes
@@ -98,7 +99,7 @@ def check_to_fit(
     features: str | None = None,
     mask_absent: str | None = None,
     remedies: Sequence[str] = (),
-    groupby: str | None = None,
+    groupby: Groups | None = None,
     fingerprint: bool = False,
 ) -> Check:
     """Check cells that a model is to be fitted to: values, names, conditions, labels; nothing is trained.
@@ -157,28 +158,27 @@ def _check_types(
     nuisance: Sequence[str],
     labels: str | None,
     unlabelled: str,
-    groupby: str | None,
+    groupby: Groups | None,
 ) -> None:
     """Add a warning for each nuisance whose levels have types of their own."""
-    if groupby is not None and groupby in nuisance:
+    if isinstance(groupby, str) and groupby in nuisance:
         raise UsageError(f"groupby={groupby!r} (--groupby) is a nuisance too; name a column of cell types.")
-    if groupby is not None and groupby not in obs.columns:
-        check.add("groupby", "error", f"obs has no column {groupby!r} for groupby; it has {listed(obs.columns)}.")
-    elif groupby is not None:
+    columns = {} if labels is None or labels not in obs.columns else {labels: column_of(obs, labels)}
+    if groupby is not None:
         with check.noting("groupby"):
-            if column_of(obs, groupby).dtype.kind == "f":
-                raise DataError(
-                    f"obs column {groupby!r} holds floating-point numbers, but types are text. If they name cell "
-                    f"types, make them text: adata.obs[{groupby!r}].map('{{:g}}'.format, na_action='ignore')."
-                )
+            types = grouping("groupby", groupby, obs)
+            refuse_floats(types)
+            columns[str(types.name)] = types
     if check.errors or check.schema is None:
         return
-    for name in dict.fromkeys(name for name in (labels, groupby) if name is not None):
-        known = (obs[name].notna() & ~as_text(obs[name]).isin([unlabelled, UNLABELLED])).to_numpy()
+    for name, types in columns.items():
+        text = as_text(types)
+        is_unknown = level_positions(list(dict.fromkeys([str(unlabelled), UNLABELLED])), text) >= 0
+        known = types.notna().to_numpy() & ~is_unknown
         for condition in check.schema.conditions:
             if not condition.nuisance or condition.levels is None:
                 continue
-            found = types_of_one_level(as_text(obs[name][known]), as_text(obs[condition.name][known]))
+            found = types_of_one_level(text[known], as_text(obs[condition.name][known]))
             if found.doubtful:
                 sentence = found.sentence(condition.name, f"the types in {name!r}")
                 check.add("types-of-one-level", "warning", f"nuisance {condition.name!r}: {sentence}. {_OF_ONE_LEVEL}")

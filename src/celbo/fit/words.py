@@ -28,7 +28,17 @@ _MODEL = {
     "prior": "latent_distribution",
     "remedies": "remedy beta kl_weight",
     **dict.fromkeys(
-        ["allow_noninteger", "dispersion", "objective", "decoder_dims", "interactions", "embedding_dim"], ""
+        [
+            "allow_noninteger",
+            "features",
+            "mask_absent",
+            "dispersion",
+            "objective",
+            "decoder_dims",
+            "interactions",
+            "embedding_dim",
+        ],
+        "",
     ),
     "train": "train_config plan_kwargs trainer_kwargs",
 }

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from celbo.caches import settle_torch_folder
-from celbo.minibatch import Minibatch, Rows, Source, csr_tensor
+from celbo.minibatch import Minibatch, Rows, Source, csr_tensor, scipy_csr
 from celbo.model.inference import Block, encoded_blocks, evaluating
 from celbo.model.objective import kl_to_prior, log_prob_of_cells
 from celbo.model.priors import Components
@@ -194,12 +193,7 @@ def _refine(
 
 def _generators(x: Tensor, seed: int) -> list[np.random.Generator]:
     """Make a random generator for each cell, seeded by the cell's values."""
-    x = x.cpu()
-    if x.layout == torch.sparse_csr:
-        parts = (part.numpy() for part in (x.values(), x.col_indices(), x.crow_indices()))
-        stored = sparse.csr_matrix(tuple(parts), tuple(x.shape)).copy()  # it is changed below
-    else:
-        stored = sparse.csr_matrix(x.numpy())
+    stored = scipy_csr(x).copy()  # it is changed below
     stored.eliminate_zeros()
     stored.sort_indices()
     genes, bounds = stored.indices.astype(np.int64), stored.indptr

@@ -12,8 +12,10 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from celbo.data.features import choose_features, features_of_query
 from celbo.data.read import read_adata
-from celbo.data.stored import stored_values
+from celbo.data.schema import Schema
+from celbo.data.stored import Stored, stored_values
 from celbo.errors import UsageError, check_count, check_seed, listed, warn
 from celbo.estimator import ExpressionVAE
 from celbo.fit.cells import Cells, open_cells
@@ -134,7 +136,7 @@ def compare(
     adata = read_adata(adata, layer=first.schema_.layer)
     kinds = {name: model.schema_.values for name, model in models.items()}
     if len(set(kinds.values())) > 1 and not (
-        set(kinds.values()) <= {"counts", "detected"} and _is_binary(adata, first.schema_.layer)
+        set(kinds.values()) <= {"counts", "detected"} and _is_binary(_stored(adata, first.schema_))
     ):
         listing = listed(f"{name} ({kind})" for name, kind in kinds.items())
         raise UsageError(f"the models are of values of other kinds: {listing}; their log p(x) cannot be compared.")
@@ -239,16 +241,16 @@ def choose(
     compared, prepare = [], _prepared_once(adata)
     watch: dict[str, Any] = {"progress": progress, "track": track}
     if likelihood:
-        binary = _is_binary(adata, model.layer)
+        binary = _is_binary(_modelled(model, adata))
         names = [name for name in SIMPLEST_FIRST if binary or LIKELIHOODS[name].values == "counts"]
         model, comparison = _best(model, "likelihood", names, prepare, watch)
         compared.append(comparison)
     if latent_dim:
-        widths = [width for width in LATENT_DIMS if width < min(adata.shape)]
+        widths = [width for width in LATENT_DIMS if width < min(_modelled(model, adata).shape)]
         model, comparison = _best(model, "latent_dim", widths, prepare, watch)
         compared.append(comparison)
     if not compared:
-        model.fit(adata, **watch)
+        fit_whole(model, adata, **watch)
     return model, compared
 
 
@@ -306,9 +308,19 @@ def _best(
     return warned(late.chosen, fitted[late.chosen]), late
 
 
-def _is_binary(adata: AnnData, layer: str | None) -> bool:
+def _modelled(model: ExpressionVAE, adata: AnnData) -> Stored:
+    """Values of the features that a model will be fitted to."""
+    return stored_values(adata, model.layer).of_genes(choose_features(adata.var, model.features).positions)
+
+
+def _stored(adata: AnnData, schema: Schema) -> Stored:
+    """Values of the features that a fitted model may read."""
+    return stored_values(adata, schema.layer).of_genes(features_of_query(adata.var, schema.features).positions)
+
+
+def _is_binary(stored: Stored) -> bool:
     """Test whether no value is above 1. It reads values until one is."""
-    return all(block.nnz == 0 or block.max() <= 1 for block in stored_values(adata, layer).blocks())
+    return all(block.nnz == 0 or block.max() <= 1 for block in stored.blocks())
 
 
 def fit_whole(model: ExpressionVAE, cells: AnnData | Cells, *, progress: bool, track: Track | None) -> ExpressionVAE:

@@ -6,7 +6,7 @@ from scipy import sparse
 
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
-from celbo.minibatch import Minibatch, Rows, in_chunks
+from celbo.minibatch import Rows, in_chunks, scipy_csr
 from celbo.model.ablation import sensitivity, use_of_latent
 from celbo.model.inference import CHUNK, Encoded, cell_terms
 from celbo.model.information import ANCHORS
@@ -123,17 +123,11 @@ def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
         codes = np.where(cells.empty, -1, column).astype(np.intp)
         rows = choose_levels(codes, seed=seed)
         if len(rows):
-            x = sparse.vstack([_csr(cells.source.take(piece)) for piece in in_chunks(rows, CHUNK)], format="csr")
+            x = sparse.vstack([scipy_csr(cells.source.take(piece).x) for piece in in_chunks(rows, CHUNK)], format="csr")
             x = x[:, everywhere]
             name, levels, is_counts = condition.name, condition.levels, fitted.is_counts
             found.append(overlap_of(name, x, codes[rows], levels, is_counts=is_counts, seed=seed))
     return found
-
-
-def _csr(cells: Minibatch) -> "sparse.csr_matrix":
-    """Return the values of a minibatch as scipy's matrix, ``(cells, genes)``."""
-    parts = (cells.x.values(), cells.x.col_indices(), cells.x.crow_indices())
-    return sparse.csr_matrix(tuple(part.numpy() for part in parts), shape=tuple(cells.x.shape))
 
 
 def settings_of(fitted: Fitted) -> Settings:

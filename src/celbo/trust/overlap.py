@@ -89,8 +89,8 @@ class Overlap:
         at_most = f"; at most {len(self.groups[0])} of them overlap" if len(self.groups[0]) > 1 else ""
         found = f"nuisance {self.name!r}: the {self.levels} levels compared do not overlap in the counts{at_most}"
         why = (
-            "no shift of all cells of a level brings its groups of cells onto those of another. Either levels have "
-            "cell types of their own, or the effect of a level differs from type to type"
+            "they seem to have different groups of cells, not only a batch effect that moves all cells alike. Either "
+            "levels have cell types of their own, or the effect of a level differs from type to type"
             if self.grouped
             else "the cells of a level form no groups that can be compared. Either each level is a cell type of its "
             "own, or all levels have the same type and a strong effect"
