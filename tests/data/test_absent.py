@@ -72,6 +72,36 @@ def test_shallow_cells_do_not_lack_genes(complete):
     assert not absent_problems(cells, nuisance=["sample"])
 
 
+def test_a_small_sample_that_lacks_many_genes_is_named_and_masked(complete, lacked):
+    """Two dozen cells say little of one gene, and enough of many."""
+    cells, rng = complete.copy(), np.random.default_rng(5)
+    for level in ("lacks", "complete"):
+        small = rng.permutation(cells.n_obs)[:24]
+        cells.obs["part"] = "others"
+        cells.obs.iloc[small, cells.obs.columns.get_loc("part")] = level
+        x = complete.X.toarray()
+        genes = np.flatnonzero(rng.random(150) < 0.4)
+        if level == "lacks":
+            x[np.ix_(small, genes)] = 0
+        cells.X = sp.csr_matrix(x)
+        found = absent_problems(cells, nuisance=["part"])
+        assert len(found) == (level == "lacks")
+        if found:
+            assert "in 'lacks' (24 cells)" in found[0].message
+            schema = celbo.ExpressionVAE(mask_absent="part").prepare(cells).schema
+            masked = set(dict(schema.absent.genes)["lacks"])
+            common = {complete.var_names[g] for g in genes if (complete.X[:, g] > 0).mean() > 0.2}
+            assert common <= masked <= {complete.var_names[g] for g in genes}
+
+
+def test_a_sample_too_small_to_judge_is_named_where_a_mask_is_asked_for(joined):
+    cells = joined.copy()
+    cells.obs["sample"] = cells.obs["sample"].astype(str)
+    cells.obs.iloc[0, cells.obs.columns.get_loc("sample")] = "one cell"
+    messages = [found.message for found in absent_problems(cells, mask_absent="sample")]
+    assert any("'one cell' of 'sample' have too few counts to tell which genes they lack" in text for text in messages)
+
+
 def test_a_panel_and_a_numbered_sample_are_seen_too(complete):
     """Other cases of the kind: a sample measured with a small panel of genes; samples named by whole numbers."""
     panel = complete.copy()

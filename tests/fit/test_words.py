@@ -81,7 +81,7 @@ def test_all_unknown_options_are_named_at_once():
         (lambda m, a: m.differential_expression(a, "cell_type"), "without a name.*groupby=..., group=..."),
         (lambda m, a: m.differential_expression(a), "needs groupby: give a column of obs"),
         (lambda m, a: m.expected_expression(a, library_size=1), "calls it library"),
-        (lambda m, a: m.expected_expression(a, transform_batch="b"), r"calls it over: over=\[...\]"),
+        (lambda m, a: m.expected_expression(a, transform_batch="b"), r"calls it given: {'treatment': 'treated'}"),
         (lambda m, a: m.fit(a, batch="b"), r"calls it nuisance.*celbo.ExpressionVAE\(nuisance=\[...\]\)"),
         (lambda m, a: m.fit(a, max_epochs=3), r"train=celbo.TrainConfig\(max_epochs=...\)"),
         (lambda m, a: m.fit(), "fit needs adata: give cells, as an AnnData or the path"),

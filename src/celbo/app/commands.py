@@ -165,19 +165,25 @@ def make_model(chosen: dict[str, dict[str, Any]]) -> "ExpressionVAE":
     return celbo.ExpressionVAE(**model, train=celbo.TrainConfig(**chosen["train"]))
 
 
-def read_cells(data: Path, reading: Reading, layer: str | None, conditions: "Sequence[str]") -> "AnnData":
+def read_cells(
+    data: Path, reading: Reading, layer: str | None, conditions: "Sequence[str]", categorical: "Collection[str]" = ()
+) -> "AnnData":
     """Open the cells, name their genes, and make missing conditions a level if ``--na-as-level`` is given."""
     from celbo.data.read import fill_missing_levels, name_genes, read_adata
 
     adata = name_genes(
         read_adata(data, layer=layer, on_disk=reading.on_disk), reading.gene_column, make_unique=reading.make_unique
     )
-    return fill_missing_levels(adata, conditions) if reading.na_as_level else adata
+    return fill_missing_levels(adata, conditions, categorical=categorical) if reading.na_as_level else adata
 
 
 def cells_for(model: "ExpressionVAE", data: Path, reading: Reading) -> "AnnData":
     """Read cells with the layer and the conditions of a fitted model."""
-    return read_cells(data, reading, model.schema_.layer, [condition.name for condition in model.schema_.conditions])
+    conditions = model.schema_.conditions
+    names, categorical = (
+        [c.name for c in some] for some in (conditions, [c for c in conditions if c.levels is not None])
+    )
+    return read_cells(data, reading, model.schema_.layer, names, categorical)
 
 
 def open_run(run: Path, data: Path | None, *, on_disk: bool) -> "tuple[ExpressionVAE, AnnData, Path, Reading]":

@@ -16,6 +16,7 @@ from celbo.data.absent import (
     columns_to_watch,
     describe_absences,
     find_absences,
+    levels_too_small,
     n_missing_values,
     why_not_watched,
 )
@@ -225,6 +226,8 @@ def check_adata(
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
         check.absences = find_absences(cells_with_gene, scan.library, watched)
+        if mask_absent is not None and mask_absent in check.absences:
+            _check_small_levels(check, mask_absent, levels_too_small(cells_with_gene, scan.library, mask_absent))
         _check_absences(check, adata.obs, mask_absent)
     library_scale = 1.0
     if size_factor is not None:
@@ -284,7 +287,9 @@ def check_query(
     if n_present < len(schema.genes):
         enough = n_present >= genes_present * len(schema.genes) and n_present > 0
         rest = (
-            "The model fills them in by their expectation." if enough else f"At least {genes_present:.0%} are needed."
+            "The model fills them in by their expectation."
+            if enough
+            else f"At least {genes_present:.0%} are needed (genes_present, --genes-present)."
         )
         message = f"{explain_mismatch(schema.genes, var)} {rest}"
         check.add("genes", "warning" if enough else "error", message)
@@ -411,6 +416,16 @@ def _check_emptiness(check: Check, adata: AnnData, scan: Scan, values: str, *, o
         )
 
 
+def _check_small_levels(check: Check, column: str, levels: Sequence[str]) -> None:
+    if levels:
+        check.add(
+            "absent-genes",
+            "warning",
+            f"{listed(levels)} of {column!r} have too few counts to tell which genes they lack; all their genes count "
+            "as measured (mask_absent, --mask-absent). Leave these cells out if their genes differ.",
+        )
+
+
 def _check_absences(check: Check, obs: pd.DataFrame, mask_absent: str | None) -> None:
     """Warn if cells of some levels lack genes that are not masked: by the column that explains most."""
     if mask_absent is not None:
@@ -492,7 +507,8 @@ def _warn_of_codes(check: Check, condition: Condition, column: "pd.Series[Any]")
             "numbers",
             "warning",
             f"condition {condition.name!r} has {column.nunique()} different numbers, and is read as continuous. If "
-            f"they are names, make them text: adata.obs[{condition.name!r}].astype(int).astype(str).",
+            f"they are names, make them text: adata.obs[{condition.name!r}] = "
+            f"adata.obs[{condition.name!r}].astype(int).astype(str).",
         )
 
 

@@ -98,7 +98,9 @@ def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
         hints.append(f"Without version numbers {_percent(matched, n)} match: {strip}.")
     if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in present})) > n_matched:
         hints.append(f"If capitals are ignored {_percent(matched, n)} match: symbols of another species, perhaps.")
-    lines += hints or ["Give var_names the model's kind of identifier, and keep the model's genes."]
+    if not hints and ours != theirs:
+        hints.append("Give var_names the model's kind of identifier.")
+    lines += hints
     return " ".join(lines)
 
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -171,7 +171,7 @@ def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool =
     return adata
 
 
-def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
+def fill_missing_levels(adata: AnnData, columns: Iterable[str], *, categorical: Collection[str] = ()) -> AnnData:
     """Replace missing values in these columns of obs by the level `MISSING_LEVEL`, in place.
 
     Examples
@@ -180,8 +180,9 @@ def fill_missing_levels(adata: AnnData, columns: Iterable[str]) -> AnnData:
     >>> list(fill_missing_levels(adata, ["batch"]).obs["batch"])
     ['a', '(missing)']
     """
-    for column in columns:  # floating-point columns are continuous, and have no levels
-        if column in adata.obs.columns and pd.api.types.is_float_dtype(adata.obs[column]):
+    for column in columns:  # floating-point columns are continuous, if they are not ``categorical`` in a fitted model
+        is_level = column in categorical
+        if not is_level and column in adata.obs.columns and pd.api.types.is_float_dtype(adata.obs[column]):
             continue
         if column in adata.obs.columns and adata.obs[column].isna().any():
             values = adata.obs[column].astype(object)

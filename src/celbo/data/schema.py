@@ -210,12 +210,14 @@ class Schema:
                 f"{listed(several)} is given a list of values; give one value. over={several!r} takes the mean over "
                 "all levels; for a mean over some of them, ask once for each and take the mean of the answers."
             )
+        if isinstance(over, str):
+            raise UsageError(f"over is the text {over!r}; give a list of conditions: [{over!r}].")
         levels = {condition.name: condition.levels_of_fit for condition in self.conditions}
         is_list = isinstance(over, Iterable) and not isinstance(over, str)
         over = list(over) if is_list else over
         if not is_list or any(not levels.get(name) or name in given for name in over):
             raise UsageError(
-                f"over={over!r}: give a list of categorical conditions that are not given already; "
+                f"over={over!r}: give a list of categorical conditions that are not given already (one level: given); "
                 f"the model has {listed(name for name, known in levels.items() if known) or 'none'}."
             )
         combinations = list(product(*(levels[name] for name in over)))

@@ -112,13 +112,15 @@ def _in_notebook(bar: "Progress") -> Iterator[Callable[[], None]]:
 
 
 def _lines(console: "Console") -> Track:
-    started = last_line = time.monotonic()
+    started = last_line = 0.0
 
     def track(minibatches: Iterable[Rows], plan: Plan, history: list[Epoch]) -> Iterator[Rows]:
-        nonlocal last_line
+        nonlocal started, last_line
         for step, rows in enumerate(minibatches, start=1):
             yield rows
             now = time.monotonic()
+            if not started:  # after the first step, which also loads and compiles
+                started = last_line = now
             if now - last_line >= _SECONDS_BETWEEN_LINES:
                 last_line = now
                 done = (len(history) * plan.steps_per_epoch + step) / (plan.epochs * plan.steps_per_epoch)

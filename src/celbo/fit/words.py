@@ -56,14 +56,14 @@ _TRAIN = {
 }
 _QUESTION = {
     "adata": "data cells anndata x",
-    "given": "condition conditions treatment",
+    "given": "condition conditions treatment transform_batch",
     "conditions": "given",
     "group": "group1 groups test_group",
     "reference": "group2 ref_group control",
     "groupby": "group_by groupby_key",
     "pair_by": "pairby pair paired_by",
     "least_change": "delta lfc_threshold logfc_threshold",
-    "over": "transform_batch batch_correction",
+    "over": "batch_correction",
     "library": "library_size",
     "n": "n_cells n_obs size",
     "path": "dir_path filename",

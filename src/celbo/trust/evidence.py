@@ -113,7 +113,7 @@ def gather(
 def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
     """Compare the levels of each categorical nuisance on at most 4,000 cells; see `celbo.trust.overlap`.
 
-    Genes that some levels lack are left out.
+    Genes without a value in a whole level are left out: they may not be measured there.
     """
     found, schema = [], fitted.schema
     everywhere = cells.measured if schema.absent is None else cells.measured & ~schema.absent.masks(schema.genes).any(0)
@@ -124,10 +124,20 @@ def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
         rows = choose_levels(codes, seed=seed)
         if len(rows):
             x = sparse.vstack([scipy_csr(cells.source.take(piece).x) for piece in in_chunks(rows, CHUNK)], format="csr")
-            x = x[:, everywhere]
+            x = x[:, everywhere & _in_all_levels(x, codes[rows])]
+            if x.shape[1] <= COMPONENTS:
+                continue
             name, levels, is_counts = condition.name, condition.levels, fitted.is_counts
             found.append(overlap_of(name, x, codes[rows], levels, is_counts=is_counts, seed=seed))
     return found
+
+
+def _in_all_levels(x: "sparse.csr_matrix", codes: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Return which genes have a value other than 0 in each level, ``(genes,)``: the others may not be measured."""
+    levels = np.unique(codes, return_inverse=True)[1]
+    of_level = sparse.csr_matrix((np.ones(len(levels)), (levels, np.arange(len(levels)))))
+    has_value: NDArray[np.bool_] = np.all((of_level @ (x != 0)).toarray() > 0, axis=0)
+    return has_value
 
 
 def settings_of(fitted: Fitted) -> Settings:
