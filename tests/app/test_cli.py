@@ -269,7 +269,7 @@ def test_bad_data_end_in_words_and_exit_3(data, cells, tmp_path, fault):
     done = run("fit", path, "-o", tmp_path / "run", *arguments)
     message = {
         "not there": "does not exist",
-        "no h5ad": "cannot be read as an AnnData",
+        "no h5ad": "is a text table, and no AnnData",
         "no column": "no column 'donor'; it has 'cell_type'",
         "log values": "are not whole numbers",
         "duplicate genes": "more than once: 'same'",
@@ -337,6 +337,7 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, name, exi
         command("fit", data, "-o", folder, "--epochs", "100000", "--patience", "100000"),
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 60
@@ -361,6 +362,7 @@ def test_a_terminal_that_is_closed_ends_training_and_frees_the_folder(fitted_run
     ours, theirs = pty.openpty()
 
     def control_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.setsid()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 

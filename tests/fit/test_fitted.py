@@ -52,7 +52,14 @@ def test_the_cells_of_fit_are_known_in_any_form(fit, tmp_path):
     more.obs = cells.obs
     model.save(tmp_path / "model")
     for asked in (model, celbo.load(tmp_path / "model")):
-        for same in (cells, other, narrow, sparse, more, read_adata(tmp_path / "cells.zarr", on_disk=True)):
+        for same in (
+            cells,
+            other,
+            narrow,
+            sparse,
+            more,
+            read_adata(tmp_path / "cells.zarr", on_disk=True, layer=model.layer),
+        ):
             assert is_known(asked, same)
         assert is_known(asked, read_adata(tmp_path / "cells.h5ad", on_disk=True, layer=model.layer))
 

@@ -179,6 +179,7 @@ def test_a_run_with_a_large_seed_is_written_whole(cells, tmp_path, celbo_command
 
 @pytest.mark.parametrize("seed", [2**63, -1])
 def test_a_seed_out_of_range_is_refused_before_anything_is_read(tmp_path, celbo_command, seed):
+    (tmp_path / "nothing.h5ad").write_bytes(b"")
     done = celbo_command("fit", tmp_path / "nothing.h5ad", "--seed", seed, "-o", tmp_path / "run")
     assert done.returncode == UsageError.exit_code
     assert not (tmp_path / "run").exists()

@@ -233,8 +233,8 @@ def fit(
 
         typer.echo(remedy_table())
         return
-    chosen, reading = chosen_options(ctx, config)
     existing_path(data)
+    chosen, reading = chosen_options(ctx, config)
     auto = {name for name in ("likelihood", "latent_dim") if chosen["model"].get(name) == "auto"}
     chosen["model"] = {name: value for name, value in chosen["model"].items() if name not in auto}
     model = make_model(chosen)

@@ -133,7 +133,8 @@ def warn_of_confounding(
         ]
         if not apart:
             continue
-        against = "the cells it is compared with" if reference is None else repr(reference)
+        pronoun = "it is" if len(apart) == 1 else "they are"
+        against = f"the cells {pronoun} compared with" if reference is None else repr(reference)
         who = f"group {apart[0]!r} shares" if len(apart) == 1 else f"groups {listed(apart)} share"
         at = "" if within is None else f" within a level of {within!r}"
         warn(

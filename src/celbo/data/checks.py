@@ -225,10 +225,11 @@ def check_adata(
         _check_values(check, adata, layer, scan, values)
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
-        check.absences = find_absences(cells_with_gene, scan.library, watched)
-        if mask_absent is not None and mask_absent in check.absences:
-            _check_small_levels(check, mask_absent, levels_too_small(cells_with_gene, scan.library, mask_absent))
-        _check_absences(check, adata.obs, mask_absent)
+        if not check.errors:  # sums of values that are not finite say nothing
+            check.absences = find_absences(cells_with_gene, scan.library, watched)
+            if mask_absent is not None and mask_absent in check.absences:
+                _check_small_levels(check, mask_absent, levels_too_small(cells_with_gene, scan.library, mask_absent))
+            _check_absences(check, adata.obs, mask_absent)
     library_scale = 1.0
     if size_factor is not None:
         with check.noting("size-factor"):

@@ -164,7 +164,9 @@ def _check_types(
     if isinstance(groupby, str) and groupby in nuisance:
         raise UsageError(f"groupby={groupby!r} (--groupby) is a nuisance too; name a column of cell types.")
     columns = {} if labels is None or labels not in obs.columns else {labels: column_of(obs, labels)}
-    if groupby is not None:
+    if isinstance(groupby, str) and groupby not in obs.columns:
+        check.add("groupby", "error", f"obs has no column {groupby!r} for groupby; it has {listed(obs.columns)}.")
+    elif groupby is not None:
         with check.noting("groupby"):
             types = grouping("groupby", groupby, obs)
             refuse_floats(types)
