@@ -67,7 +67,7 @@ def fit_on_a_terminal(data, folder):
 def test_the_first_interrupt_writes_the_run_and_the_second_stops_at_once(data, tmp_path):
     folder = tmp_path / "run"
     with fit_on_a_terminal(data, folder) as (process, read_to):
-        read_to("epoch 4 of at most 100000, held-out ELBO")
+        read_to("held-out ELBO")
         process.send_signal(signal.SIGINT)
         screen = read_to(None)
         assert process.wait(timeout=60) == 130
@@ -83,10 +83,10 @@ def test_the_first_interrupt_writes_the_run_and_the_second_stops_at_once(data, t
     assert {path.name for path in folder.iterdir()} >= set(WRITTEN) - {"cure.json", "choice.json"}
     first = celbo.load(folder)
     assert first.fitted_.stopped == "interrupted"
-    assert len(first.history_) >= 3
+    assert len(first.history_) >= 1
 
     with fit_on_a_terminal(data, folder) as (process, read_to):
-        read_to("epoch 4 of at most 100000")
+        read_to("held-out ELBO")
         process.send_signal(signal.SIGINT)
         read_to("training was interrupted")  # from here on the run is written
         process.send_signal(signal.SIGINT)
