@@ -269,7 +269,7 @@ def test_bad_data_end_in_words_and_exit_3(data, cells, tmp_path, fault):
     done = run("fit", path, "-o", tmp_path / "run", *arguments)
     message = {
         "not there": "does not exist",
-        "no h5ad": "is a text table, and no AnnData",
+        "no h5ad": "is no AnnData: it is a text file",
         "no column": "no column 'donor'; it has 'cell_type'",
         "log values": "are not whole numbers",
         "duplicate genes": "more than once: 'same'",

@@ -256,6 +256,7 @@ def test_files_of_r_are_recognised_however_they_are_packed(pack):
     ("content", "kind"),
     [
         (b"not counts", "it is a text file"),
+        (b"counts, honestly\nand no table", "it is a text file"),
         ("Zelle\nM\u00fcller\n".encode("latin-1"), "it is a text file"),
         (b'{"a": 1}', "text file (JSON)"),
         (b"<!DOCTYPE html><html></html>", "is a web page"),

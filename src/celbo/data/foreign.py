@@ -244,8 +244,8 @@ def _describe_text(path: Path, text: str) -> str:
         return f"{path} is a web page, not the file that was to be downloaded. Download it again."
     if start.startswith(("{", "[{")):
         return f"{path} is no AnnData: it is a text file (JSON). {_GIVE}"
-    line = start.partition("\n")[0]
-    separators = {sign: line.count(sign) for sign in ("\t", ",", ";")}
+    first, second, *_ = (*start.splitlines(), "", "")
+    separators = {sign: min(first.count(sign), second.count(sign)) for sign in ("\t", ",", ";")}
     sign = max(separators, key=lambda sign: separators[sign])
     if not separators[sign]:
         return f"{path} is no AnnData: it is a text file. {_GIVE}"
