@@ -18,7 +18,7 @@ def test_a_fit_beside_others_gives_the_same_bytes_as_alone(kind):
         [sys.executable, program, kind],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # a process that waits for ever fails the test
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.stdout == f"{kind} same weights 2\n", done.stderr
