@@ -47,12 +47,14 @@ _OVERLAP = 0.5
 """Two levels overlap if neighbours are of the other level at least this often, as a share of what chance gives."""
 _GROUPS, _CELLS_OF_GROUP = 15, 16
 """Most groups in half of a level, and mean number of cells in one at least."""
-_SPLITS, _FEWEST_SPLITS = 16, 4
+_SPLITS, _FEWEST_SPLITS = 16, 6
 """Divisions of all levels together into halves, and fewest of one level."""
-_SAME, _WITHIN, _SAME_AT_LEAST = 0.66, 0.42, 0.08
+_SAME, _SAME_AT_LEAST = 0.66, 0.08
 """Two levels have the same groups if their mismatches, from that of halves (0) to that of normal draws (1), are on
-average at most the first number; if one is at most the second, because the other level has more groups; or if they are
-above that of halves by at most the third."""
+average at most the first number; or if they are above that of halves by at most the second."""
+_WITHIN, _WITHIN_MANY = 0.42, 0.3
+"""They also have if one of the mismatches is at most this, because the other level has more groups. The second number
+is for three levels or more, where chance has more pairs to choose from."""
 _NO_GROUPS, _CELLS_WITHOUT_GROUPS, _FAR = 0.05, 350, 0.05
 """Levels have no groups if normal draws match as well as halves, up to this difference. That is believed for at least
 this median number of cells per level, and matters for levels that overlap less than this."""
@@ -207,16 +209,17 @@ def overlap_of(
     if _sets(linked)[0] > 1:
         for level in range(n):
             values[codes == level] -= values[codes == level].mean(0)
-        within = _components(values, _COMPONENTS_WITHIN)
+        scores = _components(values, _COMPONENTS_WITHIN)
         rng = random_stream(seed, Stream.OVERLAP, 1)
         splits = max(_SPLITS // n, _FEWEST_SPLITS)
-        parts = [_centres(within[codes == level], splits, rng) for level in range(n)]
+        parts = [_centres(scores[codes == level], splits, rng) for level in range(n)]
         pairs = [pair for pair in combinations(range(n), 2) if not linked[pair]]
         both = [(_mismatches(parts[a], parts[b]), _mismatches(parts[b], parts[a])) for a, b in pairs]
         between, halves, normal = np.moveaxis(np.array(both), 2, 0)  # each (pairs, 2)
         excess, room = between - halves, normal - halves
         same = excess.sum(1) <= _SAME * room.sum(1)
-        same |= (excess <= _WITHIN * room).any(1) | (excess.mean(1) <= _SAME_AT_LEAST)
+        within = _WITHIN if n == 2 else _WITHIN_MANY
+        same |= (excess <= within * room).any(1) | (excess.mean(1) <= _SAME_AT_LEAST)
         if room.mean() < _NO_GROUPS and np.median(np.bincount(codes)) >= _CELLS_WITHOUT_GROUPS:
             grouped = False
             same &= np.array([mixing[pair] >= _FAR for pair in pairs])
