@@ -352,6 +352,7 @@ def test_a_signal_ends_training_with_its_own_exit_code(data, tmp_path, name, exi
     assert not folder.exists()  # nor its lock
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX terminals")
 @pytest.mark.parametrize("lock", ["in a new folder", "in the folder of a run"])
 def test_a_terminal_that_is_closed_ends_training_and_frees_the_folder(fitted_run, data, tmp_path, lock):
@@ -382,6 +383,7 @@ def test_a_terminal_that_is_closed_ends_training_and_frees_the_folder(fitted_run
     assert {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()} == files
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_a_command_that_nohup_started_goes_on_when_the_terminal_is_closed(data, tmp_path):
     folder = tmp_path / "run"

@@ -198,6 +198,7 @@ main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", [".h5ad", ".zarr"])
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_file_is_whole_or_as_it_was_if_the_command_is_stopped(folder, tmp_path, celbo_command, ending, name, code):
@@ -216,6 +217,7 @@ def test_a_file_is_whole_or_as_it_was_if_the_command_is_stopped(folder, tmp_path
     assert written(output).X.sum() > 2 * before.sum()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", [".h5ad", ".zarr"])
 def test_a_full_disk_ends_in_words_and_leaves_nothing(folder, tmp_path, ending):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, 45_000))  # noqa: E731
@@ -269,6 +271,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """A file of 144 MB: 12,000 cells, of hardly any counts, x 3,000 genes."""

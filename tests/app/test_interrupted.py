@@ -64,6 +64,7 @@ def fit_on_a_terminal(data, folder):
     return on_a_terminal(sys.executable, "-c", code, "fit", str(data), "-o", str(folder), *LONG)
 
 
+@pytest.mark.long
 def test_the_first_interrupt_writes_the_run_and_the_second_stops_at_once(data, tmp_path):
     folder = tmp_path / "run"
     with fit_on_a_terminal(data, folder) as (process, read_to):

@@ -661,6 +661,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_for_many_genes():
     """Two gigabytes would be needed to decode 64 cells of 8,000 genes and 50 draws at once."""

@@ -373,6 +373,7 @@ def test_missing_genes_are_filled_in_once_while_mapping(reference, many):
     np.testing.assert_allclose(filled.library[:, 0].numpy(), again, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_mapping_keeps_what_the_remedies_maximise(many):
     known, query = of_batch(many, "batch_0", "batch_1"), of_batch(many, "batch_2")
     train = celbo.TrainConfig(max_epochs=10, seed=0)

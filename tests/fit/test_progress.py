@@ -129,6 +129,7 @@ def notebook():
         yield run
 
 
+@pytest.mark.long
 def test_a_notebook_shows_a_bar_and_keeps_what_was_printed_apart(notebook):
     shown, printed = notebook("fitted = model(30).fit(cells); print('done')")
     assert (printed["name"], printed["text"]) == ("stdout", "done\n")
@@ -140,6 +141,7 @@ def test_a_notebook_shows_a_bar_and_keeps_what_was_printed_apart(notebook):
     assert [output.get("text") for output in outputs if output["output_type"] == "stream"] == ["1\n"]
 
 
+@pytest.mark.long
 def test_the_stop_button_of_a_notebook_leaves_a_usable_model(notebook):
     import threading
 

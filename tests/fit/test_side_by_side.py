@@ -10,6 +10,7 @@ import pytest
 KINDS = ["threads", "spawn", *(["fork"] if sys.platform == "linux" else [])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fit_beside_others_gives_the_same_bytes_as_alone(kind):
     """In two Python threads at a time, and in processes that are started after torch computed on several threads."""

@@ -218,7 +218,9 @@ def test_values_are_not_taken_for_options(celbo_command):
 
 def test_so_does_a_config_file(celbo_command, tmp_path):
     (tmp_path / "run.toml").write_text("n_latent = 3\n[train]\nlr = 0.1\n")
-    done = celbo_command("fit", "nothing.h5ad", "-o", tmp_path / "run", "--config", tmp_path / "run.toml")
+    (tmp_path / "cells.h5ad").write_bytes(b"")
+    options = ["-o", tmp_path / "run", "--config", tmp_path / "run.toml"]
+    done = celbo_command("fit", tmp_path / "cells.h5ad", *options)
     assert done.returncode == UsageError.exit_code
     assert "'n_latent' (did you mean 'latent_dim'?)" in done.stderr
     assert "'train.lr' (did you mean 'learning_rate'?)" in done.stderr

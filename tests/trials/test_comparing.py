@@ -146,6 +146,7 @@ def test_models_of_other_counts_are_not_compared():
         celbo.compare(models, adata)
 
 
+@pytest.mark.long
 def test_variants_are_tried_for_a_quarter_of_the_plan_on_cells_that_are_checked_once(monkeypatch):
     """For 400 cells a plan has 200 epochs, and a run that gains for long has up to 800."""
     adata = planted("nb", 0, n_cells=400, n_genes=12)

@@ -157,6 +157,7 @@ def test_fit_announces_a_collapse_without_being_asked(blob_run):
     assert json.loads((folder / "run" / "diagnosis.json").read_text())["collapsed"]
 
 
+@pytest.mark.long
 def test_diagnose_finds_the_cells_of_the_run(blob_run):
     folder, _ = blob_run
     done = run("diagnose", folder / "run")
@@ -169,6 +170,7 @@ def test_diagnose_finds_the_cells_of_the_run(blob_run):
     assert document["remedies"][0]["remedy"] == "beta:1"
 
 
+@pytest.mark.long
 def test_cure_writes_a_run_and_its_trail(blob_run):
     folder, _ = blob_run
     done = run("cure", folder / "run", "-o", folder / "cured", "--tries", 2)

@@ -157,6 +157,7 @@ def fit_quietly(cells, **options):
     return model, [str(warning.message) for warning in said if "do not overlap" in str(warning.message)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("likelihood", ["nb", "bernoulli", "gaussian"])
 def test_fit_and_diagnosis_say_that_levels_do_not_overlap(likelihood):
     cells = simulated(2, 0.3, own_types=True)
@@ -180,6 +181,7 @@ def test_conditions_that_are_studied_are_not_doubted():
     assert not [each for each in said if "overlap" in str(each.message)]
 
 
+@pytest.mark.long
 def test_the_report_of_a_run_has_the_doubt(tmp_path, celbo_command):
     simulated(2, 0.3, own_types=True).write_h5ad(tmp_path / "cells.h5ad")
     done = celbo_command("fit", tmp_path / "cells.h5ad", "-o", tmp_path / "run", "--nuisance", "batch", "--epochs", "1")

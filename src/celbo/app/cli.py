@@ -226,8 +226,6 @@ def fit(
     **metrics.json**, **history.jsonl**, **run.json** and **model/** (for `celbo embed` and `celbo.load`).
     `--config run/run.json` repeats the run.
     """
-    from celbo.data.features import choose_features
-
     if remedy == ["list"]:
         from celbo.fit.remedies import remedy_table
 
@@ -240,6 +238,8 @@ def fit(
     model = make_model(chosen)
     model.recipe()  # refuses an unknown remedy before the data are read
     adata = read_cells(data, reading, model.layer, [*model.conditions, *model.nuisance])
+    from celbo.data.features import choose_features
+
     n_genes = len(choose_features(adata.var, model.features).of(adata.var))
     if "n_top_genes" not in chosen["model"] and n_genes > N_TOP_GENES and model.likelihood != "gaussian":
         model.n_top_genes = N_TOP_GENES
