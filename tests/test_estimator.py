@@ -344,7 +344,7 @@ def test_expected_expression_over_levels_is_the_mean_of_each(cells, fitted):
     each = [fitted.expected_expression(cells, given={"batch": level}) for level in fitted.schema_.conditions[0].levels]
     np.testing.assert_allclose(fitted.expected_expression(cells, over=["batch"]), np.mean(each, axis=0), rtol=1e-5)
     for wrong in (["nothing"], "batch"):
-        with pytest.raises(celbo.UsageError, match="over is the text|categorical conditions that are not given"):
+        with pytest.raises(celbo.UsageError, match=r"over is the text|categorical conditions that are not given"):
             fitted.expected_expression(cells, over=wrong)
     with pytest.raises(celbo.UsageError, match="categorical conditions that are not given"):
         fitted.expected_expression(cells, given={"batch": "batch_0"}, over=["batch"])
