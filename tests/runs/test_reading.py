@@ -42,7 +42,9 @@ def count(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize(("on_disk", "limit"), [(False, 4), (True, 13)])  # a sample is read twice: here all cells
+@pytest.mark.parametrize(
+    ("on_disk", "limit"), [(False, 4), (True, 12)]
+)  # levels are compared on a sample: here all cells
 def test_a_fit_reads_every_value_a_few_times_at_most(tmp_path, count, celbo_command, on_disk, limit):
     cells = celbo.simulate_cells(n_cells=400, n_genes=90, seed=0)
     cells.write_h5ad(tmp_path / "cells.h5ad")

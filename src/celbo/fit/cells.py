@@ -46,6 +46,8 @@ class Cells:
     prepared_with: Mapping[str, Any] | None = None
     """Options with which they were prepared for a fit; None if they were opened for a question."""
 
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was found out about these cells and is asked for again, by name."""
     _view: "Cells | None" = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

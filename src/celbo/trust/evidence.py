@@ -113,8 +113,17 @@ def gather(
 def overlaps(fitted: Fitted, cells: Cells, *, seed: int = 0) -> list[Overlap]:
     """Compare the levels of each categorical nuisance on at most 4,000 cells; see `celbo.trust.overlap`.
 
-    Genes without a value in a whole level are left out: they may not be measured there.
+    Genes without a value in a whole level are left out: they may not be measured there. The cells keep the result,
+    because a fit asks for it and the diagnosis of its run again.
     """
+    name = f"overlaps, seed {seed}"
+    if name not in cells.kept:
+        cells.kept[name] = _overlaps(fitted, cells, seed)
+    kept: list[Overlap] = cells.kept[name]
+    return kept
+
+
+def _overlaps(fitted: Fitted, cells: Cells, seed: int) -> list[Overlap]:
     found, schema = [], fitted.schema
     everywhere = cells.measured if schema.absent is None else cells.measured & ~schema.absent.masks(schema.genes).any(0)
     for condition, column in zip(schema.conditions, cells.codes.T, strict=True):
