@@ -86,7 +86,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load a public name from its module the first time somebody asks for it (PEP 562)."""
     if name not in _HOME:
-        raise AttributeError(f"module 'celbo' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(import_module("celbo.fit.words").no_public_name(name, __all__))
     return getattr(import_module(f"celbo.{_HOME[name]}"), name)
 
 

@@ -246,7 +246,7 @@ def find_folder(path: Path) -> Path:
     StorageError
         If it may not be read.
     """
-    with _explained(path):
+    with _explaining_faults_of(path):
         for candidate in (path, path / "model"):
             for folder in (candidate, _sibling(Path(os.path.realpath(candidate)), "previous")):
                 if (folder / _MANIFEST).is_file():
@@ -264,7 +264,7 @@ def find_folder(path: Path) -> Path:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explaining_faults_of(path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
@@ -275,7 +275,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _check(path: Path) -> tuple[FolderDescription, dict[str, str]]:
     """Check all but the numbers, the cheap before the dear. Returns what is there, and the SHA-256 of each file."""
-    with _explained(path):
+    with _explaining_faults_of(path):
         folder = find_folder(path)
         entries = _read_manifest(folder / _MANIFEST)
         # The version comes before names and contents, which a newer format is free to change.

@@ -13,6 +13,7 @@ A message says what was found (where, how many), what was expected, and what to 
 A signal ends a command with 128 + its number, and a lack of memory with 137; see `celbo.app.terminal`.
 """
 
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ __all__ = [
     "check_names",
     "check_seed",
     "chosen_row",
+    "columns_there_are",
     "listed",
     "warn",
 ]
@@ -141,6 +143,28 @@ def check_names(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if isinstance(value, Mapping) or not isinstance(value, Iterable) or isinstance(value, Iterator):
             raise UsageError(f"{name}={value!r}; give a list of names, or [] for none.")
+
+
+def columns_there_are(names: Iterable[object], columns: Iterable[object]) -> str:
+    """Say in a message about columns that do not exist which columns there are, and which are probably meant.
+
+    Examples
+    --------
+    >>> columns_there_are(["donr"], ["donor", "batch"])
+    "it has 'donor', 'batch'. Did you mean 'donor'?"
+    >>> columns_there_are(["donor,batch"], ["donor", "batch"])
+    "it has 'donor', 'batch'. Name each column by itself: ['donor', 'batch'] (the option once for each)."
+    """
+    known = [str(column) for column in columns]
+    has = f"it has {listed(known) or 'no column'}."
+    for name in map(str, names):
+        parts = [part.strip() for part in name.split(",")]
+        if len(parts) > 1 and set(parts) <= set(known):
+            return f"{has} Name each column by itself: {parts} (the option once for each)."
+        folded = {column.casefold(): column for column in reversed(known)}
+        if similar := difflib.get_close_matches(name.casefold(), folded, 1):
+            return f"{has} Did you mean {folded[similar[0]]!r}?"
+    return has
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

@@ -595,7 +595,10 @@ class ExpressionVAE(metaclass=Hinted):
         (400, 3)
         """
         adata = read_adata(adata, layer=self.schema_.layer)
-        fitted = mapping.map_query(self.fitted_, adata, genes_present=genes_present, progress=progress, track=track)
+        fitted, cells = mapping.map_query(
+            self.fitted_, adata, genes_present=genes_present, progress=progress, track=track
+        )
+        warn_of_unlike(fitted, cells)
         model = self if fitted is self.fitted_ else copy(self)
         model.fitted_ = fitted
         return model

@@ -177,6 +177,8 @@ def test_neither_data_nor_a_run_are_written_over(folder, tmp_path, celbo_command
         done = celbo_command("express", folder / "run", folder / data, "-o", folder / output)
         assert done.returncode == 2, output
         assert files() == before
+    done = celbo_command("express", folder / "run", folder / "cells.h5ad", "-o", tmp_path / "table.csv")
+    assert "adata.to_df() makes a table" in done.stderr
     (tmp_path / "link.h5ad").symlink_to(folder / "cells.h5ad")
     assert celbo_command("express", folder / "run", folder / "cells.h5ad", "-o", tmp_path / "link.h5ad").returncode == 2
     assert files() == before

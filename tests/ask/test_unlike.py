@@ -133,6 +133,10 @@ def test_the_command_line_writes_the_flags(model, other, fresh, tmp_path, celbo_
     embed = celbo_command("embed", tmp_path / "model", tmp_path / "fresh.h5ad", "-o", tmp_path / "fine.h5ad")
     assert "unlike" not in embed.stderr
     assert ad.read_h5ad(tmp_path / "fine.h5ad").obs["celbo_unlike"].mean() <= 0.02
+    check = celbo_command("check", tmp_path / "other.h5ad", "--model", tmp_path / "model")
+    assert check.returncode == 0
+    assert "warning (unlike): " in check.stdout
+    assert "unlike" not in celbo_command("check", tmp_path / "fresh.h5ad", "--model", tmp_path / "model").stdout
     answer = ["counterfactual", tmp_path / "model", tmp_path / "other.h5ad", "--set", "treatment=treated"]
     assert celbo_command(*answer, "-o", tmp_path / "treated.h5ad").returncode == 0
     assert ad.read_h5ad(tmp_path / "treated.h5ad").obs["celbo_unlike"].mean() > 0.9

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 import celbo
-from celbo.data.absent import Absent, CellsWithGene, columns_to_watch, find_absences
+from celbo.data.absent import Absent, CellsWithGene, columns_to_watch, find_lacking_levels
 from celbo.data.schema import Schema
 from celbo.data.sources import open_source
 from celbo.minibatch import gene_moments
@@ -41,6 +41,27 @@ def joined(complete, lacked):
 
 def absent_problems(cells, **options):
     return [found for found in celbo.ExpressionVAE(**options).check(cells).problems if found.name == "absent-genes"]
+
+
+def test_missing_values_of_a_dense_join_get_advice_that_works(complete, lacked):
+    """anndata.concat fills dense matrices with NaN."""
+    parts = [complete[complete.obs["sample"] == name].copy() for name in ("s1", "s2", "s3")]
+    parts[2] = parts[2][:, ~parts[2].var_names.isin(lacked)].copy()
+    for part in parts:
+        part.X = part.X.toarray()
+    cells = ad.concat(parts, join="outer")
+    (found,) = celbo.ExpressionVAE().check(cells).problems
+    assert (found.name, found.severity) == ("not-finite", "error")
+    assert "numpy.nan_to_num), and name the column of samples as mask_absent (--mask-absent)" in found.message
+    cells.X = np.nan_to_num(cells.X)
+    assert "absent-genes" not in [
+        found.name for found in celbo.ExpressionVAE(mask_absent="sample").check(cells).problems
+    ]
+    complete = complete.copy()
+    complete.X = complete.X.toarray()
+    complete.X[3, :10] = complete.X[8, 2] = np.nan
+    (found,) = celbo.ExpressionVAE().check(complete).problems
+    assert "Counts are never missing" in found.message
 
 
 @pytest.mark.parametrize("options", [{}, {"nuisance": ["sample"]}, {"conditions": ["batch"]}])
@@ -147,7 +168,7 @@ def test_a_gene_that_is_rare_is_absent_only_where_others_are():
         x[n // 2 :, :absent] = 0
         cells = CellsWithGene(pd.DataFrame({"sample": level}), ["sample"], 31)
         cells.add(sp.csr_matrix(x))
-        found = find_absences(cells, x.sum(1).astype(float), ["sample"])["sample"]
+        found = find_lacking_levels(cells, x.sum(1).astype(float), ["sample"])["sample"]
         assert [one.level for one in found] == (["without"] if absent else [])
     assert found[0].lacking[:10].all()
     assert found[0].lacking[30]

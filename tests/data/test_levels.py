@@ -1,5 +1,6 @@
 """Which text names which level, and numbers that arrive as text."""
 
+import re
 import warnings
 
 import anndata
@@ -204,6 +205,24 @@ def test_measured_numbers_that_are_text_are_told_with_the_way_back(column):
 )
 def test_names_of_groups_stay_silent(column):
     assert "text-numbers" not in [problem.name for problem in problems_of(column)]
+
+
+@pytest.mark.parametrize(
+    ("column", "lost"),
+    [
+        (["NA" if at % 50 == 0 else f"{0.5 * (at % 3)}" for at in range(300)], 6),
+        ([f"{at % 7},{at % 3}" for at in range(300)], 0),
+        (["nan" if at % 100 == 0 else f"{at % 7},5" for at in range(300)], 3),
+    ],
+)
+def test_missing_values_and_decimal_commas_among_numbers_are_told_with_the_way_back(column, lost):
+    (message,) = (problem.message for problem in problems_of(column) if problem.name == "text-numbers")
+    way = re.search(r"make them numbers: (adata.obs.* = .*?)(, then fill in|\. If they)", message)[1]
+    assert ("then fill in or drop the cells with" in message) == (lost > 0)
+    cells = anndata.AnnData(obs=pd.DataFrame({"column": column}))
+    exec(way, {"adata": cells, "pandas": pd})
+    assert cells.obs["column"].dtype == float
+    assert cells.obs["column"].isna().sum() == lost
 
 
 @pytest.mark.parametrize("name", ["gbm_panobinostat", "papalexi_thp1", "kang_ifnb", "luad_laughney", "yeast_bulk48"])

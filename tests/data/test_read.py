@@ -174,6 +174,10 @@ def test_counts_in_raw_alone_are_reached_by_the_command_of_the_message(tmp_path,
     code = re.search(r"python -c '(.*)'$", message)[1]
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     np.testing.assert_array_equal(read_adata("my cells_raw.h5ad").X.toarray(), COUNTS)
+    with pytest.raises(DataError, match=r"no layer 'raw'; .*my cells_raw_2\.h5ad"):  # the first stays
+        read_adata(path, layer="raw")
+    with pytest.raises(DataError, match="to read X, leave out layer"):
+        read_adata(path, layer="X")
 
 
 def test_data_without_values_get_no_advice_that_does_not_work(tmp_path):

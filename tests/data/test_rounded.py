@@ -129,6 +129,9 @@ def test_simulated_counts_of_one_library_size_stay_silent(library, n_cells):
 def test_real_counts_stay_silent(real_data, name):
     x = sp.csr_matrix(real_data(name).X)
     assert said(x) == ""
+    if x.shape[0] > 200:
+        third = x.shape[0] // 3
+        assert "TPM or CPM" in said(sp.vstack([scaled(x[:third].astype(np.float64), 1e6), x[third:]]))
     some = x[: min(x.shape[0], 500)].astype(np.float64)
     library = np.asarray(some.sum(axis=1)).ravel()
     for total in {int(np.median(library)), int(np.quantile(library, 0.1)), 10_000, 1_000_000}:
@@ -142,3 +145,14 @@ def test_real_counts_stay_silent(real_data, name):
 def test_real_counts_per_million_that_were_rounded_are_told(real_data, name):
     x = sp.csr_matrix(real_data(name).X).astype(np.float64)[:500]
     assert "TPM or CPM that were rounded" in said(scaled(x, 1e6))
+
+
+@pytest.mark.parametrize("of_rounded", [0.5, 0.3, 0.15])
+def test_rounded_tpm_of_some_samples_are_told_with_their_number(of_rounded):
+    """Samples with counts were joined with others that have TPM."""
+    counts = sp.csr_matrix(celbo.simulate_cells(n_cells=600, n_genes=300, median_library=3000, seed=1).X, dtype=float)
+    n = int(600 * of_rounded)
+    message = said(sp.vstack([scaled(counts[:n], 1e6), counts[n:]]))
+    assert "TPM or CPM that were rounded" in message
+    assert f"of {n} cells" in message or of_rounded == 0.5
+    assert said(sp.vstack([downsampled(counts[:n], 1000), counts[n:]])) == ""

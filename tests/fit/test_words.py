@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from dataclasses import fields
 
 import pandas as pd
@@ -50,6 +51,7 @@ def test_an_option_of_another_tool_is_refused_with_the_name_in_celbo(foreign, ou
     [
         ({"lr": 0.1}, "TrainConfig has no option 'lr'; celbo calls it learning_rate"),
         ({"early_stopping_patience": 3}, "calls it patience"),
+        ({"early_stopping": True}, "calls it patience: patience=10, epochs without a better one"),
         ({"max_epoch": 3}, "calls it max_epochs"),
         ({"n_latent": 3}, r"celbo.ExpressionVAE\(latent_dim=...\)"),
         ({"sed": 3}, "did you mean 'seed'"),
@@ -161,6 +163,7 @@ def test_every_word_of_the_tables_is_one_of_celbo():
         assert not own.intersection(words._words(table)), "a word of another tool that is an option of celbo"
     for call in words._ATTRIBUTES:
         assert call.partition("(")[0] in {*dir(ExpressionVAE), "vae_", "history_", "fitted_"}
+    assert set(words._MODULE) <= set(celbo.__all__)
 
 
 def test_signatures_are_those_of_the_options():
@@ -224,3 +227,25 @@ def test_so_does_a_config_file(celbo_command, tmp_path):
     assert done.returncode == UsageError.exit_code
     assert "'n_latent' (did you mean 'latent_dim'?)" in done.stderr
     assert "'train.lr' (did you mean 'learning_rate'?)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("foreign", "says"),
+    [
+        ("model", "celbo calls it ExpressionVAE"),
+        ("SCVI", "celbo calls it ExpressionVAE"),
+        ("setup_anndata", "there is no set-up: name columns of obs when you make the model"),
+        ("settings", "train=celbo.TrainConfig"),
+        ("read_h5ad", "anndata.read_h5ad"),
+        ("ExpresionVAE", "did you mean 'ExpressionVAE'?"),
+        ("zzz", "it has LIKELIHOODS, REMEDIES"),
+    ],
+)
+def test_a_name_of_another_package_is_explained(foreign, says):
+    with pytest.raises(AttributeError, match=f"module 'celbo' has no attribute '{foreign}'; .*{re.escape(says)}"):
+        getattr(celbo, foreign)
+
+
+def test_overwrite_is_explained(fitted, tmp_path):
+    with pytest.raises(UsageError, match="save has no option 'overwrite'; it replaces a model that is there already"):
+        fitted.save(tmp_path / "model", overwrite=True)

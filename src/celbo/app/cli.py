@@ -20,6 +20,7 @@ from celbo.app.commands import (
     Reading,
     cells_for,
     cells_of_fit,
+    check_cells,
     chosen_options,
     describe,
     draw_report,
@@ -132,12 +133,10 @@ def check(
         refuse_options_of_fit(ctx)
     try:
         existing_path(data)
-        from celbo.data.checks import check_query
-
         if model is not None:
             fitted = celbo.load(model)
             adata = cells_for(fitted, data, Reading(gene_column, make_unique, na_as_level, on_disk))
-            result = check_query(adata, fitted.schema_, unseen=unseen, genes_present=genes_present)
+            result = check_cells(fitted, adata, unseen=unseen, genes_present=genes_present)
         else:
             chosen, reading = chosen_options(ctx, config)
             if chosen["model"].get("likelihood") == "auto":  # chooses among the likelihoods of counts
@@ -398,7 +397,7 @@ for _command in (
     model_commands.sample,
 ):
     app.command(rich_help_panel=_ASK)(_command)
-app.command("map", rich_help_panel=_ASK)(model_commands.map_query)
+app.command("map", rich_help_panel=_ASK)(model_commands.map_cells)
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from celbo.app.demo import Recovery
     from celbo.checkpoint import FolderDescription
+    from celbo.data.checks import Check
+    from celbo.data.schema import Schema
     from celbo.estimator import ExpressionVAE
     from celbo.fit.cells import Cells
     from celbo.fit.train import Track
@@ -34,6 +36,7 @@ __all__ = [
     "Reading",
     "cells_for",
     "cells_of_fit",
+    "check_cells",
     "chosen_options",
     "compare_with_record",
     "conditions_of",
@@ -145,6 +148,24 @@ def compare_with_record(cells: "Cells", expected: str | None, config: Path | Non
         say(f"warning: the values are not those of the run that {config} records; the result will differ.")
 
 
+def check_cells(model: "ExpressionVAE", adata: "AnnData", *, unseen: str, genes_present: float) -> "Check":
+    """Check cells for a fitted model, and whether they are unlike those of fit. Nothing is trained."""
+    from celbo.ask.mapping import open_any
+    from celbo.ask.unlike import describe_unlike, unlike
+    from celbo.data.checks import check_query
+
+    result = check_query(adata, model.schema_, unseen=unseen, genes_present=genes_present)
+    if result.errors or unseen == "adapt":  # only training tells what an adapted model says
+        return result
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the check has found what opening the cells warns of
+        fitted, cells = open_any(model.fitted_, adata, unseen=unseen, genes_present=genes_present)
+        is_unlike = unlike(fitted, cells)
+    if is_unlike is not None and (doubt := describe_unlike(is_unlike, cells)):
+        result.add("unlike", "warning", doubt)
+    return result
+
+
 def cells_of_fit(model: "ExpressionVAE", adata: "AnnData") -> "Cells":
     """Open the cells of fit for a fitted model, with their fingerprint."""
     from celbo.data.fingerprint import fingerprint
@@ -241,12 +262,12 @@ def refuse_overwriting_data(output: Path, data: Path) -> None:
         raise UsageError(f"{output} is in the folder of the data, which would be damaged; name another place with -o.")
 
 
-def new_levels(before: "ExpressionVAE", after: "ExpressionVAE", adata: "AnnData") -> list[str]:
-    """List the levels that only the second model knows, with their numbers of cells."""
+def new_levels(before: "Schema", after: "Schema", adata: "AnnData") -> list[str]:
+    """List the levels that only the second of two models knows, with their numbers of cells."""
     from celbo.data.conditions import as_text
 
     levels = []
-    for old, new in zip(before.schema_.conditions, after.schema_.conditions, strict=True):
+    for old, new in zip(before.conditions, after.conditions, strict=True):
         n_cells = as_text(adata.obs[old.name]).value_counts()
         levels += [f"{old.name}={level} ({n_cells[level]:,})" for level in (new.levels or ())[len(old.levels or ()) :]]
     return levels

@@ -19,7 +19,7 @@ from celbo.app.commands import (
 from celbo.app.terminal import say, stop_on_signal, until_signal
 from celbo.errors import UsageError
 
-__all__ = ["counterfactual", "de", "embed", "express", "map_query", "predict", "sample", "score"]
+__all__ = ["counterfactual", "de", "embed", "express", "map_cells", "predict", "sample", "score"]
 
 _FDR = 0.05
 """False discovery rate at which changed genes are counted."""
@@ -105,7 +105,7 @@ def express(
     say(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {output}")
 
 
-def map_query(
+def map_cells(
     run: options.Run,
     data: options.Data,
     output: options.OutFolder,
@@ -122,8 +122,8 @@ def map_query(
     New levels of conditions get weights of their own; all other weights stay. The folder gets **model/** and
     **embedding.h5ad** (of the new cells).
     """
-    from celbo.ask.unlike import unlike
-    from celbo.fit.cells import open_cells
+    from celbo.ask.mapping import map_query
+    from celbo.ask.unlike import warn_of_unlike
     from celbo.fit.progress import shown_progress
     from celbo.runs.answers import write_embedding
     from celbo.runs.claims import claimed_folder
@@ -136,16 +136,17 @@ def map_query(
     adata = cells_for(model, data, Reading(gene_column, make_unique, na_as_level, on_disk))
     with claimed_folder(output, data):
         with shown_progress() as track:
-            mapped = model.map_query(adata, genes_present=genes_present, track=stop_on_signal(track))
-            opened = open_cells(mapped.fitted_, adata, genes_present=genes_present)
-            cells = embedding(mapped.fitted_, opened, is_unlike=unlike(mapped.fitted_, opened))
-        mapped.save(output / "model")
+            before = model.fitted_
+            model.fitted_, opened = map_query(before, adata, genes_present=genes_present, track=stop_on_signal(track))
+            cells = embedding(model.fitted_, opened, is_unlike=warn_of_unlike(model.fitted_, opened))
+        model.save(output / "model")
         (output / "embedding.h5ad").resolve().unlink(missing_ok=True)  # of the model that was there
         write_embedding(cells, output / "embedding.h5ad")
-    if mapped is model:
+    if model.fitted_ is before:
         say("the model knows every level of the conditions: nothing was trained")
     else:
-        say(f"learned levels, with their numbers of cells: {', '.join(new_levels(model, mapped, adata))}")
+        learned = ", ".join(new_levels(before.schema, model.schema_, adata))
+        say(f"learned levels, with their numbers of cells: {learned}")
     say(f"cells mapped: {adata.n_obs:,}: {output}")
 
 

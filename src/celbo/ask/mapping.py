@@ -10,7 +10,6 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from celbo.ask.unlike import warn_of_unlike
 from celbo.data.conditions import as_text, column_of, spelling
 from celbo.data.read import read_adata
 from celbo.data.schema import Schema
@@ -60,10 +59,7 @@ def open_any(
         raise UsageError("cells that prepare made are for fit alone; give the AnnData.")
     adata = read_adata(adata, layer=fitted.schema.layer)
     if unseen == "adapt":
-        fitted = map_query(fitted, adata, genes_present=genes_present)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # mapping has given these warnings
-            return fitted, open_cells(fitted, adata, genes_present=genes_present)
+        return map_query(fitted, adata, genes_present=genes_present)
     if unseen == "nearest":
         adata, unseen = _at_nearest_levels(fitted, adata, genes_present=genes_present), "refuse"
     return fitted, open_cells(fitted, adata, unseen=unseen, genes_present=genes_present)
@@ -71,21 +67,19 @@ def open_any(
 
 def map_query(
     fitted: Fitted, adata: AnnData, *, genes_present: float = 0.8, progress: bool = True, track: Track | None = None
-) -> Fitted:
+) -> tuple[Fitted, Cells]:
     """Learn weights for new levels of conditions; see `celbo.ExpressionVAE.map_query`.
 
     Returns
     -------
-    Fitted
-        A model that knows the new levels; the same one if there are none.
+    tuple
+        A model that knows the new levels (the same one if there are none), and the cells opened for it.
     """
     schema = fitted.schema.with_levels_of(adata.obs)
     for doubt in _doubt_new_levels(fitted.schema, schema, adata):
         warn(doubt)
     if schema == fitted.schema:
-        cells = open_cells(fitted, adata, genes_present=genes_present)  # raises an error if something does not fit
-        warn_of_unlike(fitted, cells)
-        return fitted
+        return fitted, open_cells(fitted, adata, genes_present=genes_present)
     if fitted.architecture.normalises_over_minibatches:
         raise UsageError(
             "this model normalises over minibatches, so new cells would move the known ones. Fit it again with "
@@ -110,8 +104,7 @@ def map_query(
         )
         history = list(steps)
     mapped = replace(fitted, schema=schema, vae=vae.eval(), history=history, stopped=None, split=None)
-    warn_of_unlike(mapped, Cells(query, adata.obs, schema, mapped.vae, mapped.threads))
-    return mapped
+    return mapped, Cells(query, adata.obs, schema, mapped.vae, mapped.threads)
 
 
 @torch.no_grad()

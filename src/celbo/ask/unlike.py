@@ -9,7 +9,7 @@ from celbo.errors import warn
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
 
-__all__ = ["unlike", "warn_of_unlike"]
+__all__ = ["describe_unlike", "unlike", "warn_of_unlike"]
 
 _UNLIKE = 0.005
 """Largest share of held-out cells that are explained as badly as a cell that is called unlike them."""
@@ -54,20 +54,25 @@ def _highest_usual(usual: NDArray[np.float64]) -> float:
     return float(highest[0] + excess * np.log(n_tail / len(usual) / _UNLIKE))
 
 
+def describe_unlike(is_unlike: NDArray[np.bool_], cells: Cells) -> str:
+    """Say how many cells are unlike the cells of fit; return "" if chance explains as many."""
+    n, n_cells = int(is_unlike.sum()), int((~cells.empty).sum())
+    if binom.sf(n - 1, n_cells, _EXPECTED) >= _CHANCE:
+        return ""
+    result = (
+        "The result means little for most cells. Are tissue, chemistry, species and genes those of fit?"
+        if n > n_cells / 2
+        else "The result means little for these cells; celbo score --outliers (model.outliers) tells more."
+    )
+    return (
+        f"{n:,} of {n_cells:,} cells ({n / n_cells:.0%}) are unlike the cells of fit: the model explains them "
+        f"worse than {1 - _UNLIKE:.1%} of the held-out cells of the same depth and level. {result}"
+    )
+
+
 def warn_of_unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:
     """Return `unlike`, and warn if more cells are unlike the cells of fit than chance explains."""
     is_unlike = unlike(fitted, cells)
-    if is_unlike is None:
-        return None
-    n, n_cells = int(is_unlike.sum()), int((~cells.empty).sum())
-    if binom.sf(n - 1, n_cells, _EXPECTED) < _CHANCE:
-        result = (
-            "The result means little for most cells. Are tissue, chemistry, species and genes those of fit?"
-            if n > n_cells / 2
-            else "The result means little for these cells; celbo score --outliers (model.outliers) tells more."
-        )
-        warn(
-            f"{n:,} of {n_cells:,} cells ({n / n_cells:.0%}) are unlike the cells of fit: the model explains them "
-            f"worse than {1 - _UNLIKE:.1%} of the held-out cells of the same depth and level. {result}"
-        )
+    if is_unlike is not None and (doubt := describe_unlike(is_unlike, cells)):
+        warn(doubt)
     return is_unlike

@@ -14,13 +14,13 @@ from celbo.data.conditions import as_text, column_of, level_positions, text_or_n
 from celbo.errors import listed
 
 __all__ = [
-    "Absence",
     "Absent",
     "CellsWithGene",
+    "LackingLevel",
     "absent_genes",
     "columns_to_watch",
-    "describe_absences",
-    "find_absences",
+    "describe_lacking_levels",
+    "find_lacking_levels",
     "levels_too_small",
     "n_missing_values",
     "why_not_watched",
@@ -78,7 +78,7 @@ class Absent:
         return np.array([*lacking, np.zeros(len(genes), bool)])
 
 
-class Absence(NamedTuple):
+class LackingLevel(NamedTuple):
     """A level of a column whose cells have no count of many genes that other cells have."""
 
     column: str
@@ -170,9 +170,9 @@ def why_not_watched(obs: pd.DataFrame, name: str) -> str:
     return f"it has {n_levels:,} levels, more than {_MOST_LEVELS}" if n_levels > _MOST_LEVELS else ""
 
 
-def find_absences(
+def find_lacking_levels(
     cells: CellsWithGene, library: NDArray[np.float64], conditions: Sequence[str]
-) -> Mapping[str, list[Absence]]:
+) -> Mapping[str, list[LackingLevel]]:
     """Find the levels of each column whose cells lack genes.
 
     A gene of level L is expected in ``m = n_L p min(1, d_L / d)`` cells: p is the share of the other cells that have
@@ -208,20 +208,20 @@ def find_absences(
     >>> x.eliminate_zeros()
     >>> cells = CellsWithGene(pd.DataFrame({"sample": ["a", "b"] * 50}).sort_values("sample"), ["sample"], 10)
     >>> cells.add(x)
-    >>> [(one.level, one.n_sure) for one in find_absences(cells, np.full(100, 10.0), ["sample"])["sample"]]
+    >>> [(one.level, one.n_sure) for one in find_lacking_levels(cells, np.full(100, 10.0), ["sample"])["sample"]]
     [('a', 5)]
     """
     found = {}
     for name, detected in cells.detected.items():
         least = _SHARE_OF_CONDITION if name in conditions else _SHARE_OF_OTHER
-        absences = []
+        lacking_levels = []
         for number, level in enumerate(cells.levels[name]):
             expected, is_zero = cells.expected(name, number, library), detected[number] == 0
             rate, n_sure = _rate_absent(expected, is_zero, least)
             if rate > 0:
                 lacking = is_zero & (rate > (1 - rate) * np.exp(-expected)) & (expected > 0)
-                absences.append(Absence(name, level, int(cells.sizes(name)[number]), n_sure, lacking))
-        found[name] = absences
+                lacking_levels.append(LackingLevel(name, level, int(cells.sizes(name)[number]), n_sure, lacking))
+        found[name] = lacking_levels
     return found
 
 
@@ -249,31 +249,31 @@ def levels_too_small(cells: CellsWithGene, library: NDArray[np.float64], column:
 
 
 def absent_genes(
-    absences: Sequence[Absence], levels: Sequence[str], var_names: pd.Index, genes: Sequence[str]
+    lacking_levels: Sequence[LackingLevel], levels: Sequence[str], var_names: pd.Index, genes: Sequence[str]
 ) -> Absent:
     """Name the genes of a model that each of these levels of one column lacks."""
-    lacking = {absence.level: set(var_names[absence.lacking]) for absence in absences}
+    lacking = {one.level: set(var_names[one.lacking]) for one in lacking_levels}
     pairs = [(level, tuple(gene for gene in genes if gene in lacking.get(level, ()))) for level in levels]
-    return Absent(absences[0].column, tuple(pairs))
+    return Absent(lacking_levels[0].column, tuple(pairs))
 
 
-def n_missing_values(absences: Sequence[Absence]) -> int:
+def n_missing_values(lacking_levels: Sequence[LackingLevel]) -> int:
     """Count the values, cells times genes, that are missing because these levels lack genes."""
-    return sum(absence.n_cells * int(absence.lacking.sum()) for absence in absences)
+    return sum(one.n_cells * int(one.lacking.sum()) for one in lacking_levels)
 
 
-def describe_absences(absences: Sequence[Absence], var_names: pd.Index) -> str:
+def describe_lacking_levels(lacking_levels: Sequence[LackingLevel], var_names: pd.Index) -> str:
     """Say which levels of a column lack how many genes, and what to do."""
-    column = absences[0].column
-    absences = sorted(absences, key=lambda absence: -absence.n_sure)
+    column = lacking_levels[0].column
+    lacking_levels = sorted(lacking_levels, key=lambda one: -one.n_sure)
     levels = [
-        f"{int(absence.lacking.sum()):,} of {len(var_names):,} in {absence.level!r} ({absence.n_cells:,} cells)"
-        for absence in absences[:_LISTED]
+        f"{int(one.lacking.sum()):,} of {len(var_names):,} in {one.level!r} ({one.n_cells:,} cells)"
+        for one in lacking_levels[:_LISTED]
     ]
-    rest = f" and in {len(absences) - _LISTED:,} more levels" if len(absences) > _LISTED else ""
+    rest = f" and in {len(lacking_levels) - _LISTED:,} more levels" if len(lacking_levels) > _LISTED else ""
     return (
         f"genes without a count in a whole level of {column!r}, although other cells have them: {', '.join(levels)}"
-        f"{rest}; for example {listed(var_names[absences[0].lacking], 3)}. If they were not measured there (samples "
-        "joined with join='outer'), the model would learn that as an effect. Leave them out of these cells with "
-        f"mask_absent={column!r} (--mask-absent {shlex.quote(column)}), or join the samples with join='inner'."
+        f"{rest}; for example {listed(var_names[lacking_levels[0].lacking], 3)}. If they were not measured there "
+        "(samples joined with join='outer'), the model would learn that as an effect. Leave them out of these cells "
+        f"with mask_absent={column!r} (--mask-absent {shlex.quote(column)}), or join the samples with join='inner'."
     )

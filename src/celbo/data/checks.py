@@ -10,12 +10,12 @@ import pandas as pd
 from anndata import AnnData
 
 from celbo.data.absent import (
-    Absence,
     Absent,
     CellsWithGene,
+    LackingLevel,
     columns_to_watch,
-    describe_absences,
-    find_absences,
+    describe_lacking_levels,
+    find_lacking_levels,
     levels_too_small,
     n_missing_values,
     why_not_watched,
@@ -33,9 +33,10 @@ from celbo.data.values import (
     find_counts,
     holds_counts,
     scan_values,
+    seem_joined,
     value_faults,
 )
-from celbo.errors import DataError, UsageError, listed, warn
+from celbo.errors import DataError, UsageError, columns_there_are, listed, warn
 
 __all__ = ["Check", "Problem", "check_adata", "check_query"]
 
@@ -68,6 +69,12 @@ _ADVICE = {
     ),
 }
 
+_ADVICE_JOINED = (
+    "Cells lack whole genes, as after a join of samples with other genes (join='outer'). If so, join sparse matrices, "
+    "or write zeros (numpy.nan_to_num), and name the column of samples as mask_absent (--mask-absent): then the model "
+    "knows that these genes were not measured there. Or join the samples with join='inner'."
+)
+
 
 class Problem(NamedTuple):
     """A problem in the data."""
@@ -97,7 +104,7 @@ class Check:
     """The values of these features; None if they cannot be read."""
     fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Shape and hashes of values and names, if requested; see `celbo.data.fingerprint`."""
-    absences: Mapping[str, Sequence[Absence]] = field(default_factory=dict, repr=False)
+    lacking_levels: Mapping[str, Sequence[LackingLevel]] = field(default_factory=dict, repr=False)
     """By column of obs, the levels whose cells lack genes."""
 
     @property
@@ -226,10 +233,10 @@ def check_adata(
         check.fingerprint = None if hashes is None else hashes.of(adata, layer)
         _check_emptiness(check, adata, scan, values)
         if not check.errors:  # sums of values that are not finite say nothing
-            check.absences = find_absences(cells_with_gene, scan.library, watched)
-            if mask_absent is not None and mask_absent in check.absences:
+            check.lacking_levels = find_lacking_levels(cells_with_gene, scan.library, watched)
+            if mask_absent is not None and mask_absent in check.lacking_levels:
                 _check_small_levels(check, mask_absent, levels_too_small(cells_with_gene, scan.library, mask_absent))
-            _check_absences(check, adata.obs, mask_absent)
+            _check_lacking_levels(check, adata.obs, mask_absent)
     library_scale = 1.0
     if size_factor is not None:
         with check.noting("size-factor"):
@@ -362,6 +369,8 @@ def _check_values(check: Check, adata: AnnData, layer: str | None, scan: Scan, v
     kinds = {"real": _NOT_COUNTS[:1], "pseudo_counts": tuple(kind for kind in _NOT_COUNTS if kind != "not-whole")}
     faults = value_faults(scan, *names, kinds.get(values, _NOT_COUNTS))
     advice = {kind: _ADVICE[kind] for kind in faults}
+    if "not-finite" in faults and seem_joined(check.stored, scan):
+        advice["not-finite"] = _ADVICE_JOINED
     if wrong_kind := {"negative", "not-whole"} & faults.keys():
         # The last of these sentences also says what the values are, and where counts are.
         last = max(wrong_kind)
@@ -427,30 +436,30 @@ def _check_small_levels(check: Check, column: str, levels: Sequence[str]) -> Non
         )
 
 
-def _check_absences(check: Check, obs: pd.DataFrame, mask_absent: str | None) -> None:
+def _check_lacking_levels(check: Check, obs: pd.DataFrame, mask_absent: str | None) -> None:
     """Warn if cells of some levels lack genes that are not masked: by the column that explains most."""
     if mask_absent is not None:
         if mask_absent not in obs.columns:
-            known = listed(obs.columns) or "no column"
-            check.add("absent-genes", "error", f"obs has no column {mask_absent!r} (mask_absent); it has {known}.")
+            known = columns_there_are([mask_absent], obs.columns)
+            check.add("absent-genes", "error", f"obs has no column {mask_absent!r} (mask_absent); {known}")
             return
-        if mask_absent not in check.absences:
+        if mask_absent not in check.lacking_levels:
             why = why_not_watched(obs, mask_absent) or "the values are real numbers, of which a zero says nothing"
             message = f"mask_absent={mask_absent!r} (--mask-absent) cannot be used: {why}. Name a column of samples."
             check.add("absent-genes", "error", message)
             return
-        if not check.absences[mask_absent]:
+        if not check.lacking_levels[mask_absent]:
             check.add(
                 "absent-genes",
                 "warning",
                 f"no level of {mask_absent!r} lacks so many genes that chance cannot explain it: nothing is masked "
                 "(mask_absent, --mask-absent).",
             )
-    explained = {name: n_missing_values(absences) for name, absences in check.absences.items()}
+    explained = {name: n_missing_values(lacking_levels) for name, lacking_levels in check.lacking_levels.items()}
     most = max(explained, key=lambda name: explained[name], default="")
     if not explained.get(most) or explained.get(mask_absent or "", 0) >= _MOSTLY * explained[most]:
         return
-    check.add("absent-genes", "warning", describe_absences(check.absences[most], check.genes))
+    check.add("absent-genes", "warning", describe_lacking_levels(check.lacking_levels[most], check.genes))
 
 
 def _check_mask(check: Check, obs: pd.DataFrame, absent: Absent) -> None:
@@ -476,8 +485,8 @@ def _check_conditions(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         check.add("conditions", "error", f"condition {listed(twice)} is named more than once; name it once.")
     if missing := [name for name in names if name not in obs.columns]:
-        known = listed(obs.columns) or "no column"
-        check.add("conditions", "error", f"obs has no column {listed(missing)}; it has {known}.")
+        known = columns_there_are(missing, obs.columns)
+        check.add("conditions", "error", f"obs has no column {listed(missing)}; {known}")
     model_conditions = []
     for name in dict.fromkeys(name for name in names if name in obs.columns):
         with check.noting("conditions"):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celbo.errors import DataError, UsageError, listed, warn
+from celbo.errors import DataError, UsageError, columns_there_are, listed, warn
 
 __all__ = [
     "UNLABELLED",
@@ -37,6 +37,7 @@ _BEYOND = 0.1
 """A value may lie outside the range of fit by this share of the range without a warning."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 """A number as programs write it: "1", "1.0", "-0.5", "1e-05"; "01" and "+1" are names."""
+_DECIMAL_COMMA = re.compile(r"-?(0|[1-9][0-9]*),[0-9]+")
 _FEW_NUMBERS, _MANY_NUMBERS = 10, 30
 """Whole numbers in text: up to so many levels are read as names; from so many on as numbers, if each has few cells."""
 _FEW_CELLS_OF_A_NUMBER = 10
@@ -251,7 +252,8 @@ def doubt_levels(condition: Condition) -> list[str]:
 def doubt_numbers(condition: Condition, n_cells: int) -> str:
     """Return a warning if all levels read as numbers that were measured, and not as names; otherwise "".
 
-    Measured are fractions, more than ten numbers with decimals, and thirty numbers or more with few cells each.
+    Measured are fractions, more than ten numbers with decimals, and thirty numbers or more with few cells each. Levels
+    that mean a missing value do not count, and a number may have a decimal comma.
 
     Examples
     --------
@@ -260,21 +262,26 @@ def doubt_numbers(condition: Condition, n_cells: int) -> str:
     >>> "'0.5', '1.0'" in doubt_numbers(Condition("dose", ("0.5", "1.0")), n_cells=100)
     True
     """
-    levels = condition.levels or ()
-    numbers = [number for level in levels if (number := _number(level)) is not None]
+    missing = [level for level in condition.levels or () if level.strip() in _READ_AS_MISSING]
+    levels = [level for level in condition.levels or () if level not in missing]
+    points = [level.replace(",", ".") if _DECIMAL_COMMA.fullmatch(level) else level for level in levels]
+    numbers = [number for level in points if (number := _number(level)) is not None]
     n = len(numbers)
     if not n or n < len(levels):
         return ""
-    has_decimals = any("." in level for level in levels)
+    has_decimals = any("." in level for level in points)
     is_fraction = any(number != number.to_integral_value() for number in numbers)
     is_many = n >= _MANY_NUMBERS and n_cells < _FEW_CELLS_OF_A_NUMBER * n
     if not (is_fraction or is_many or (has_decimals and n > _FEW_NUMBERS)):
         return ""
     column = f"adata.obs[{condition.name!r}]"
+    text = f"{column}.astype(str)" + ".str.replace(',', '.')" * (points != levels)
+    numbers_of = f"pandas.to_numeric({text}, errors='coerce')" if missing else f"{text}.astype(float)"
     return (
         f"condition {condition.name!r} has {n:,} levels that read as numbers ({listed(levels, 3)}), but each "
-        f"is a level of its own. If they were measured, make them numbers: {column} = "
-        f"{column}.astype(str).astype(float). If they are names of groups, leave them as they are."
+        f"is a level of its own. If they were measured, make them numbers: {column} = {numbers_of}"
+        f"{f', then fill in or drop the cells with {listed(missing)}' if missing else ''}. If they are names of "
+        "groups, leave them as they are."
     )
 
 
@@ -361,7 +368,7 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
 def size_factors(obs: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """Read size factors from obs, ``(cells,)``; raise a `DataError` unless all are finite and above 0."""
     if name not in obs.columns:
-        raise DataError(f"obs has no column {name!r} for size factors; it has {listed(obs.columns) or 'no column'}.")
+        raise DataError(f"obs has no column {name!r} for size factors; {columns_there_are([name], obs.columns)}")
     _check_no_missing(name, obs[name])
     factors = _numbers(name, obs[name])
     if (bad := factors <= 0).any():

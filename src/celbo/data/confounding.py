@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OneLevel", "types_of_one_level"]
+__all__ = ["OneLevel", "advice_for_own_types", "types_of_one_level"]
 
 _FEWEST_ELSEWHERE = 10
 """A type counts only if independence would put at least this many of its cells outside its most frequent level."""
@@ -14,6 +14,14 @@ _OF_EXPECTED = 0.05
 """A type occurs in one level if at most this share of these cells is there."""
 _MOST_CELLS = 0.5
 """Types and levels go together if more than this share of the cells has a type that occurs in one level."""
+
+
+def advice_for_own_types(nuisance: str) -> str:
+    """Say what to do if the levels of a nuisance have types of their own."""
+    return (
+        f"add cells so that levels share types; or leave out the nuisance {nuisance!r}, or fit its levels one by one, "
+        "and do not read differences between levels as differences between types"
+    )
 
 
 @dataclass(frozen=True)

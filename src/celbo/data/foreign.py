@@ -4,7 +4,6 @@ import bz2
 import codecs
 import json
 import lzma
-import os
 import re
 import shlex
 import stat
@@ -17,7 +16,9 @@ from typing import Any
 import h5py
 import zarr
 
-__all__ = ["describe_file", "describe_folder", "describe_special", "describe_store", "new_name"]
+from celbo.data.convert import how_to_convert, new_name, quoted
+
+__all__ = ["describe_file", "describe_folder", "describe_special", "describe_store"]
 
 _HEAD = 1 << 16
 """Number of bytes from which the kind of a file is recognised."""
@@ -50,20 +51,6 @@ _MATRIX_MTX = re.compile(r"(.*)matrix\.mtx(\.gz)?$")
 _ZARR_METADATA = {"zarr.json", ".zgroup", ".zarray"}
 
 
-def new_name(path: Path) -> str:
-    """Return a name for the .h5ad file that somebody makes of this path, in the current folder.
-
-    Examples
-    --------
-    >>> new_name(Path("data/heart.csv.gz")), new_name(Path("heart.h5ad"))
-    ('heart.h5ad', 'heart_anndata.h5ad')
-    """
-    stem = re.sub(r"\.(gz|bz2|xz|zip)$", "", path.name)
-    stem = re.sub(r"\.(h5ad|h5mu|h5seurat|h5|hdf5|loom|csv|tsv|txt|tab|mtx|rds|rda|rdata|zarr)$", "", stem, flags=re.I)
-    name = f"{stem or 'cells'}.h5ad"
-    return f"{stem or 'cells'}_anndata.h5ad" if name == path.name or os.path.lexists(name) else name
-
-
 def describe_special(path: Path) -> str:
     """Say what a path is if it is neither a file nor a folder, as a pipe; return an empty text if it is one of them."""
     mode = path.stat().st_mode
@@ -91,7 +78,7 @@ def describe_file(path: Path) -> str:
         return f"{path} is an HDF5 file that {packed_by} compressed. Unpack it, and give celbo the new file: {command}"
     if head.startswith(_R):
         read = "get(load({}))" if head.startswith(b"RD") else "readRDS({})"
-        return f"{path} is a file of R. {_in_r(path, read.format(_quoted(path)))}"
+        return f"{path} is a file of R. {_in_r(path, read.format(quoted(path)))}"
     if head.startswith(b"%%MatrixMarket"):
         return _describe_mtx(path)
     if head[257:262] == b"ustar":
@@ -110,8 +97,8 @@ def describe_store(path: Path, store: h5py.File | zarr.Group) -> str:
     if inside := _find_anndata(store):
         if isinstance(store, zarr.Group):
             return f"{path} is no AnnData, but has some in it. Name one: {_examples(path / name for name in inside)}."
-        read = f"anndata.io.read_elem(h5py.File({_quoted(path)})[{_quoted(inside[0])}])"
-        return _convert(path, f"a file with AnnData in {_examples(inside)}", "anndata, h5py", read)
+        read = f"anndata.io.read_elem(h5py.File({quoted(path)})[{quoted(inside[0])}])"
+        return how_to_convert(path, f"a file with AnnData in {_examples(inside)}", "anndata, h5py", read)
     if names & {"X", "obs", "var"}:
         return (
             f"{path} is an incomplete AnnData (it has {_examples(names)}), perhaps because the program that wrote it "
@@ -143,9 +130,9 @@ def describe_folder(path: Path) -> str:
     patterns = ("", "outs/", "count/", "per_sample_outs/*/count/", "outs/per_sample_outs/*/count/")
     found = [file for pattern in patterns for file in sorted(path.glob(f"{pattern}*filtered_feature_bc_matrix.h5"))]
     if found:
-        read = f"scanpy.read_10x_h5({_quoted(found[0])})"
+        read = f"scanpy.read_10x_h5({quoted(found[0])})"
         others = f", with {len(found):,} matrices ({_examples(found)})" if len(found) > 1 else ""
-        return _convert(path, f"a folder of Cell Ranger{others}", "scanpy", read)
+        return how_to_convert(path, f"a folder of Cell Ranger{others}", "scanpy", read)
     if {"X", "obs", "var"} <= names:
         return f"{path} is an incomplete .zarr store: it lacks its file zarr.json or .zgroup. {_AGAIN}"
     return f"{path} is a folder, and no zarr store (it has {_examples(names)}). {_GIVE}"
@@ -153,22 +140,22 @@ def describe_folder(path: Path) -> str:
 
 def _describe_hdf5(path: Path, file: h5py.File, names: set[str]) -> str:
     """Recognise the HDF5 files of other programs by their groups; return an empty text for an unknown file."""
-    text = _quoted(path)
+    text = quoted(path)
     if {"matrix", "row_attrs", "col_attrs"} <= names:
-        return _convert(path, "a .loom file", "anndata", f'anndata.io.read_loom({text}, X_name="")', "loompy")
+        return how_to_convert(path, "a .loom file", "anndata", f'anndata.io.read_loom({text}, X_name="")', "loompy")
     if isinstance(modalities := file.get("mod"), h5py.Group) and len(modalities):
         name = "rna" if "rna" in modalities else min(modalities)
         kind = f"a MuData with {_examples(modalities)}, of which celbo reads one"
-        return _convert(path, kind, "mudata", f"mudata.read_h5mu({text})[{_quoted(name)}]")
+        return how_to_convert(path, kind, "mudata", f"mudata.read_h5mu({text})[{quoted(name)}]")
     if isinstance(matrix := file.get("matrix"), h5py.Group) and "barcodes" in matrix:
         is_corrected = names & {"droplet_latents", "global_latents"} or "latent_cell_probability" in matrix
         program = "CellBender" if is_corrected else "10x Genomics (Cell Ranger)"
-        return _convert(path, f"a count matrix of {program}", "scanpy", f"scanpy.read_10x_h5({text})")
+        return how_to_convert(path, f"a count matrix of {program}", "scanpy", f"scanpy.read_10x_h5({text})")
     genomes = [name for name in sorted(names) if {"barcodes", "genes", "indptr"} <= set(_group(file, name))]
     if genomes:
-        genome = f", genome={_quoted(genomes[0])}" if len(genomes) > 1 else ""
+        genome = f", genome={quoted(genomes[0])}" if len(genomes) > 1 else ""
         kind = f"a count matrix of 10x Genomics (Cell Ranger 2; genomes {_examples(genomes)})"
-        return _convert(path, kind, "scanpy", f"scanpy.read_10x_h5({text}{genome})")
+        return how_to_convert(path, kind, "scanpy", f"scanpy.read_10x_h5({text}{genome})")
     if "umi" in names and names & {"barcode", "barcode_idx"}:
         return (
             f"{path} is the molecule file of Cell Ranger, which has no table of counts. Take "
@@ -200,7 +187,7 @@ def _describe_zip(path: Path) -> str:
 
 def _in_r(path: Path, read: str) -> str:
     """Say how R writes an object as .h5ad, with counts in X."""
-    target = _quoted(new_name(path))
+    target = quoted(new_name(path))
     return (
         "Write an .h5ad file in R, and give celbo that file. For a Seurat object: "
         f'sceasy::convertFormat({read}, from = "seurat", to = "anndata", main_layer = "counts", outFile = {target}). '
@@ -217,8 +204,8 @@ def _describe_mtx(path: Path) -> str:
     features = [name for name in ("features.tsv.gz", "genes.tsv", "features.tsv", "genes.tsv.gz") if name in beside]
     if not (match and features and beside & {"barcodes.tsv", "barcodes.tsv.gz"}):
         missing = "There are no barcodes.tsv and features.tsv beside it, so cells and genes get numbers as names"
-        return _convert(
-            path, "a Matrix Market file", "anndata", f"anndata.io.read_mtx({_quoted(path)}).T", note=missing
+        return how_to_convert(
+            path, "a Matrix Market file", "anndata", f"anndata.io.read_mtx({quoted(path)}).T", note=missing
         )
     packed = {"matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"}
     plain = {"matrix.mtx", "barcodes.tsv", "genes.tsv"}
@@ -228,10 +215,10 @@ def _describe_mtx(path: Path) -> str:
             "scanpy expects the names matrix.mtx.gz, barcodes.tsv.gz and features.tsv.gz there: first compress the "
             "three files with gzip, and rename them where they differ"
         )
-    option = f", prefix={_quoted(prefix)}" if prefix else ""
-    read = f"scanpy.read_10x_mtx({_quoted(path.parent)}{option})"
+    option = f", prefix={quoted(prefix)}" if prefix else ""
+    read = f"scanpy.read_10x_mtx({quoted(path.parent)}{option})"
     folder = path.parent
-    return _convert(
+    return how_to_convert(
         folder, "a folder in the format of 10x Genomics (matrix, barcodes, features)", "scanpy", read, note=note
     )
 
@@ -250,8 +237,10 @@ def _describe_text(path: Path, text: str) -> str:
     if not separators[sign]:
         return f"{path} is no AnnData: it is a text file. {_GIVE}"
     option = "" if sign == "," else f", delimiter={json.dumps(sign)}"
-    read = f"anndata.io.read_csv({_quoted(path)}{option})"
-    return _convert(path, "a text table", "anndata", read, note="If its rows are genes, add .T before .write_h5ad")
+    read = f"anndata.io.read_csv({quoted(path)}{option})"
+    return how_to_convert(
+        path, "a text table", "anndata", read, note="If its rows are genes, add .T before .write_h5ad"
+    )
 
 
 def _as_text(head: bytes) -> str:
@@ -263,17 +252,6 @@ def _as_text(head: bytes) -> str:
         text = head.decode("latin-1")
     is_text = all(letter.isprintable() or letter in "\t\n\r\f\ufeff\xa0\xad" for letter in text)
     return text if is_text else ""
-
-
-def _convert(path: Path, kind: str, modules: str, read: str, also: str = "", note: str = "") -> str:
-    """Say what a path is, and give the command that writes an .h5ad file of it."""
-    code = f"import {modules}; {read}.write_h5ad({_quoted(new_name(path))})"
-    needed = " and ".join(name for name in (*modules.split(", "), also) if name and name not in ("anndata", "h5py"))
-    needs = f" (it needs {needed}: pip install {needed.replace(' and ', ' ')})" if needed else ""
-    return (
-        f"{path} is {kind}, and no AnnData.{f' {note}.' if note else ''} Make an .h5ad file of it{needs}, and give "
-        f"celbo that file: python -c {shlex.quote(code)}"
-    )
 
 
 def _find_anndata(store: Any, prefix: str = "", depth: int = 2) -> list[str]:
@@ -298,11 +276,6 @@ def _group(file: h5py.File, name: str) -> Any:
 
 def _names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-
-
-def _quoted(value: object) -> str:
-    """Write a text in double quotes, as Python and R read it."""
-    return json.dumps(str(value), ensure_ascii=False)
 
 
 def _examples(names: Any) -> str:

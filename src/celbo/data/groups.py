@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from celbo.data.conditions import as_text, column_of
-from celbo.errors import UsageError, listed
+from celbo.errors import UsageError, columns_there_are
 
 __all__ = ["Groups", "grouping", "is_column"]
 
@@ -50,7 +50,7 @@ def grouping(option: str, given: Groups, obs: pd.DataFrame) -> "pd.Series[Any]":
     """
     if not pd.api.types.is_list_like(given):
         if given not in obs.columns:
-            raise UsageError(f"{option}={given!r} is no column of obs; it has {listed(obs.columns)}.")
+            raise UsageError(f"{option}={given!r} is no column of obs; {columns_there_are([given], obs.columns)}")
         return column_of(obs, given)  # type: ignore[arg-type]
     n_dims = getattr(given, "ndim", 1)
     if isinstance(given, Mapping | Set) or n_dims != 1:

@@ -25,7 +25,7 @@ from celbo.data import probe
 from celbo.data.foreign import describe_file, describe_folder, describe_special, describe_store
 from celbo.data.paths import existing_path
 from celbo.data.stored import raise_no_layer, use_raw
-from celbo.errors import CelboError, DataError, StorageError, warn
+from celbo.errors import CelboError, DataError, StorageError, columns_there_are, warn
 
 __all__ = [
     "MISSING_LEVEL",
@@ -162,8 +162,8 @@ def name_genes(adata: AnnData, column: str | None = None, *, make_unique: bool =
     """
     if column is not None:
         if column not in adata.var.columns:
-            known = ", ".join(map(repr, adata.var.columns)) or "no column"
-            raise DataError(f"var has no column {column!r} to name genes by; it has {known}.")
+            known = columns_there_are([column], adata.var.columns)
+            raise DataError(f"var has no column {column!r} to name genes by; {known}")
         names = adata.var[column].astype(object)
         adata.var_names = np.where(names.isna(), adata.var_names, names.astype(str))
     if make_unique:
@@ -223,7 +223,10 @@ def _probe_in_subprocess(path: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
     except subprocess.TimeoutExpired as error:
-        raise DataError(f"{path} is damaged: HDF5 was still reading it after {_PROBE_SECONDS} s. {_AGAIN}") from error
+        raise DataError(
+            f"{path} is damaged, or this machine has too much to do: HDF5 was still reading it after {_PROBE_SECONDS} "
+            f"s. Try again. {_AGAIN}"
+        ) from error
     if done.returncode == probe.NO_H5PY:
         return  # the file cannot be checked
     if done.returncode < 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from celbo.data.absent import Absent
 from celbo.data.conditions import Condition, as_text, column_of
 from celbo.data.matching import match_genes
-from celbo.errors import DataError, UsageError, listed
+from celbo.errors import DataError, UsageError, columns_there_are, listed
 
 __all__ = ["MOST_COMBINATIONS", "VALUES", "Schema"]
 
@@ -129,8 +129,9 @@ class Schema:
         if empty := [name for name, value in given.items() if pd.isna(value)]:
             raise UsageError(f"{listed(empty)} is given no value; give a level, or leave it out.")
         if missing := [name for name in known if name not in given and name not in obs.columns]:
+            known_columns = columns_there_are(missing, obs.columns)
             raise DataError(
-                f"obs has no column {listed(missing)}, a condition of this model; it has {listed(obs.columns)}. "
+                f"obs has no column {listed(missing)}, a condition of this model; {known_columns} "
                 "Add the column, or set one value for all cells."
             )
         columns = [

@@ -1,7 +1,5 @@
 """Read rows of values of an AnnData: in memory or on disk, sparse or dense, a view or not."""
 
-import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +14,7 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from numpy.typing import NDArray
 
+from celbo.data.convert import python_command, quoted
 from celbo.data.matching import align
 from celbo.errors import DataError
 
@@ -138,9 +137,12 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
             f"these data have no X; their layers: {known}. celbo fit takes counts from one with --layer (layer=...); a "
             f"fitted model reads new cells from where it read the first. {raw}".strip()
         )
+    if layer == "X":
+        raise DataError("these data have no layer 'X': to read X, leave out layer (--layer).")
+    advice = f" {raw}" if raw and layer in ("raw", "raw.X", "raw/X") else ""
     raise DataError(
         f"these data have no layer {layer!r}; they have {known}. "
-        "A model reads new cells from the layer it was fitted to."
+        f"A model reads new cells from the layer it was fitted to.{advice}"
     )
 
 
@@ -154,10 +156,9 @@ def use_raw(path: Path | None) -> str:
     """
     if path is None:
         return "To use raw.X, take adata.raw.to_adata()."
-    source, target = json.dumps(str(path), ensure_ascii=False), json.dumps(f"{path.stem}_raw.h5ad", ensure_ascii=False)
     read = "read_zarr" if path.is_dir() else "read_h5ad"
-    code = f"import anndata; anndata.{read}({source}).raw.to_adata().write_h5ad({target})"
-    return f"To use raw.X, make an .h5ad file of it, and give celbo that file: python -c {shlex.quote(code)}"
+    command = python_command(f"anndata.{read}({quoted(path)}).raw.to_adata()", "anndata", path, "raw")
+    return f"To use raw.X, make an .h5ad file of it, and give celbo that file: {command}"
 
 
 def place_of(layer: str | None) -> str:

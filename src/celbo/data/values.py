@@ -28,6 +28,7 @@ __all__ = [
     "find_counts",
     "holds_counts",
     "scan_values",
+    "seem_joined",
     "value_faults",
 ]
 
@@ -51,6 +52,10 @@ _GAPS = 0.3
 _UNDERDISPERSED = 0.7
 """Variance over mean of genes, below which values were not counted. It is 1 or more for counts."""
 _MILLION = 1_000_000
+_FEWEST_GENES_OF_A_JOIN = 5
+"""Genes that a cell must lack to look like a cell of a sample without them."""
+_FEWEST_OF_PART, _PART = 50, 0.1
+"""Number and share of the cells that are looked at as a part of their own, because their totals are close."""
 
 
 class Fault(NamedTuple):
@@ -204,6 +209,29 @@ def value_faults(scan: Scan, cells: pd.Index, genes: pd.Index, place: str, kinds
     }
 
 
+def seem_joined(stored: Stored, scan: Scan) -> bool:
+    """Return whether cells lack values as after an outer join: many cells lack the same genes, at least five of them.
+
+    The first cell with a missing value is compared with a thousand cells, evenly spaced.
+    """
+    if "not-finite" not in scan.faults:
+        return False
+    first = scan.faults["not-finite"].row
+    rows = np.unique(np.linspace(0, stored.shape[0] - 1, min(stored.shape[0], _SAMPLE)).astype(np.intp))
+    with suppress(Exception):  # a hint must not hide the fault that it helps to mend
+        lacking = _missing(stored.read(np.array([first])))
+        n_lacking, others = lacking.sum(), _missing(stored.read(rows))
+        n_shared = others @ lacking.T
+        alike = (n_shared.toarray().ravel() == n_lacking) & (np.asarray(others.sum(1)).ravel() == n_lacking)
+        return bool(n_lacking >= _FEWEST_GENES_OF_A_JOIN and alike.sum() > 1)
+    return False
+
+
+def _missing(x: sp.csr_matrix) -> sp.csr_matrix:
+    """Mark missing values with 1."""
+    return sp.csr_matrix((np.isnan(x.data).astype(np.int64), x.indices, x.indptr), shape=x.shape)
+
+
 def describe_values(stored: Stored, scan: Scan) -> str:
     """Guess from a thousand cells what values are that are not counts; return an empty text if nothing fits.
 
@@ -250,25 +278,32 @@ def _kind_of_values(stored: Stored) -> str:
 def describe_rounded(stored: Stored, scan: Scan) -> str:
     """Say what whole numbers look like that were scaled to a common total and rounded; return "" for counts.
 
-    Half of the totals are within a tenth, and one of two marks is seen. First, cells have gaps: many equal values, but
-    none that is smaller by one, because each count became several. Second, totals are much closer to a power of ten
-    than counts can be, but not equal to it. Counts that were drawn to a common total (downsampled) have neither mark:
-    they have ones, and totals that are exactly equal, or smaller because genes were left out later.
+    Totals of half of the cells are within a tenth, and one of two marks is seen. First, cells have gaps: many equal
+    values, but none that is smaller by one, because each count became several. Second, totals are much closer to a
+    power of ten than counts can be, but not equal to it. Counts that were drawn to a common total (downsampled) have
+    neither mark: they have ones, and totals that are exactly equal, or smaller because genes were left out later.
+
+    Where counts and TPM were joined, fewer cells have totals within a tenth. These cells are looked at by themselves if
+    they are a tenth of all, and 50.
     """
     totals = np.sort(scan.library[scan.library > 0])
     if len(totals) < _FEWEST_TOTALS:
         return ""
     n_close = np.searchsorted(totals, _SAME_TOTAL * totals, side="right") - np.arange(len(totals))
+    of = "nine in ten cells"
     if n_close.max() < len(totals) / 2:
-        return ""
-    rows = np.flatnonzero(scan.library > 0)
+        if n_close.max() < max(_FEWEST_OF_PART, _PART * len(totals)):
+            return ""
+        totals = totals[n_close.argmax() :][: n_close.max()]
+        of = f"nine in ten of {len(totals):,} cells"
+    rows = np.flatnonzero((scan.library >= totals[0]) & (scan.library <= totals[-1]))
     x = stored.read(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(np.intp))])
     if not (_share_with_gaps(x) >= _GAPS or _are_rounded_to_power(totals, x)):
         return ""
     low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
     is_million = abs(middle - _MILLION) < 0.1 * _MILLION
     kind = "TPM or CPM that were rounded" if is_million else "counts that were scaled to a common total and rounded"
-    return f"look like {kind}: nine in ten cells sum to between {low:,.0f} and {high:,.0f}"
+    return f"look like {kind}: {of} sum to between {low:,.0f} and {high:,.0f}"
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:

@@ -12,12 +12,12 @@ import torch
 from celbo.data.absent import absent_genes
 from celbo.data.checks import Check, check_adata
 from celbo.data.conditions import UNLABELLED, as_text, column_of, known_labels, level_positions, refuse_floats
-from celbo.data.confounding import types_of_one_level
+from celbo.data.confounding import advice_for_own_types, types_of_one_level
 from celbo.data.groups import Groups, grouping
 from celbo.data.schema import Schema
 from celbo.data.sources import CellSource, make_source
 from celbo.data.variable_genes import choose_genes
-from celbo.errors import DataError, UsageError, check_count, check_names, listed
+from celbo.errors import DataError, UsageError, check_count, check_names, columns_there_are, listed
 from celbo.fit.cells import Cells
 from celbo.fit.reference import nested_conditions
 from celbo.fit.train import Split, TrainConfig, split_cells
@@ -49,10 +49,6 @@ DATA_OPTIONS = (
 )
 """Options of `celbo.ExpressionVAE` that say how cells are checked and read."""
 _global_generator = threading.Lock()
-_OF_ONE_LEVEL = (
-    "Add cells so that levels share types; or leave out this nuisance, or fit its levels one by one, and do not read "
-    "differences between levels as differences between types."
-)
 _FEW_CELLS = 30
 """A fit to fewer cells gets a warning."""
 
@@ -165,7 +161,11 @@ def _check_types(
         raise UsageError(f"groupby={groupby!r} (--groupby) is a nuisance too; name a column of cell types.")
     columns = {} if labels is None or labels not in obs.columns else {labels: column_of(obs, labels)}
     if isinstance(groupby, str) and groupby not in obs.columns:
-        check.add("groupby", "error", f"obs has no column {groupby!r} for groupby; it has {listed(obs.columns)}.")
+        check.add(
+            "groupby",
+            "error",
+            f"obs has no column {groupby!r} for groupby; {columns_there_are([groupby], obs.columns)}",
+        )
     elif groupby is not None:
         with check.noting("groupby"):
             types = grouping("groupby", groupby, obs)
@@ -183,7 +183,8 @@ def _check_types(
             found = types_of_one_level(text[known], as_text(obs[condition.name][known]))
             if found.doubtful:
                 sentence = found.sentence(condition.name, f"the types in {name!r}")
-                check.add("types-of-one-level", "warning", f"nuisance {condition.name!r}: {sentence}. {_OF_ONE_LEVEL}")
+                advice = f"What to do: {advice_for_own_types(condition.name)}."
+                check.add("types-of-one-level", "warning", f"nuisance {condition.name!r}: {sentence}. {advice}")
 
 
 def _check_labels(check: Check, obs: "pd.DataFrame", labels: str, unlabelled: str) -> None:
@@ -191,7 +192,9 @@ def _check_labels(check: Check, obs: "pd.DataFrame", labels: str, unlabelled: st
     if not isinstance(labels, str):
         raise UsageError(f"labels={labels!r}; give the name of one column of obs.")
     if labels not in obs.columns:
-        check.add("labels", "error", f"obs has no column {labels!r} for labels; it has {listed(obs.columns)}.")
+        check.add(
+            "labels", "error", f"obs has no column {labels!r} for labels; {columns_there_are([labels], obs.columns)}"
+        )
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -227,10 +230,9 @@ def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> 
     n_top_genes, labels = options["n_top_genes"], options["labels"]
     if n_top_genes is not None and check.stored is not None:
         schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
-    if absences := check.absences.get(options["mask_absent"]):
-        schema = replace(
-            schema, absent=absent_genes(absences, _levels_of(adata.obs, absences[0].column), check.genes, schema.genes)
-        )
+    if lacking_levels := check.lacking_levels.get(options["mask_absent"]):
+        levels = _levels_of(adata.obs, lacking_levels[0].column)
+        schema = replace(schema, absent=absent_genes(lacking_levels, levels, check.genes, schema.genes))
     source = make_source(check, adata, schema)
     if labels is not None:
         with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from celbo.errors import UsageError, listed
 
-__all__ = ["Hinted", "celbo_words", "explained", "no_attribute", "no_option", "sentence"]
+__all__ = ["Hinted", "celbo_words", "explained", "no_attribute", "no_option", "no_public_name", "sentence"]
 
 _MODEL = {
     "latent_dim": "n_latent n_latents latent_size latent_dims z_dim n_dims n_dimensions n_components",
@@ -40,12 +40,12 @@ _MODEL = {
         ],
         "",
     ),
-    "train": "train_config plan_kwargs trainer_kwargs",
+    "train": "train_config plan_kwargs trainer_kwargs plan_config trainer_config",
 }
 _TRAIN = {
     "max_epochs": "epochs epoch n_epochs num_epochs max_epoch",
     "learning_rate": "lr learn_rate step_size",
-    "patience": "early_stopping_patience",
+    "patience": "early_stopping early_stopping_patience",
     "validation_fraction": "validation_size validation_split val_size test_size train_size",
     "warmup_fraction": "warmup n_epochs_kl_warmup n_steps_kl_warmup kl_warmup",
     "gradient_clip": "gradient_clip_val clip_norm max_norm",
@@ -54,6 +54,15 @@ _TRAIN = {
     "device": "use_gpu use_cuda gpu cuda accelerator devices",
     "threads": "n_jobs n_threads num_threads num_workers",
 }
+_MODULE = {
+    "ExpressionVAE": "model models SCVI SCANVI LinearSCVI PEAKVI TOTALVI CVAE external",
+    "simulate_cells": "synthetic_iid simulate",
+    "pseudobulk": "get_pseudobulk",
+    "LIKELIHOODS": "distributions likelihoods",
+    "check_realism": "criticism PosteriorPredictiveCheck ppc",
+    "compare": "autotune",
+}
+"""Public names of celbo: those of other tools."""
 _QUESTION = {
     "adata": "data cells anndata x",
     "given": "condition conditions treatment transform_batch",
@@ -76,6 +85,8 @@ _AS = {
     "nuisance": ("nuisance=[...]", "names of columns of obs"),
     "labels": ("labels=...", "the name of a column of obs"),
     "norm": ("norm='layer'", "or 'batch' or 'none'"),
+    "patience": ("patience=10", "epochs without a better one before training stops; it always stops then"),
+    "train": ("train=celbo.TrainConfig(...)", "options of the training, when you make the model"),
     "remedies": ("remedies=['beta:0.5']", "names in celbo.REMEDIES"),
     "validation_fraction": ("validation_fraction=0.1", "the share of cells to hold out"),
     "warmup_fraction": ("warmup_fraction=0.25", "a share of the training"),
@@ -120,6 +131,8 @@ _SENTENCES = {
     "ExpressionVAE(nuisance=[...], conditions=[...], layer=...), then call fit(adata)",
     "get_likelihood_parameters": "expected_expression(adata) gives the means, and vae_.likelihood the distribution",
     "load": "celbo.load(path) reads a model",
+    "settings": "a seed is an option: train=celbo.TrainConfig(seed=...), and seed=... of a question",
+    "read_h5ad": "read cells with anndata.read_h5ad, or give the path to fit",
     "to_device": "the device is an option of the training: train=celbo.TrainConfig(device=...)",
 }
 
@@ -173,6 +186,8 @@ def no_option(call: str, name: str, known: Collection[str], conditions: Iterable
         is_question = "nuisance" not in known  # whose conditions have values
         example = _AS.get("given" if here[0] == "conditions" and is_question else here[0], ())
         return f"{no}; celbo calls it {here[0]}{': ' * bool(example)}{', '.join(example)}"
+    if name == "overwrite":
+        return f"{no}; it replaces a model that is there already"
     for word in words:
         its = "it" if name == word else f"celbo calls it {word}, which"
         written = _AS.get(word, (f"{word}=...",))[0]
@@ -203,6 +218,24 @@ def no_attribute(cls: type, name: str) -> str:
     return f"{no}; did you mean {close[0]!r}?" if close else no
 
 
+def no_public_name(name: str, known: Collection[str]) -> str:
+    """Say that celbo has no public name like this, and which one is meant.
+
+    Examples
+    --------
+    >>> no_public_name("SCVI", ["ExpressionVAE"])
+    "module 'celbo' has no attribute 'SCVI'; celbo calls it ExpressionVAE."
+    """
+    no = f"module 'celbo' has no attribute {name!r}"
+    if name in _SENTENCES:
+        return f"{no}; {_SENTENCES[name]}."
+    if words := _words(_MODULE).get(name):
+        return f"{no}; celbo calls it {words[0]}."
+    if close := difflib.get_close_matches(name, known, 1):
+        return f"{no}; did you mean {close[0]!r}?"
+    return f"{no}; it has {', '.join(known)}"
+
+
 class Hinted(type):
     """Class of a class that says which attribute is meant by one that it does not have."""
 
@@ -217,11 +250,11 @@ def explained(cls: Class) -> Class:
     """
     for name, function in list(vars(cls).items()):
         if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
-            setattr(cls, name, _explained(function, cls.__name__ if name == "__init__" else name))
+            setattr(cls, name, _with_explanations(function, cls.__name__ if name == "__init__" else name))
     return cls
 
 
-def _explained(function: Callable[..., Any], call: str) -> Callable[..., Any]:
+def _with_explanations(function: Callable[..., Any], call: str) -> Callable[..., Any]:
     parameters = list(inspect.signature(function).parameters.values())[1:]  # without self
 
     @functools.wraps(function)

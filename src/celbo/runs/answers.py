@@ -140,7 +140,7 @@ def check_counterfactual_path(path: Path) -> None:
 def check_expression_path(path: Path) -> None:
     """Check that a file of expression can have this name, that no other file has it, and that no model is there."""
     path = Path(os.path.realpath(path))
-    _check_name(path, ".h5ad", ".zarr")
+    _check_name(path, ".h5ad", ".zarr", also=" It is an AnnData, of which adata.to_df() makes a table.")
     if any(checkpoint.is_model_folder(folder) for folder in path.parents):
         raise UsageError(f"{path} is in a model folder, which would be damaged; name another place with -o.")
     if path.exists() and not holds_only(path, EXPRESSION):
@@ -154,12 +154,12 @@ def check_sample_path(path: Path) -> None:
     _check_cells_path(path, lambda cells: "celbo_sample" in cells.uns, "sample that celbo drew")
 
 
-def _check_name(path: Path, *endings: str) -> None:
+def _check_name(path: Path, *endings: str, also: str = "") -> None:
     if path.is_dir() != (path.suffix == ".zarr") and path.exists():
         what = "a folder" if path.is_dir() else "not a folder"
         raise UsageError(f"{path} is {what}; name a file that ends in {endings[0]}.")
     if path.suffix not in endings:
-        raise UsageError(f"{path} does not end in {' or '.join(endings)}; name a file that does.")
+        raise UsageError(f"{path} does not end in {' or '.join(endings)}; name a file that does.{also}")
 
 
 def _check_cells_path(path: Path, is_ours: Callable[[AnnData], bool], kind: str) -> None:

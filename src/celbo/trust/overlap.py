@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from celbo.data.confounding import advice_for_own_types
 from celbo.data.normalise import COUNTS_PER_CELL, log_normalise
 from celbo.streams import Stream, random_stream
 from celbo.trust.findings import Finding
@@ -107,7 +108,7 @@ class Overlap:
         """What to do if levels are apart."""
         return (
             f"name a column of cell types: celbo check DATA --nuisance {self.name} --groupby COLUMN says whether "
-            f"levels share types. If they do not, leave out the nuisance {self.name!r}, or fit its levels one by one"
+            f"levels share types. If they do not, {advice_for_own_types(self.name)}"
         )
 
     @property

@@ -12,7 +12,7 @@ from scipy import sparse
 from celbo.data.features import features_of_query
 from celbo.data.normalise import log_normalise
 from celbo.data.stored import layer_names
-from celbo.errors import DataError, UsageError, check_count, check_seed, listed
+from celbo.errors import DataError, UsageError, check_count, check_seed, columns_there_are, listed
 from celbo.streams import Stream, random_stream, short_seed
 
 __all__ = ["Agreement", "Realism", "check_realism"]
@@ -162,7 +162,9 @@ def check_realism(
             f"give at least {_FEWEST} and {2 * _FEWEST}."
         )
     if labels is not None and labels not in real.obs.columns:
-        raise UsageError(f"labels={labels!r} is no column of obs of the real cells; it has {listed(real.obs.columns)}.")
+        raise UsageError(
+            f"labels={labels!r} is no column of obs of the real cells; {columns_there_are([labels], real.obs.columns)}"
+        )
     if layer is not None and layer not in real.layers:
         raise UsageError(f"layer={layer!r} is none of the real cells; they have {listed(layer_names(real)) or 'none'}.")
     rng = random_stream(seed, Stream.REALISM)

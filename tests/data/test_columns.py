@@ -1,0 +1,28 @@
+"""Columns of obs that do not exist: the message names the one that is meant."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import celbo
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("btch", "Did you mean 'batch'?"),
+        ("Batch", "Did you mean 'batch'?"),
+        ("batch,donor", r"Name each column by itself: \['batch', 'donor'\]"),
+        ("something", r"it has 'batch', 'donor'\.$"),
+    ],
+)
+@pytest.mark.parametrize("option", ["nuisance", "labels", "mask_absent", "size_factor"])
+def test_a_column_that_does_not_exist_is_refused_with_the_one_that_is_meant(option, name, says):
+    obs = pd.DataFrame({"batch": ["a", "b"] * 20, "donor": ["x", "y", "z", "w"] * 10})
+    cells = AnnData(np.ones((40, 5)), obs=obs.set_index(np.arange(40).astype(str)))
+    model = celbo.ExpressionVAE(**{option: [name] if option == "nuisance" else name})
+    (problem,) = (problem for problem in model.check(cells).problems if problem.severity == "error")
+    assert re.search(says, problem.message)
