@@ -14,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/celbo demo -o celbo-demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -q -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not long"
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -q -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m long
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy
 
 REAL_DATA = Path(os.environ.get("CELBO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+LONG_PAGES = ("collapse.md", "sample.md")
+"""Pages of docs/ whose examples take long."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 QUICK = celbo.TrainConfig(max_epochs=4, seed=0)
 
@@ -26,6 +28,12 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # tests run beside each other
     if int(pandas.__version__.split(".")[0]) >= 3:  # where all text is nullable
         anndata.settings.allow_write_nullable_strings = True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in LONG_PAGES:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

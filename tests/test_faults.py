@@ -745,6 +745,7 @@ def test_32_a_failure_to_lock_leaves_nothing_behind(monkeypatch, tmp_path):
         pass
 
 
+@pytest.mark.long
 def test_32_two_processes_do_not_write_one_folder(file, tmp_path):
     fitting = ["fit", file, "-o", tmp_path / "run", "--epochs", "30", "--patience", "30"]
     code = "from celbo.app.cli import main; main()"
@@ -809,6 +810,7 @@ def test_33_a_link_stays_a_link_to_the_new_file(fitted, cells, tmp_path):
         target.unlink()
 
 
+@pytest.mark.long
 def test_34_no_home_no_utf8_and_a_folder_that_may_not_be_written(cells, tmp_path):
     path = tmp_path / "zellen ünïcode.h5ad"
     named = cells.copy()

@@ -139,3 +139,10 @@ def test_only_the_output_folder_can_be_written_to(container, folder, data, tempo
         assert {path.name.split("_")[0] for path in spare.iterdir()} == {kept.name, "torchinductor"}  # torch makes one
         assert stat.S_IMODE(kept.stat().st_mode) == 0o700
         assert list(kept.rglob("compiled.poisson*.nbc"))
+
+
+def test_the_demo_runs_there_too(container, folder):
+    out = folder / "of-the-demo"
+    lines = lines_of(container(sys.executable, "-m", "celbo", "demo", "-o", out / "demo", writable=[out]))
+    assert lines[-1] == f"open {out / 'demo' / 'report.html'}"
+    assert (out / "demo" / "report.html").exists()

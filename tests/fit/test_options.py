@@ -133,7 +133,7 @@ def questions(model, cells, number, seed):
     yield pd.DataFrame([str(celbo.check_realism(model.sample(60, seed=seed), cells, seed=seed))])
 
 
-@pytest.mark.parametrize("seed", [7, 2**63 - 1])
+@pytest.mark.parametrize("seed", [pytest.param(7, marks=pytest.mark.long), 2**63 - 1])
 def test_every_question_takes_every_seed_as_a_number_of_python_or_numpy(cells, fitted, seed):
     plain = questions(fitted, cells, int, seed)
     of_numpy = questions(fitted, cells, np.int64, np.int64(seed))
@@ -164,6 +164,7 @@ def test_short_seeds_are_what_libraries_take():
     assert len(set(short)) == len(short)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", BIG)
 def test_a_run_with_a_large_seed_is_written_whole(cells, tmp_path, celbo_command, seed):
     cells.write_h5ad(tmp_path / "cells.h5ad")

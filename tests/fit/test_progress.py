@@ -23,7 +23,7 @@ def fit(epochs=30, shown=True):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX terminal")
-@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("shown", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_fit_shows_a_bar_on_a_terminal_unless_it_is_switched_off(shown):
     outside, inside = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}

@@ -232,7 +232,6 @@ def test_so_does_a_config_file(celbo_command, tmp_path):
 @pytest.mark.parametrize(
     ("foreign", "says"),
     [
-        ("model", "celbo calls it ExpressionVAE"),
         ("SCVI", "celbo calls it ExpressionVAE"),
         ("setup_anndata", "there is no set-up: name columns of obs when you make the model"),
         ("settings", "train=celbo.TrainConfig"),

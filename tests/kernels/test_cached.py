@@ -57,7 +57,10 @@ def test_processors_of_two_types_share_no_file(tmp_path):
     assert len(set(tmp_path.rglob("*.nb*")) - one) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "no pickle", "code cut off"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut off", *(pytest.param(damage, marks=pytest.mark.long) for damage in ("empty", "no pickle", "code cut off"))],
+)
 def test_a_damaged_cache_is_written_again(tmp_path, damage):
     call(tmp_path)
     (index,), (code,) = tmp_path.rglob("*.nbi"), tmp_path.rglob("*.nbc")

@@ -256,7 +256,7 @@ def test_the_gpu_kernels_refuse_tensors_that_are_not_there(tmp_path):
     assert "UsageError: the gpu kernels take tensors on a CUDA device, these are on cpu" in found.stderr
 
 
-@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("capability", [pytest.param(75, marks=pytest.mark.long), 90])
 def test_the_gpu_kernels_can_be_compiled_where_there_is_no_gpu(capability, tmp_path):
     found = without_interpreter(
         "import triton\n"

@@ -9,6 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from forked import run_celbo
 
 import celbo
 from celbo.app import demo
@@ -43,7 +44,7 @@ def data(tmp_path_factory, cells):
 def first_run(data):
     folder = data.parent / "run"
     command = ["fit", data, "-o", folder, "--condition", "donor", "--remedy", "mmd:5", *FIT]
-    done = subprocess.run([sys.executable, "-m", "celbo", *map(str, command)], capture_output=True, text=True)
+    done = run_celbo(*command)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,12 +1,11 @@
 """Curing collapsed models, in Python and on the command line."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
+from forked import run_celbo
 
 import celbo
 from celbo.trials.curing import is_healthy
@@ -29,11 +28,6 @@ def fitted(many, **options):
 @pytest.fixture(scope="module")
 def blob(many):
     return fitted(many, remedies=["beta:20"])
-
-
-def run(*arguments):
-    command = [sys.executable, "-c", "from celbo.app.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_a_healthy_model_is_left_as_it_is(many):
@@ -138,7 +132,7 @@ def test_what_was_said_of_models_that_were_given_up_is_not_repeated(blob, many):
 def blob_run(many, tmp_path_factory):
     folder = tmp_path_factory.mktemp("blob")
     many.write_h5ad(folder / "cells.h5ad")
-    done = run(
+    done = run_celbo(
         *("fit", folder / "cells.h5ad", "-o", folder / "run", "--latent-dim", 3, "--hidden-dim", 32),
         *("--epochs", 60, "--remedy", "beta:20"),
     )
@@ -160,11 +154,11 @@ def test_fit_announces_a_collapse_without_being_asked(blob_run):
 @pytest.mark.long
 def test_diagnose_finds_the_cells_of_the_run(blob_run):
     folder, _ = blob_run
-    done = run("diagnose", folder / "run")
+    done = run_celbo("diagnose", folder / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Collapsed: the decoder loses")
     assert "1. --remedy beta:1" in done.stdout
-    named = run("diagnose", folder / "run", folder / "cells.h5ad", "--json", "--groupby", "cell_type")
+    named = run_celbo("diagnose", folder / "run", folder / "cells.h5ad", "--json", "--groupby", "cell_type")
     document = json.loads(named.stdout)
     assert document["collapsed"]
     assert document["remedies"][0]["remedy"] == "beta:1"
@@ -173,7 +167,7 @@ def test_diagnose_finds_the_cells_of_the_run(blob_run):
 @pytest.mark.long
 def test_cure_writes_a_run_and_its_trail(blob_run):
     folder, _ = blob_run
-    done = run("cure", folder / "run", "-o", folder / "cured", "--tries", 2)
+    done = run_celbo("cure", folder / "run", "-o", folder / "cured", "--tries", 2)
     assert done.returncode == 0, done.stderr
     assert "beta:20: Collapsed" in done.stdout
     assert "kept: z says more" in done.stdout
@@ -189,7 +183,7 @@ def test_curing_what_is_cured_changes_nothing_and_speaks_json(blob_run):
     folder, _ = blob_run
     if not (folder / "cured").exists():
         pytest.skip("needs the run that the test before wrote")
-    done = run("cure", folder / "cured", "-o", folder / "again", "--json")
+    done = run_celbo("cure", folder / "cured", "-o", folder / "again", "--json")
     assert done.returncode == 0, done.stderr
     trail = json.loads(done.stdout)
     assert len(trail) == 1
@@ -201,7 +195,7 @@ def test_curing_what_is_cured_changes_nothing_and_speaks_json(blob_run):
 @pytest.mark.long
 def test_auto_remedy_cures_before_anything_is_written(blob_run):
     folder, _ = blob_run
-    done = run(
+    done = run_celbo(
         *("fit", folder / "cells.h5ad", "-o", folder / "auto", "--latent-dim", 3, "--hidden-dim", 32),
         *("--epochs", 60, "--remedy", "beta:20", "--auto-remedy"),
     )
@@ -222,7 +216,7 @@ def test_auto_remedy_cures_before_anything_is_written(blob_run):
 )
 def test_bad_remedies_end_in_words_the_table_and_exit_2(blob_run, arguments, said):
     folder, _ = blob_run
-    done = run("fit", folder / "cells.h5ad", "-o", folder / "bad", *arguments)
+    done = run_celbo("fit", folder / "cells.h5ad", "-o", folder / "bad", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert "cyclical:4" in done.stderr
@@ -232,7 +226,7 @@ def test_bad_remedies_end_in_words_the_table_and_exit_2(blob_run, arguments, sai
 
 def test_the_table_of_remedies_can_be_asked_for(blob_run):
     folder, _ = blob_run
-    done = run("fit", folder / "cells.h5ad", "-o", folder / "list", "--remedy", "list")
+    done = run_celbo("fit", folder / "cells.h5ad", "-o", folder / "list", "--remedy", "list")
     assert done.returncode == 0
     assert all(name in done.stdout for name in celbo.REMEDIES)
     assert not (folder / "list").exists()
@@ -241,6 +235,6 @@ def test_the_table_of_remedies_can_be_asked_for(blob_run):
 def test_a_run_whose_cells_are_gone_says_so(blob_run, tmp_path):
     folder, _ = blob_run
     celbo.load(folder / "run").save(tmp_path / "model")
-    done = run("diagnose", tmp_path / "model")
+    done = run_celbo("diagnose", tmp_path / "model")
     assert done.returncode == 2
     assert "does not say which cells it was fitted to" in done.stderr

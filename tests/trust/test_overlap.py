@@ -73,7 +73,9 @@ def test_unequal_shares_of_types_leave_levels_together(strength, seed):
     assert not overlap(cells.X[keep], batch[keep]).apart
 
 
-@pytest.mark.parametrize("name", ["pbmc3k", "pbmc_3tech", "cellmix_tech"])
+@pytest.mark.parametrize(
+    "name", ["pbmc3k", *(pytest.param(name, marks=pytest.mark.long) for name in ("pbmc_3tech", "cellmix_tech"))]
+)
 def test_types_of_real_cells_that_are_split_between_levels_are_noticed(name, real_data):
     cells = real_data(name)
     types = codes_of(cells, COLUMN_OF_TYPES[name])
@@ -84,7 +86,16 @@ def test_types_of_real_cells_that_are_split_between_levels_are_noticed(name, rea
         assert overlap(with_batch_effect(cells.X, level, 0.5, seed), level).apart
 
 
-@pytest.mark.parametrize("name", ["pbmc3k", "pbmc_3tech", "cellmix_tech", "kang_ifnb", "paul15", "zeisel_1464"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pbmc3k",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("pbmc_3tech", "cellmix_tech", "kang_ifnb", "paul15", "zeisel_1464")
+        ),
+    ],
+)
 def test_random_parts_of_real_cells_are_together(name, real_data):
     cells = real_data(name)
     for n_levels in (2, 6):

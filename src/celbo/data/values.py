@@ -278,24 +278,21 @@ def _kind_of_values(stored: Stored) -> str:
 def describe_rounded(stored: Stored, scan: Scan) -> str:
     """Say what whole numbers look like that were scaled to a common total and rounded; return "" for counts.
 
-    Totals of half of the cells are within a tenth, and one of two marks is seen. First, cells have gaps: many equal
-    values, but none that is smaller by one, because each count became several. Second, totals are much closer to a
-    power of ten than counts can be, but not equal to it. Counts that were drawn to a common total (downsampled) have
-    neither mark: they have ones, and totals that are exactly equal, or smaller because genes were left out later.
-
-    Where counts and TPM were joined, fewer cells have totals within a tenth. These cells are looked at by themselves if
-    they are a tenth of all, and 50.
+    Cells with totals within a tenth are looked at, if they are half of all cells; or a tenth and 50, as where counts
+    and TPM were joined. One of two marks is seen. First, cells have gaps: many equal values, but none that is smaller
+    by one, because each count became several. Second, totals are much closer to a power of ten than counts can be, but
+    not equal to it. Counts that were drawn to a common total (downsampled) have neither mark: they have ones, and
+    totals that are exactly equal, or smaller because genes were left out later.
     """
     totals = np.sort(scan.library[scan.library > 0])
     if len(totals) < _FEWEST_TOTALS:
         return ""
     n_close = np.searchsorted(totals, _SAME_TOTAL * totals, side="right") - np.arange(len(totals))
-    of = "nine in ten cells"
-    if n_close.max() < len(totals) / 2:
-        if n_close.max() < max(_FEWEST_OF_PART, _PART * len(totals)):
-            return ""
-        totals = totals[n_close.argmax() :][: n_close.max()]
-        of = f"nine in ten of {len(totals):,} cells"
+    n = int(n_close.max())
+    if n < len(totals) / 2 and n < max(_FEWEST_OF_PART, _PART * len(totals)):
+        return ""
+    of = "cells" if n >= 0.9 * len(totals) else f"of {n:,} cells"
+    totals = totals[n_close.argmax() :][:n]
     rows = np.flatnonzero((scan.library >= totals[0]) & (scan.library <= totals[-1]))
     x = stored.read(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(np.intp))])
     if not (_share_with_gaps(x) >= _GAPS or _are_rounded_to_power(totals, x)):
@@ -303,7 +300,7 @@ def describe_rounded(stored: Stored, scan: Scan) -> str:
     low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
     is_million = abs(middle - _MILLION) < 0.1 * _MILLION
     kind = "TPM or CPM that were rounded" if is_million else "counts that were scaled to a common total and rounded"
-    return f"look like {kind}: {of} sum to between {low:,.0f} and {high:,.0f}"
+    return f"look like {kind}: nine in ten {of} sum to between {low:,.0f} and {high:,.0f}"
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:

@@ -55,7 +55,7 @@ _TRAIN = {
     "threads": "n_jobs n_threads num_threads num_workers",
 }
 _MODULE = {
-    "ExpressionVAE": "model models SCVI SCANVI LinearSCVI PEAKVI TOTALVI CVAE external",
+    "ExpressionVAE": "models SCVI SCANVI LinearSCVI PEAKVI TOTALVI CVAE external",
     "simulate_cells": "synthetic_iid simulate",
     "pseudobulk": "get_pseudobulk",
     "LIKELIHOODS": "distributions likelihoods",
