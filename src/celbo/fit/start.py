@@ -231,8 +231,8 @@ def cells_to_fit(adata: "AnnData", check: Check, options: Mapping[str, Any]) -> 
     if n_top_genes is not None and check.stored is not None:
         schema = choose_genes(schema, check.stored, adata.obs, n_top_genes)
     if lacking_levels := check.lacking_levels.get(options["mask_absent"]):
-        levels = _levels_of(adata.obs, lacking_levels[0].column)
-        schema = replace(schema, absent=absent_genes(lacking_levels, levels, check.genes, schema.genes))
+        samples = _levels_of(adata.obs, lacking_levels[0].column)
+        schema = replace(schema, absent=absent_genes(lacking_levels, samples, check.genes, schema.genes))
     source = make_source(check, adata, schema)
     if labels is not None:
         with warnings.catch_warnings():
