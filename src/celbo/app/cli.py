@@ -1,7 +1,7 @@
 """The command line: parse options, call the library once, write the answer.
 
-Data and JSON go to stdout, messages to stderr. The exit code is that of the error (`celbo.errors`). Commands import what
-they need when they run, so that ``celbo --help`` does not load torch.
+Data and JSON go to stdout, messages to stderr. The exit code is that of the error (`celbo.errors`). Commands import
+what they need when they run, so that ``celbo --help`` does not load torch.
 """
 
 import json
