@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU its kernels run in numpy
 
 REAL_DATA = Path(os.environ.get("CELBO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-LONG_PAGES = ("collapse.md", "sample.md")
+LONG_PAGES = ("collapse.md", "counterfactual.md", "differential.md", "labels.md", "sample.md", "score.md")
 """Pages of docs/ whose examples take long."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 QUICK = celbo.TrainConfig(max_epochs=4, seed=0)

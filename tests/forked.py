@@ -1,10 +1,11 @@
 """Run celbo in a process of its own, forked from one that has imported everything: seconds faster than a new one.
 
-Tests of imports, terminals and signals start processes of their own.
+Tests of imports, terminals, signals, and of variables that are read at import start processes of their own.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ _IMPORTED = [
     *("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "torch._dynamo"),
     "torch._decomp.decompositions_for_jvp",
 ]
+_SECONDS = 300
+"""A child that runs longer is ended by SIGALRM."""
 CELBO = "from celbo.app.cli import main; main()"
 
 
@@ -37,7 +40,9 @@ def run_celbo(*arguments, code=CELBO, cwd=None):
         }
         server.stdin.write(f"{json.dumps(request)}\n")
         server.stdin.flush()
-        return subprocess.CompletedProcess(arguments, int(server.stdout.readline()), out.read_text(), err.read_text())
+        answer = server.stdout.readline()
+        assert answer, f"the server of tests/forked.py ended with {server.wait()}"
+        return subprocess.CompletedProcess(arguments, int(answer), out.read_text(), err.read_text())
 
 
 @cache
@@ -60,6 +65,7 @@ def _serve():
 def _answer(request):
     """Run the program of a request, and end this process."""
     code = 1
+    signal.alarm(_SECONDS)
     try:
         for number, path in enumerate(request["streams"], start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -75,6 +81,8 @@ def _answer(request):
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - this process ends here
         traceback.print_exc()
     sys.stdout.flush()

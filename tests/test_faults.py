@@ -259,6 +259,7 @@ def with_x(cells, x):
     return other
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -646,7 +647,16 @@ def test_32_a_second_writer_is_refused_and_told_who_writes(fit, file, tmp_path):
         assert {path.name for path in folder.iterdir()} == {".celbo-lock"}
 
 
-@pytest.mark.parametrize("owner", ["killed", "same number", "another host", "an older celbo", "nobody"])
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "killed",
+        *(
+            pytest.param(owner, marks=pytest.mark.long)
+            for owner in ("same number", "another host", "an older celbo", "nobody")
+        ),
+    ],
+)
 def test_32_the_lock_file_of_a_dead_process_is_taken_over(fit, file, tmp_path, owner):
     lock = tmp_path / "run" / ".celbo-lock"
     if owner == "killed":

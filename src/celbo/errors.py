@@ -145,26 +145,31 @@ def check_names(options: Mapping[str, object]) -> None:
             raise UsageError(f"{name}={value!r}; give a list of names, or [] for none.")
 
 
-def columns_there_are(names: Iterable[object], columns: Iterable[object]) -> str:
+def columns_there_are(names: Iterable[object], columns: Iterable[object], given: Iterable[object] = ()) -> str:
     """Say in a message about columns that do not exist which columns there are, and which are probably meant.
+
+    Columns that are ``given`` already are not meant.
 
     Examples
     --------
     >>> columns_there_are(["donr"], ["donor", "batch"])
     "it has 'donor', 'batch'. Did you mean 'donor'?"
     >>> columns_there_are(["donor,batch"], ["donor", "batch"])
-    "it has 'donor', 'batch'. Name each column by itself: ['donor', 'batch'] (the option once for each)."
+    "it has 'donor', 'batch'. 'donor,batch' joins names: give one column or, for options that take several, a list ..."
     """
     known = [str(column) for column in columns]
     has = f"it has {listed(known) or 'no column'}."
+    folded = {column.casefold(): column for column in reversed(known) if column not in {str(one) for one in given}}
+    meant = []
     for name in map(str, names):
         parts = [part.strip() for part in name.split(",")]
         if len(parts) > 1 and set(parts) <= set(known):
-            return f"{has} Name each column by itself: {parts} (the option once for each)."
-        folded = {column.casefold(): column for column in reversed(known)}
-        if similar := difflib.get_close_matches(name.casefold(), folded, 1):
-            return f"{has} Did you mean {folded[similar[0]]!r}?"
-    return has
+            return (
+                f"{has} {name!r} joins names: give one column or, for options that take several, a list {parts} (on "
+                "the command line the option once for each)."
+            )
+        meant += [folded[similar] for similar in difflib.get_close_matches(name.casefold(), folded, 1)]
+    return f"{has} Did you mean {listed(dict.fromkeys(meant))}?" if meant else has
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

@@ -140,6 +140,7 @@ def test_a_run_is_repeated_from_its_record_to_the_byte(file, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.long
 def test_repeating_a_run_on_other_data_is_said(file, cells, tmp_path):
     assert command("fit", file, "-o", tmp_path / "run", "--epochs", "1", "--hidden-dim", "8").exit_code == 0
     again = ["--config", tmp_path / "run" / "run.json"]
@@ -435,6 +436,7 @@ def test_what_can_hardly_be_learned_is_said_before_anything_is_trained():
     assert "only 5 cells" in next(each.message for each in few.problems if each.name == "few-cells")
 
 
+@pytest.mark.long
 def test_types_that_go_with_the_levels_of_a_nuisance_are_doubted(tmp_path):
     """By a column that is named, by labels that are learned, and not if the levels share types."""
     cells = celbo.simulate_cells(n_cells=400, n_genes=40, n_types=4, seed=0)

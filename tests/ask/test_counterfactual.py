@@ -129,6 +129,7 @@ def test_of_cells_that_are_not_supported_both_answers_are_given(cells, left_out)
     assert np.median(np.abs(decoded[off][:, shown].mean(0) / geometric - 1)) > 0.02  # the two do differ
 
 
+@pytest.mark.long
 def test_a_group_mean_of_what_was_never_seen_spans_both_answers(cells, left_out):
     model, _ = left_out
     asked = controls(cells, "type_0")
@@ -143,6 +144,7 @@ def test_a_group_mean_of_what_was_never_seen_spans_both_answers(cells, left_out)
     assert width[0] > 1.1 * width[1]
 
 
+@pytest.mark.long
 def test_of_a_gaussian_the_difference_is_told_in_units_of_its_spread(cells):
     """Of z-scored values, whose means are around 0, a ratio says nothing."""
     scored = cells.copy()
@@ -276,6 +278,7 @@ def test_with_labels_the_type_left_out_is_told_from_its_neighbours(cells):
         assert (verdicts == "supported").any() == seen
 
 
+@pytest.mark.long
 def test_a_batch_never_seen_treated_is_never_supported(cells):
     """The same cells, in two batches that do not differ."""
     two = cells.copy()
@@ -410,6 +413,7 @@ def test_models_of_other_genes_are_refused(cells, whole):
         whole.counterfactual(controls(cells, "type_1"), {"treatment": "treated"}, others=[other])
 
 
+@pytest.mark.long
 def test_the_interval_of_a_group_mean_covers_real_groups(cells, whole):
     """Treated cells of a type that was seen treated: their mean lies in the interval of so many, nine times in ten."""
     of_type = (cells.obs["cell_type"] == "type_1").to_numpy()
@@ -619,6 +623,7 @@ def test_the_interval_lies_between_the_5_and_95_percent_quantiles_of_the_draws()
     np.testing.assert_allclose(answer.upper, high, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "gaussian"])
 def test_the_bytes_do_not_depend_on_how_much_is_decoded_at_a_time(cells, left_out, monkeypatch, likelihood):
     """Of all cells at once, of some, and of some draws of one cell; of two models."""

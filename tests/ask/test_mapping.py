@@ -264,6 +264,7 @@ def test_a_condition_of_many_levels_becomes_a_few_learned_numbers(many):
     assert model.vae_.embed_context.levels[0].shape == (60, 10)
 
 
+@pytest.mark.long
 def test_levels_that_differ_are_told_apart_by_what_is_learned(many):
     """Half of 60 donors express the first 20 genes fourfold: decoding a cell under either shows it."""
     cells, rng = many.copy(), np.random.default_rng(0)

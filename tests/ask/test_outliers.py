@@ -191,6 +191,7 @@ def test_from_the_command_line(known, tmp_path, celbo_command, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unseen", ["nearest", "marginal", "adapt"])
 def test_cells_of_a_batch_never_seen_are_read_as_asked(known, unseen):
     model, usual, _ = known
@@ -206,6 +207,7 @@ def test_cells_of_a_batch_never_seen_are_read_as_asked(known, unseen):
     assert abs(log_p.mean() - as_known.mean()) < 0.05 * abs(as_known.mean())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["rarest", "some"])
 def test_cells_that_lack_genes_are_as_usual_as_they_are(known, which):
     """Depth is that with the missing genes filled in, and what is said of log p(x) is not compared."""

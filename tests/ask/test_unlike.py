@@ -148,6 +148,7 @@ def test_the_command_line_writes_the_flags(model, other, fresh, tmp_path, celbo_
     assert (tmp_path / "labels.csv").read_text().splitlines()[0].startswith("cell,label,probability,p_known,unlike,")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("likelihood", ["zinb", "bernoulli", "gaussian"])
 def test_every_likelihood_can_tell(all_cells, fresh, other, likelihood):
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 import celbo
 from celbo.data.absent import Absent, CellsWithGene, columns_to_watch, find_lacking_levels
+from celbo.data.checks import check_query
 from celbo.data.schema import Schema
 from celbo.data.sources import open_source
 from celbo.minibatch import gene_moments
@@ -57,11 +58,29 @@ def test_missing_values_of_a_dense_join_get_advice_that_works(complete, lacked):
     assert "absent-genes" not in [
         found.name for found in celbo.ExpressionVAE(mask_absent="sample").check(cells).problems
     ]
-    complete = complete.copy()
-    complete.X = complete.X.toarray()
-    complete.X[3, :10] = complete.X[8, 2] = np.nan
-    (found,) = celbo.ExpressionVAE().check(complete).problems
+
+
+@pytest.mark.parametrize("lacking", [np.s_[3, :10], np.s_[:, :10], np.s_[5:9, :], np.s_[[3, 8], :10], np.s_[50, :]])
+def test_other_missing_values_are_not_called_a_join(complete, lacking):
+    cells = complete.copy()
+    cells.X = cells.X.toarray()
+    cells.X[lacking] = np.nan
+    (found,) = celbo.ExpressionVAE().check(cells).problems
     assert "Counts are never missing" in found.message
+
+
+def test_missing_values_of_a_join_get_other_advice_where_nothing_can_be_masked(complete):
+    cells = complete.copy()
+    cells.X = cells.X.toarray()
+    cells.X[100:200, :20] = np.nan
+    model = celbo.ExpressionVAE(latent_dim=2, train=celbo.TrainConfig(max_epochs=1)).fit(complete, progress=False)
+    (found,) = check_query(cells, model.schema_).problems
+    assert "mask" not in found.message
+    assert "leave out these genes, or ask for each sample by itself" in found.message
+    cells.layers["real"] = cells.X
+    problems = celbo.ExpressionVAE(layer="real", likelihood="gaussian").check(cells).problems
+    (message,) = (found.message for found in problems if found.name == "not-finite")
+    assert "mask" not in message
 
 
 @pytest.mark.parametrize("options", [{}, {"nuisance": ["sample"]}, {"conditions": ["batch"]}])

@@ -75,8 +75,13 @@ def test_a_model_of_genes_is_the_same_whatever_stands_beside_them(genes, column,
                 np.testing.assert_array_equal(one.embed(query), alone.embed(genes))
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "on_disk"),
+    [
+        (".h5ad", False),
+        *(pytest.param(*kind, marks=pytest.mark.long) for kind in ((".h5ad", True), (".zarr", False), (".zarr", True))),
+    ],
+)
 def test_commands_take_the_genes_of_a_file(genes, tmp_path, celbo_command, suffix, on_disk):
     path, cells = tmp_path / f"cells{suffix}", mixed(genes)
     cells.write_h5ad(path) if suffix == ".h5ad" else cells.write_zarr(path)

@@ -176,7 +176,7 @@ def test_counts_in_raw_alone_are_reached_by_the_command_of_the_message(tmp_path,
     np.testing.assert_array_equal(read_adata("my cells_raw.h5ad").X.toarray(), COUNTS)
     with pytest.raises(DataError, match=r"no layer 'raw'; .*my cells_raw_2\.h5ad"):  # the first stays
         read_adata(path, layer="raw")
-    with pytest.raises(DataError, match="to read X, leave out layer"):
+    with pytest.raises(DataError, match="If you fit values of X, leave out layer"):
         read_adata(path, layer="X")
 
 

@@ -98,6 +98,7 @@ def test_a_model_of_an_older_version_compares_library_sizes(fit):
     assert split_again(older, open_cells(older, cells)) is not None
 
 
+@pytest.mark.long
 def test_other_reals_are_measured_as_a_whole_and_called_other(tmp_path):
     cells, others = with_reals(220, 0), with_reals(220, 1)
     options = {"likelihood": "gaussian", "layer": "real", "latent_dim": 2, "train": QUICK}

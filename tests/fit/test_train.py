@@ -115,6 +115,7 @@ def test_training_stops_when_held_out_cells_no_longer_gain(cells):
     assert len(elbos) - 1 - int(np.argmax(elbos)) in (4, 8, 12)  # and as many after each fall of the rate
 
 
+@pytest.mark.long
 def test_lower_rates_gain_where_a_high_one_no_longer_does(cells, monkeypatch):
     source = source_of(cells)
     split = split_cells(source.n_cells, 0.2, seed=0)

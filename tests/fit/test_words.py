@@ -51,7 +51,7 @@ def test_an_option_of_another_tool_is_refused_with_the_name_in_celbo(foreign, ou
     [
         ({"lr": 0.1}, "TrainConfig has no option 'lr'; celbo calls it learning_rate"),
         ({"early_stopping_patience": 3}, "calls it patience"),
-        ({"early_stopping": True}, "calls it patience: patience=10, epochs without a better one"),
+        ({"early_stopping": True}, "calls it patience: patience=10, epochs without a better held-out ELBO"),
         ({"max_epoch": 3}, "calls it max_epochs"),
         ({"n_latent": 3}, r"celbo.ExpressionVAE\(latent_dim=...\)"),
         ({"sed": 3}, "did you mean 'seed'"),

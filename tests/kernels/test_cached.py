@@ -50,6 +50,7 @@ def test_a_second_process_uses_the_code_of_the_first(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")} == kept
 
 
+@pytest.mark.long
 def test_processors_of_two_types_share_no_file(tmp_path):
     assert call(tmp_path) == ""
     one = set(tmp_path.rglob("*.nb*"))
@@ -57,10 +58,8 @@ def test_processors_of_two_types_share_no_file(tmp_path):
     assert len(set(tmp_path.rglob("*.nb*")) - one) == 2
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["cut off", *(pytest.param(damage, marks=pytest.mark.long) for damage in ("empty", "no pickle", "code cut off"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("damage", ["cut off", "empty", "no pickle", "code cut off"])
 def test_a_damaged_cache_is_written_again(tmp_path, damage):
     call(tmp_path)
     (index,), (code,) = tmp_path.rglob("*.nbi"), tmp_path.rglob("*.nbc")

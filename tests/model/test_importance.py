@@ -21,6 +21,7 @@ def fitted(cells, **options):
         return celbo.ExpressionVAE(hidden_dims=(16,), conditions=["batch"], train=train, **options).fit(cells)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "bernoulli", "gaussian"])
 @pytest.mark.parametrize("prior", ["normal", "conditional", "mixture:3", "vamp:5"])
 def test_it_is_the_integral_over_one_latent_dimension(cells, likelihood, prior):

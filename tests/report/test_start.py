@@ -32,6 +32,7 @@ def draw(folder, **variables):
     return done.stderr.replace("Matplotlib is building the font cache; this may take a moment.\n", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://no.such.package", "qtagg"])
 def test_the_backend_of_the_shell_does_not_matter(tmp_path, backend):
     assert draw(tmp_path, MPLBACKEND=backend) == ""

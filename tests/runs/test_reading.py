@@ -57,6 +57,7 @@ def test_a_fit_reads_every_value_a_few_times_at_most(tmp_path, count, celbo_comm
     assert 0 < count.values <= limit * cells.X.nnz, count.values / cells.X.nnz
 
 
+@pytest.mark.long
 def test_checksums_of_real_numbers_on_disk_cost_no_reading(tmp_path, count, celbo_command, monkeypatch):
     cells = celbo.simulate_cells(n_cells=300, n_genes=40, seed=0)
     cells.layers["real"] = np.random.default_rng(0).normal(size=cells.shape)

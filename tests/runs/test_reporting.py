@@ -223,6 +223,7 @@ def test_a_report_that_cannot_be_drawn_is_no_failure_of_the_fit(
     assert b"Poisson" in (run / "report.html").read_bytes()
 
 
+@pytest.mark.long
 def test_a_cure_whose_report_cannot_be_drawn_is_no_failure(celbo_command, run, monkeypatch, tmp_path):
     def fail(*_):
         raise ValueError("no font")

@@ -114,6 +114,7 @@ def test_what_cannot_be_compared_is_refused(cells):
         celbo.compare({"nb": nb, "again": copy(nb)}, cells[:20].copy())
 
 
+@pytest.mark.long
 def test_from_the_command_line(tmp_path, celbo_command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planted("poisson", 2, n_cells=600, n_genes=30).write_h5ad(tmp_path / "counts.h5ad")

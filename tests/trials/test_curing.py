@@ -10,6 +10,7 @@ from forked import run_celbo
 import celbo
 from celbo.trials.curing import is_healthy
 
+pytestmark = pytest.mark.long
 TRAIN = celbo.TrainConfig(max_epochs=60, seed=0)
 
 

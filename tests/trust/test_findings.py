@@ -520,6 +520,7 @@ def test_types_that_z_merges_are_named():
     assert "other" not in merged.meaning
 
 
+@pytest.mark.long
 def test_a_model_that_removes_a_batch_keeps_the_types():
     cells = celbo.simulate_cells(
         n_cells=1500, n_genes=150, n_types=4, batch_strength=1.0, type_strength=1.5, median_library=1500, seed=3

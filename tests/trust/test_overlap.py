@@ -53,6 +53,7 @@ def test_levels_with_types_of_their_own_are_apart(n_levels, strength):
     assert found.levels == n_levels
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strength", [0, 0.3, 0.6])
 @pytest.mark.parametrize("n_levels", [2, 6])
 @pytest.mark.parametrize("options", [{}, {"batch_depth": 0.8}, {"n_types": 3}], ids=["usual", "depth", "few"])
@@ -62,6 +63,7 @@ def test_a_batch_effect_on_shared_types_leaves_levels_together(n_levels, strengt
     assert not overlap(cells.X, codes_of(cells, "batch")).apart
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strength", [0, 0.3, 0.6])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_unequal_shares_of_types_leave_levels_together(strength, seed):

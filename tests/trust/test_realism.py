@@ -41,6 +41,7 @@ def test_nonsense_is_told_with_certainty(cells):
     assert found.agreement.correlations < 0.5 < found.agreement_real.correlations
 
 
+@pytest.mark.long
 def test_a_gene_that_is_wrong_is_named(cells):
     wrong = cells[:300].copy()
     counts = wrong.X.toarray()
@@ -52,6 +53,7 @@ def test_a_gene_that_is_wrong_is_named(cells):
     assert found.genes[name] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("labels", ["cell_type", None])
 def test_a_type_that_is_missing_is_noticed(cells, labels):
     half = cells[:300]
@@ -86,6 +88,7 @@ def test_it_prints_its_verdict_first_and_is_plain_json(alike):
     assert alike.to_json()["agreement"]["means"] == alike.agreement.means
 
 
+@pytest.mark.long
 def test_real_numbers_are_compared_as_they_are():
     rng = np.random.default_rng(0)
     one, two, moved = (anndata.AnnData(rng.normal(mean, 1, (300, 10))) for mean in (0, 0, 1))
@@ -104,6 +107,7 @@ def test_what_cannot_be_compared_is_refused(cells):
         celbo.check_realism(cells[:100], cells[100:200], labels="tissue")
 
 
+@pytest.mark.long
 def test_counts_are_looked_for_where_they_are(cells):
     real = cells[300:].copy()
     real.layers["counts"] = real.X.copy()

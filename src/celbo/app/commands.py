@@ -149,13 +149,16 @@ def compare_with_record(cells: "Cells", expected: str | None, config: Path | Non
 
 
 def check_cells(model: "ExpressionVAE", adata: "AnnData", *, unseen: str, genes_present: float) -> "Check":
-    """Check cells for a fitted model, and whether they are unlike those of fit. Nothing is trained."""
+    """Check cells for a fitted model, and whether they are unlike those of fit. Nothing is trained.
+
+    Of new levels that would be learned from the cells (``unseen="adapt"``) only training can tell.
+    """
     from celbo.ask.mapping import open_any
     from celbo.ask.unlike import describe_unlike, unlike
     from celbo.data.checks import check_query
 
     result = check_query(adata, model.schema_, unseen=unseen, genes_present=genes_present)
-    if result.errors or unseen == "adapt":  # only training tells what an adapted model says
+    if result.errors or (unseen == "adapt" and model.schema_.with_levels_of(adata.obs) != model.schema_):
         return result
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the check has found what opening the cells warns of

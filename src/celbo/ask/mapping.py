@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from celbo.ask.unlike import warn_of_unlike
 from celbo.data.conditions import as_text, column_of, spelling
 from celbo.data.read import read_adata
 from celbo.data.schema import Schema
@@ -59,7 +60,9 @@ def open_any(
         raise UsageError("cells that prepare made are for fit alone; give the AnnData.")
     adata = read_adata(adata, layer=fitted.schema.layer)
     if unseen == "adapt":
-        return map_query(fitted, adata, genes_present=genes_present)
+        fitted, cells = map_query(fitted, adata, genes_present=genes_present)
+        warn_of_unlike(fitted, cells)
+        return fitted, cells
     if unseen == "nearest":
         adata, unseen = _at_nearest_levels(fitted, adata, genes_present=genes_present), "refuse"
     return fitted, open_cells(fitted, adata, unseen=unseen, genes_present=genes_present)

@@ -71,8 +71,10 @@ def describe_unlike(is_unlike: NDArray[np.bool_], cells: Cells) -> str:
 
 
 def warn_of_unlike(fitted: Fitted, cells: Cells) -> NDArray[np.bool_] | None:
-    """Return `unlike`, and warn if more cells are unlike the cells of fit than chance explains."""
-    is_unlike = unlike(fitted, cells)
-    if is_unlike is not None and (doubt := describe_unlike(is_unlike, cells)):
-        warn(doubt)
-    return is_unlike
+    """Return `unlike`, and warn, once for these cells, if more are unlike the cells of fit than chance explains."""
+    if "unlike" not in cells.kept:
+        is_unlike = cells.kept["unlike"] = unlike(fitted, cells)
+        if is_unlike is not None and (doubt := describe_unlike(is_unlike, cells)):
+            warn(doubt)
+    kept: NDArray[np.bool_] | None = cells.kept["unlike"]
+    return kept

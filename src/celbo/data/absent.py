@@ -145,7 +145,7 @@ def columns_to_watch(obs: pd.DataFrame, first: Sequence[str]) -> list[str]:
     """
     chosen = [name for name in dict.fromkeys(first) if name in obs.columns and why_not_watched(obs, name) == ""]
     others = [name for name in obs.columns if name not in chosen and why_not_watched(obs, name) == ""]
-    return [*chosen, *map(str, others[:_MOST_COLUMNS])]
+    return [*chosen, *others[:_MOST_COLUMNS]]
 
 
 def why_not_watched(obs: pd.DataFrame, name: str) -> str:

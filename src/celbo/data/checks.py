@@ -69,11 +69,17 @@ _ADVICE = {
     ),
 }
 
-_ADVICE_JOINED = (
-    "Cells lack whole genes, as after a join of samples with other genes (join='outer'). If so, join sparse matrices, "
-    "or write zeros (numpy.nan_to_num), and name the column of samples as mask_absent (--mask-absent): then the model "
-    "knows that these genes were not measured there. Or join the samples with join='inner'."
-)
+_JOINED = "Many cells lack the same genes, as after a join of samples with other genes (join='outer'). If so, "
+_ADVICE_JOINED = {
+    "counts": (
+        f"{_JOINED}join sparse matrices, or write zeros (numpy.nan_to_num), and name the column of samples as "
+        "mask_absent (--mask-absent): then the model knows that these genes were not measured there. Or join the "
+        "samples with join='inner'."
+    ),
+    "real": f"{_JOINED}join the samples with join='inner'.",
+    "query": f"{_JOINED}leave out these genes, or ask for each sample by itself: the model fills in missing genes.",
+}
+"""For a fit to counts, a fit to real numbers, and cells of a fitted model."""
 
 
 class Problem(NamedTuple):
@@ -304,7 +310,7 @@ def check_query(
     with check.noting("values"):
         check.stored = stored_values(adata, schema.layer).of_genes(kept.positions)
         scan = scan_values(check.stored, summed=check.genes.isin(schema.genes))
-        _check_values(check, adata, schema.layer, scan, schema.values)
+        _check_values(check, adata, schema.layer, scan, schema.values, of_model=True)
         _check_emptiness(check, adata, scan, schema.values, of_model=True)
     if schema.size_factor is not None:
         with check.noting("size-factor"):
@@ -362,7 +368,9 @@ def _check_names(check: Check, adata: AnnData) -> None:
         )
 
 
-def _check_values(check: Check, adata: AnnData, layer: str | None, scan: Scan, values: str) -> None:
+def _check_values(
+    check: Check, adata: AnnData, layer: str | None, scan: Scan, values: str, *, of_model: bool = False
+) -> None:
     assert check.stored is not None
     names = adata.obs_names, check.genes, place_of(layer)
     check.n_values = scan.n_values
@@ -370,7 +378,7 @@ def _check_values(check: Check, adata: AnnData, layer: str | None, scan: Scan, v
     faults = value_faults(scan, *names, kinds.get(values, _NOT_COUNTS))
     advice = {kind: _ADVICE[kind] for kind in faults}
     if "not-finite" in faults and seem_joined(check.stored, scan):
-        advice["not-finite"] = _ADVICE_JOINED
+        advice["not-finite"] = _ADVICE_JOINED["real" if values == "real" else "query" if of_model else "counts"]
     if wrong_kind := {"negative", "not-whole"} & faults.keys():
         # The last of these sentences also says what the values are, and where counts are.
         last = max(wrong_kind)
@@ -485,7 +493,7 @@ def _check_conditions(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         check.add("conditions", "error", f"condition {listed(twice)} is named more than once; name it once.")
     if missing := [name for name in names if name not in obs.columns]:
-        known = columns_there_are(missing, obs.columns)
+        known = columns_there_are(missing, obs.columns, names)
         check.add("conditions", "error", f"obs has no column {listed(missing)}; {known}")
     model_conditions = []
     for name in dict.fromkeys(name for name in names if name in obs.columns):

@@ -37,7 +37,6 @@ _BEYOND = 0.1
 """A value may lie outside the range of fit by this share of the range without a warning."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 """A number as programs write it: "1", "1.0", "-0.5", "1e-05"; "01" and "+1" are names."""
-_DECIMAL_COMMA = re.compile(r"-?(0|[1-9][0-9]*),[0-9]+")
 _FEW_NUMBERS, _MANY_NUMBERS = 10, 30
 """Whole numbers in text: up to so many levels are read as names; from so many on as numbers, if each has few cells."""
 _FEW_CELLS_OF_A_NUMBER = 10
@@ -253,7 +252,7 @@ def doubt_numbers(condition: Condition, n_cells: int) -> str:
     """Return a warning if all levels read as numbers that were measured, and not as names; otherwise "".
 
     Measured are fractions, more than ten numbers with decimals, and thirty numbers or more with few cells each. Levels
-    that mean a missing value do not count, and a number may have a decimal comma.
+    that mean a missing value do not count.
 
     Examples
     --------
@@ -264,18 +263,17 @@ def doubt_numbers(condition: Condition, n_cells: int) -> str:
     """
     missing = [level for level in condition.levels or () if level.strip() in _READ_AS_MISSING]
     levels = [level for level in condition.levels or () if level not in missing]
-    points = [level.replace(",", ".") if _DECIMAL_COMMA.fullmatch(level) else level for level in levels]
-    numbers = [number for level in points if (number := _number(level)) is not None]
+    numbers = [number for level in levels if (number := _number(level)) is not None]
     n = len(numbers)
     if not n or n < len(levels):
         return ""
-    has_decimals = any("." in level for level in points)
+    has_decimals = any("." in level for level in levels)
     is_fraction = any(number != number.to_integral_value() for number in numbers)
     is_many = n >= _MANY_NUMBERS and n_cells < _FEW_CELLS_OF_A_NUMBER * n
     if not (is_fraction or is_many or (has_decimals and n > _FEW_NUMBERS)):
         return ""
     column = f"adata.obs[{condition.name!r}]"
-    text = f"{column}.astype(str)" + ".str.replace(',', '.')" * (points != levels)
+    text = f"{column}.astype(str)"
     numbers_of = f"pandas.to_numeric({text}, errors='coerce')" if missing else f"{text}.astype(float)"
     return (
         f"condition {condition.name!r} has {n:,} levels that read as numbers ({listed(levels, 3)}), but each "

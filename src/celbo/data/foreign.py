@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import json
 import lzma
 import re
 import shlex
@@ -236,7 +235,7 @@ def _describe_text(path: Path, text: str) -> str:
     sign = max(separators, key=lambda sign: separators[sign])
     if not separators[sign]:
         return f"{path} is no AnnData: it is a text file. {_GIVE}"
-    option = "" if sign == "," else f", delimiter={json.dumps(sign)}"
+    option = "" if sign == "," else f", delimiter={quoted(sign)}"
     read = f"anndata.io.read_csv({quoted(path)}{option})"
     return how_to_convert(
         path, "a text table", "anndata", read, note="If its rows are genes, add .T before .write_h5ad"

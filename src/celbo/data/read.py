@@ -225,7 +225,7 @@ def _probe_in_subprocess(path: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise DataError(
             f"{path} is damaged, or this machine has too much to do: HDF5 was still reading it after {_PROBE_SECONDS} "
-            f"s. Try again. {_AGAIN}"
+            "s. Try again. If it takes as long then, copy the file again from where it came."
         ) from error
     if done.returncode == probe.NO_H5PY:
         return  # the file cannot be checked

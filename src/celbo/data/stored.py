@@ -137,9 +137,9 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
             f"these data have no X; their layers: {known}. celbo fit takes counts from one with --layer (layer=...); a "
             f"fitted model reads new cells from where it read the first. {raw}".strip()
         )
-    if layer == "X":
-        raise DataError("these data have no layer 'X': to read X, leave out layer (--layer).")
     advice = f" {raw}" if raw and layer in ("raw", "raw.X", "raw/X") else ""
+    if layer == "X":
+        advice = " If you fit values of X, leave out layer (--layer)."
     raise DataError(
         f"these data have no layer {layer!r}; they have {known}. "
         f"A model reads new cells from the layer it was fitted to.{advice}"

@@ -2,7 +2,7 @@
 
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -47,13 +47,13 @@ and genes that are needed to compare variances with means."""
 _SAME_TOTAL = 1.1
 """Counts that were scaled to a total and rounded have totals that differ by up to this factor, because some cells lose
 more by rounding than others. In raw counts the totals of half of the cells are never as close."""
-_GAPS = 0.3
-"""Share of cells with gaps from which values are no counts. With counts, at most a tenth of the cells has one."""
+_GAPS, _GAPS_OF_COUNTS = 0.3, 0.1
+"""Share of cells with gaps from which values are no counts. With counts, at most the second share of cells has one."""
 _UNDERDISPERSED = 0.7
 """Variance over mean of genes, below which values were not counted. It is 1 or more for counts."""
 _MILLION = 1_000_000
-_FEWEST_GENES_OF_A_JOIN = 5
-"""Genes that a cell must lack to look like a cell of a sample without them."""
+_FEWEST_GENES_OF_A_JOIN, _FEWEST_CELLS_OF_A_JOIN = 5, 20
+"""Genes that a cell must lack to look like a cell of a sample without them, and cells that must lack the same."""
 _FEWEST_OF_PART, _PART = 50, 0.1
 """Number and share of the cells that are looked at as a part of their own, because their totals are close."""
 
@@ -210,20 +210,25 @@ def value_faults(scan: Scan, cells: pd.Index, genes: pd.Index, place: str, kinds
 
 
 def seem_joined(stored: Stored, scan: Scan) -> bool:
-    """Return whether cells lack values as after an outer join: many cells lack the same genes, at least five of them.
+    """Return whether cells lack values as after an outer join: many cells lack the same genes, which others have.
 
-    The first cell with a missing value is compared with a thousand cells, evenly spaced.
+    The first cell with a missing value is compared with a thousand cells, evenly spaced: it lacks at least five genes,
+    and not all; at least 20 cells and 1 % lack exactly these, and as many have all of these.
     """
-    if "not-finite" not in scan.faults:
-        return False
     first = scan.faults["not-finite"].row
     rows = np.unique(np.linspace(0, stored.shape[0] - 1, min(stored.shape[0], _SAMPLE)).astype(np.intp))
     with suppress(Exception):  # a hint must not hide the fault that it helps to mend
         lacking = _missing(stored.read(np.array([first])))
         n_lacking, others = lacking.sum(), _missing(stored.read(rows))
         n_shared = others @ lacking.T
-        alike = (n_shared.toarray().ravel() == n_lacking) & (np.asarray(others.sum(1)).ravel() == n_lacking)
-        return bool(n_lacking >= _FEWEST_GENES_OF_A_JOIN and alike.sum() > 1)
+        shared = n_shared.toarray().ravel()
+        alike = (shared == n_lacking) & (np.asarray(others.sum(1)).ravel() == n_lacking)
+        fewest = max(_FEWEST_CELLS_OF_A_JOIN, 0.01 * len(rows))
+        return bool(
+            _FEWEST_GENES_OF_A_JOIN <= n_lacking < stored.shape[1]
+            and alike.sum() >= fewest
+            and (shared == 0).sum() >= fewest
+        )
     return False
 
 
@@ -278,29 +283,53 @@ def _kind_of_values(stored: Stored) -> str:
 def describe_rounded(stored: Stored, scan: Scan) -> str:
     """Say what whole numbers look like that were scaled to a common total and rounded; return "" for counts.
 
-    Cells with totals within a tenth are looked at, if they are half of all cells; or a tenth and 50, as where counts
-    and TPM were joined. One of two marks is seen. First, cells have gaps: many equal values, but none that is smaller
-    by one, because each count became several. Second, totals are much closer to a power of ten than counts can be, but
-    not equal to it. Counts that were drawn to a common total (downsampled) have neither mark: they have ones, and
-    totals that are exactly equal, or smaller because genes were left out later.
+    The cells that are looked at have totals within a tenth, and are half of all. One of two marks is seen. First, cells
+    have gaps: many equal values, but none that is smaller by one, because each count became several. Second, totals are
+    much closer to a power of ten than counts can be, but not equal to it. Counts that were drawn to a common total
+    (downsampled) have neither mark: they have ones, and totals that are exactly equal, or smaller because genes were
+    left out later.
+
+    Where counts and TPM were joined, fewer cells have such totals. Each group of at least 50 cells and a tenth of all
+    is looked at. Its cells have gaps, and the others have none: counts that were doubled have gaps everywhere.
     """
     totals = np.sort(scan.library[scan.library > 0])
     if len(totals) < _FEWEST_TOTALS:
         return ""
-    n_close = np.searchsorted(totals, _SAME_TOTAL * totals, side="right") - np.arange(len(totals))
-    n = int(n_close.max())
-    if n < len(totals) / 2 and n < max(_FEWEST_OF_PART, _PART * len(totals)):
-        return ""
-    of = "cells" if n >= 0.9 * len(totals) else f"of {n:,} cells"
-    totals = totals[n_close.argmax() :][:n]
-    rows = np.flatnonzero((scan.library >= totals[0]) & (scan.library <= totals[-1]))
-    x = stored.read(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(np.intp))])
-    if not (_share_with_gaps(x) >= _GAPS or _are_rounded_to_power(totals, x)):
-        return ""
-    low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
-    is_million = abs(middle - _MILLION) < 0.1 * _MILLION
-    kind = "TPM or CPM that were rounded" if is_million else "counts that were scaled to a common total and rounded"
-    return f"look like {kind}: nine in ten {of} sum to between {low:,.0f} and {high:,.0f}"
+    for part in _parts_of_one_total(totals):
+        x = _sample_of(stored, (scan.library >= part[0]) & (scan.library <= part[-1]))
+        has_gaps = _share_with_gaps(x) >= _GAPS
+        if has_gaps and len(part) < len(totals) / 2:
+            others = (scan.library > 0) & ((scan.library < part[0]) | (scan.library > part[-1]))
+            has_gaps = _share_with_gaps(_sample_of(stored, others)) <= _GAPS_OF_COUNTS
+        if has_gaps or _are_rounded_to_power(part, x):
+            low, middle, high = np.quantile(part, [0.05, 0.5, 0.95])
+            is_million = abs(middle - _MILLION) < 0.1 * _MILLION
+            kind = (
+                "TPM or CPM that were rounded"
+                if is_million
+                else "counts that were scaled to a common total and rounded"
+            )
+            of = "" if len(part) == len(totals) else f" of {len(part):,}"
+            return f"look like {kind}: nine in ten{of} cells sum to between {low:,.0f} and {high:,.0f}"
+    return ""
+
+
+def _parts_of_one_total(totals: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Yield sorted totals within a tenth, the most cells first: half of all; or parts of a tenth and 50 cells each."""
+    least = min(len(totals) / 2, max(_FEWEST_OF_PART, _PART * len(totals)))
+    while len(totals):
+        n_close = np.searchsorted(totals, _SAME_TOTAL * totals, side="right") - np.arange(len(totals))
+        start, n = int(n_close.argmax()), int(n_close.max())
+        if n < least:
+            return
+        yield totals[start : start + n]
+        totals = np.delete(totals, slice(start, start + n))
+
+
+def _sample_of(stored: Stored, wanted: NDArray[np.bool_]) -> sp.csr_matrix:
+    """Read at most 200 of these cells, evenly spaced."""
+    rows = np.flatnonzero(wanted)
+    return stored.read(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(np.intp))])
 
 
 def find_counts(adata: AnnData, layer: str | None) -> str:

@@ -55,12 +55,12 @@ _TRAIN = {
     "threads": "n_jobs n_threads num_threads num_workers",
 }
 _MODULE = {
-    "ExpressionVAE": "models SCVI SCANVI LinearSCVI PEAKVI TOTALVI CVAE external",
+    "ExpressionVAE": "models SCVI SCANVI LinearSCVI CVAE",
     "simulate_cells": "synthetic_iid simulate",
     "pseudobulk": "get_pseudobulk",
     "LIKELIHOODS": "distributions likelihoods",
     "check_realism": "criticism PosteriorPredictiveCheck ppc",
-    "compare": "autotune",
+    "choose": "autotune",
 }
 """Public names of celbo: those of other tools."""
 _QUESTION = {
@@ -85,7 +85,7 @@ _AS = {
     "nuisance": ("nuisance=[...]", "names of columns of obs"),
     "labels": ("labels=...", "the name of a column of obs"),
     "norm": ("norm='layer'", "or 'batch' or 'none'"),
-    "patience": ("patience=10", "epochs without a better one before training stops; it always stops then"),
+    "patience": ("patience=10", "epochs without a better held-out ELBO; the third time training stops"),
     "train": ("train=celbo.TrainConfig(...)", "options of the training, when you make the model"),
     "remedies": ("remedies=['beta:0.5']", "names in celbo.REMEDIES"),
     "validation_fraction": ("validation_fraction=0.1", "the share of cells to hold out"),
@@ -131,9 +131,12 @@ _SENTENCES = {
     "ExpressionVAE(nuisance=[...], conditions=[...], layer=...), then call fit(adata)",
     "get_likelihood_parameters": "expected_expression(adata) gives the means, and vae_.likelihood the distribution",
     "load": "celbo.load(path) reads a model",
-    "settings": "a seed is an option: train=celbo.TrainConfig(seed=...), and seed=... of a question",
-    "read_h5ad": "read cells with anndata.read_h5ad, or give the path to fit",
     "to_device": "the device is an option of the training: train=celbo.TrainConfig(device=...)",
+}
+_SENTENCES_OF_MODULE = {
+    "setup_anndata": _SENTENCES["setup_anndata"],
+    "settings": "a seed is an option: train=celbo.TrainConfig(seed=...), and seed=... of a question",
+    "read_h5ad": "read cells with anndata.read_h5ad, or give their path",
 }
 
 Class = TypeVar("Class", bound=type)
@@ -186,7 +189,7 @@ def no_option(call: str, name: str, known: Collection[str], conditions: Iterable
         is_question = "nuisance" not in known  # whose conditions have values
         example = _AS.get("given" if here[0] == "conditions" and is_question else here[0], ())
         return f"{no}; celbo calls it {here[0]}{': ' * bool(example)}{', '.join(example)}"
-    if name == "overwrite":
+    if (call, name) == ("save", "overwrite"):
         return f"{no}; it replaces a model that is there already"
     for word in words:
         its = "it" if name == word else f"celbo calls it {word}, which"
@@ -227,13 +230,13 @@ def no_public_name(name: str, known: Collection[str]) -> str:
     "module 'celbo' has no attribute 'SCVI'; celbo calls it ExpressionVAE."
     """
     no = f"module 'celbo' has no attribute {name!r}"
-    if name in _SENTENCES:
-        return f"{no}; {_SENTENCES[name]}."
+    if name in _SENTENCES_OF_MODULE:
+        return f"{no}; {_SENTENCES_OF_MODULE[name]}."
     if words := _words(_MODULE).get(name):
         return f"{no}; celbo calls it {words[0]}."
     if close := difflib.get_close_matches(name, known, 1):
         return f"{no}; did you mean {close[0]!r}?"
-    return f"{no}; it has {', '.join(known)}"
+    return f"{no}; it has {', '.join(known)}."
 
 
 class Hinted(type):

@@ -140,7 +140,7 @@ def check_counterfactual_path(path: Path) -> None:
 def check_expression_path(path: Path) -> None:
     """Check that a file of expression can have this name, that no other file has it, and that no model is there."""
     path = Path(os.path.realpath(path))
-    _check_name(path, ".h5ad", ".zarr", also=" It is an AnnData, of which adata.to_df() makes a table.")
+    _check_name(path, ".h5ad", ".zarr", also=" The result is an AnnData; adata.to_df() makes a table of it.")
     if any(checkpoint.is_model_folder(folder) for folder in path.parents):
         raise UsageError(f"{path} is in a model folder, which would be damaged; name another place with -o.")
     if path.exists() and not holds_only(path, EXPRESSION):

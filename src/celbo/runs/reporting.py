@@ -68,15 +68,15 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     run, metrics = _read_json(folder / "run.json"), _read_json(folder / "metrics.json")
     diagnosis = _read_json(folder / "diagnosis.json") if (folder / "diagnosis.json").exists() else None
-    with _explaining_faults_of(folder / "history.jsonl") as path:
+    with _part_of_run(folder / "history.jsonl") as path:
         history = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    with _explaining_faults_of(folder / "embedding.h5ad") as path:
+    with _part_of_run(folder / "embedding.h5ad") as path:
         cells = _read_cells(path)
-    with _explaining_faults_of(folder / "run.json"):
+    with _part_of_run(folder / "run.json"):
         options, seed, source = run["options"], int(run["seed"]), run["data"]["name"]
         conditions = [*options.get("conditions", ()), *options.get("nuisance", ())]
         version = run["versions"]["celbo"]
-    with _explaining_faults_of(folder / "metrics.json"):
+    with _part_of_run(folder / "metrics.json"):
         verdict = verdict_of(metrics, diagnosis)
     return {
         "title": f"celbo: {source}",
@@ -102,12 +102,12 @@ def _read_cells(path: Path) -> AnnData:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with _explaining_faults_of(path):
+    with _part_of_run(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 @contextmanager
-def _explaining_faults_of(path: Path) -> Iterator[Path]:
+def _part_of_run(path: Path) -> Iterator[Path]:
     """Say which file of the run is missing or damaged."""
     try:
         yield path
