@@ -131,7 +131,7 @@ def check_seed(seed: object) -> int:
 
 
 def check_names(options: Mapping[str, object]) -> None:
-    """Raise a `UsageError` for options that are not lists of names, such as None or a dict.
+    """Raise a `UsageError` for options that are not lists of names, such as None or a dict, or names that are no text.
 
     Examples
     --------
@@ -143,6 +143,11 @@ def check_names(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if isinstance(value, Mapping) or not isinstance(value, Iterable) or isinstance(value, Iterator):
             raise UsageError(f"{name}={value!r}; give a list of names, or [] for none.")
+        if others := [one for one in value if not isinstance(one, str)]:
+            raise UsageError(
+                f"{name} has {others[0]!r}, which is no text; names are text. If a column has such a name, rename it: "
+                "adata.obs.columns = adata.obs.columns.astype(str)."
+            )
 
 
 def columns_there_are(names: Iterable[object], columns: Iterable[object], given: Iterable[object] = ()) -> str:

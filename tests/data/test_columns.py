@@ -39,3 +39,12 @@ def test_every_column_is_looked_for_and_one_that_is_named_already_is_not_meant()
 def test_a_column_whose_name_is_no_text_disturbs_nobody():
     cells = AnnData(np.ones((40, 5)), obs=pd.DataFrame({1: list("ab") * 20}, map(str, range(40))))
     assert not celbo.ExpressionVAE().check(cells).errors
+
+
+@pytest.mark.parametrize("option", ["nuisance", "conditions"])
+@pytest.mark.parametrize("ask", ["check", "fit"])
+def test_a_name_that_is_no_text_is_refused_before_training(option, ask):
+    """JSON of a saved model would not read it."""
+    cells = AnnData(np.ones((40, 5)), obs=pd.DataFrame({1: list("ab") * 20}, map(str, range(40))))
+    with pytest.raises(celbo.UsageError, match=r"has 1, which is no text; .*columns.astype\(str\)"):
+        getattr(celbo.ExpressionVAE(**{option: [1]}), ask)(cells)

@@ -85,7 +85,10 @@ _AS = {
     "nuisance": ("nuisance=[...]", "names of columns of obs"),
     "labels": ("labels=...", "the name of a column of obs"),
     "norm": ("norm='layer'", "or 'batch' or 'none'"),
-    "patience": ("patience=10", "epochs without a better held-out ELBO; the third time training stops"),
+    "patience": (
+        "patience=10",
+        "epochs without a better held-out ELBO; then the learning rate falls, and after two falls training stops",
+    ),
     "train": ("train=celbo.TrainConfig(...)", "options of the training, when you make the model"),
     "remedies": ("remedies=['beta:0.5']", "names in celbo.REMEDIES"),
     "validation_fraction": ("validation_fraction=0.1", "the share of cells to hold out"),
