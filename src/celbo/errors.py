@@ -164,7 +164,8 @@ def columns_there_are(names: Iterable[object], columns: Iterable[object], given:
     """
     known = [str(column) for column in columns]
     has = f"it has {listed(known) or 'no column'}."
-    folded = {column.casefold(): column for column in reversed(known) if column not in {str(one) for one in given}}
+    named = {str(one) for one in given}
+    folded = {column.casefold(): column for column in reversed(known) if column not in named}
     meant = []
     for name in map(str, names):
         parts = [part.strip() for part in name.split(",")]

@@ -136,6 +136,8 @@ _SENTENCES = {
     "load": "celbo.load(path) reads a model",
     "to_device": "the device is an option of the training: train=celbo.TrainConfig(device=...)",
 }
+_OPTIONS_OF_CALLS = {("save", "overwrite"): "it replaces a model that is there already"}
+"""Options of other tools whose effect a call always has."""
 _SENTENCES_OF_MODULE = {
     "setup_anndata": _SENTENCES["setup_anndata"],
     "settings": "a seed is an option: train=celbo.TrainConfig(seed=...), and seed=... of a question",
@@ -192,8 +194,8 @@ def no_option(call: str, name: str, known: Collection[str], conditions: Iterable
         is_question = "nuisance" not in known  # whose conditions have values
         example = _AS.get("given" if here[0] == "conditions" and is_question else here[0], ())
         return f"{no}; celbo calls it {here[0]}{': ' * bool(example)}{', '.join(example)}"
-    if (call, name) == ("save", "overwrite"):
-        return f"{no}; it replaces a model that is there already"
+    if (call, name) in _OPTIONS_OF_CALLS:
+        return f"{no}; {_OPTIONS_OF_CALLS[call, name]}"
     for word in words:
         its = "it" if name == word else f"celbo calls it {word}, which"
         written = _AS.get(word, (f"{word}=...",))[0]
