@@ -76,33 +76,40 @@ class Cells:
     @cached_property
     def encoded(self) -> Encoded:
         """Posteriors and library sizes; missing genes are filled in. Computed in one pass, at the first use."""
-        return self._encode(None, with_surprise=False)
+        return self._encode(None, None)
 
     @cached_property
     def surprise(self) -> NDArray[np.float32]:
         """`celbo.model.surprise.surprise` of the cells, ``(cells,)``; `encoded` comes from the same pass."""
-        encoded = self._encode(None, with_surprise=True)
+        encoded = self._encode(None, np.ones(len(self), bool))
         self.__dict__.setdefault("encoded", encoded)
         return encoded.surprise
 
-    def encoded_at(self, rows: Rows, *, with_surprise: bool = False) -> Encoded:
-        """Posteriors and library sizes of the cells at these positions; if these are most cells, all are encoded."""
-        if with_surprise and 2 * len(rows) > len(self):
-            surprise = self.surprise  # first, so that `encoded` comes from its pass
-            return self.encoded.at(rows)._replace(surprise=surprise[rows])
-        if not with_surprise and ("encoded" in self.__dict__ or 2 * len(rows) > len(self)):
-            return self.encoded.at(rows)
-        return self._encode(rows, with_surprise=with_surprise)
+    def encoded_at(self, rows: Rows, *, surprise_of: NDArray[np.bool_] | None = None) -> Encoded:
+        """Posteriors and library sizes of the cells at these positions; if these are most cells, all are encoded.
+
+        ``surprise_of`` says for which of them `Encoded.surprise` is computed, ``(rows,)``.
+        """
+        are_most = 2 * len(rows) > len(self)
+        if surprise_of is None:
+            return self.encoded.at(rows) if are_most or "encoded" in self.__dict__ else self._encode(rows, None)
+        if not are_most:
+            return self._encode(rows, surprise_of)
+        of_all = np.zeros(len(self), bool)
+        of_all[rows[surprise_of]] = True
+        encoded = self._encode(None, of_all)
+        self.__dict__.setdefault("encoded", encoded)
+        return encoded.at(rows)
 
     def contexts(self, given: Mapping[str, Any]) -> Contexts:
         """Contexts of these cells by position, with the conditions of ``given`` set to its values."""
         codes = self.schema.codes(self.obs, given)
         return lambda rows: self.schema.expand(codes[rows])
 
-    def _encode(self, rows: Rows | None, *, with_surprise: bool) -> Encoded:
+    def _encode(self, rows: Rows | None, surprise_of: NDArray[np.bool_] | None) -> Encoded:
         assert self.vae is not None
         with threads(self.n_threads):
-            return encode(self.vae, self.source, rows, with_surprise=with_surprise)
+            return encode(self.vae, self.source, rows, surprise_of=surprise_of)
 
     def seen_by(self, fitted: "Fitted") -> "Cells":
         """Return the same cells, to be encoded by this model. The view of the last model is kept."""

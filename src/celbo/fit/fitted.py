@@ -176,17 +176,18 @@ def doubts_of_training(fitted: Fitted) -> list[str]:
 def _reference_of(fitted: Fitted, cells: Cells, split: Split) -> Reference:
     """Keep the positions of all held-out cells, and of as many training cells as a reference has."""
     rows, source = reference_rows(split, fitted.seed), cells.source
-    encoded = cells.encoded_at(rows, with_surprise=True)
+    held_out = np.isin(rows, split.validation)
+    encoded = cells.encoded_at(rows, surprise_of=held_out)
     return Reference(
         mu_z=encoded.mu_z,
         logvar_z=encoded.logvar_z,
         library=source.library[rows],
         conditions=source.codes[rows],
-        held_out=np.isin(rows, split.validation),
+        held_out=held_out,
         labels=np.full(len(rows), -1, np.int32) if source.labels is None else source.labels[rows],
         was_read=np.zeros(len(rows), bool),
         readings=np.zeros((len(rows), n_readings(fitted.is_counts))),
-        surprise=encoded.surprise,
+        surprise=np.nan_to_num(encoded.surprise),
         absent_level=source.absent_level[rows].astype(np.int32),
         checksums=source.checksums(rows),
     )

@@ -56,7 +56,7 @@ class Reference(NamedTuple):
     readings: NDArray[np.float64]
     """``(cells, 4)``: the readings of `celbo.ask.readings`, two where the values are not counts. 0 for other cells."""
     surprise: NDArray[np.float32]
-    """`celbo.model.surprise.surprise` of the cell, ``(cells,)``; 0 in older files."""
+    """`celbo.model.surprise.surprise` of held-out cells, ``(cells,)``; 0 for other cells, and in older files."""
     absent_level: NDArray[np.int32]
     """Number of the level whose genes the cell lacks (`celbo.data.absent`), ``(cells,)``; -1 for none."""
     checksums: NDArray[np.int32] | None = None

@@ -1,6 +1,6 @@
 """Measure how much reconstruction is lost without z, without one of its dimensions, or without a condition."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,28 +124,37 @@ def sensitivity(
     """Compute how far each latent dimension moves the decoded mean, relative to the noise; ``(latent_dim,)``.
 
     ``E sum_g (d m_g / d z_j)**2 / var_g * Var(mu_z_j)``, at mu_z of each cell: the Fisher information of the genes
-    about z_j, times the variance of mu_z_j. Derivatives are forward-mode.
+    about z_j, times the variance of mu_z_j.
     """
     rows = np.arange(source.n_cells) if rows is None else rows
     mu_z = (encode(vae, source, rows) if encoded is None else encoded).mu_z
     total = torch.zeros(vae.latent_dim, dtype=torch.float64)
     device = next(vae.parameters()).device
-    with evaluating(vae), torch.no_grad():
+    with evaluating(vae):
         for start in range(0, len(rows), CHUNK):
             cells = source.take(rows[start : start + CHUNK]).to(device)
-            z = torch.from_numpy(mu_z[start : start + CHUNK]).to(device)
-
-            def mean(z: Tensor, cells: Minibatch = cells) -> Tensor:
-                return vae.decode(z, context_of(vae, cells), cells.library)
-
-            variance = vae.likelihood(z, context=context_of(vae, cells), library=cells.library).variance
-            for j in range(vae.latent_dim):
-                along = torch.zeros_like(z)
-                along[:, j] = 1
-                slope: Tensor = torch.func.jvp(mean, (z,), (along,))[1]
-                total[j] += (slope.double().square() / variance.double().clamp(min=1e-30)).sum().cpu()
+            z, context = torch.from_numpy(mu_z[start : start + CHUNK]).to(device), context_of(vae, cells)
+            with torch.no_grad():
+                variance = vae.likelihood(z, context=context, library=cells.library).variance.double().clamp(min=1e-30)
+            for j, slope in enumerate(_slopes(vae, z, context, cells.library)):
+                total[j] += (slope.double().square() / variance).sum().cpu()
     moved: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
     return moved
+
+
+def _slopes(vae: VAE, z: Tensor, context: Tensor | None, library: Tensor) -> Iterator[Tensor]:
+    """Compute ``d m / d z_j`` of the decoded mean m for each j, ``(cells, genes)`` each.
+
+    The gradient in z of ``m @ v`` is linear in v, and the derivative of its j-th part in v is the slope. This needs m
+    once; forward mode needs it for each j, and torch takes a second to load it.
+    """
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        m = vae.decode(z, context, library)
+        v = torch.zeros_like(m, requires_grad=True)
+        (gradient,) = torch.autograd.grad(m, z, v, create_graph=True)
+        for j in range(z.shape[1]):
+            yield torch.autograd.grad(gradient[:, j].sum(), v, retain_graph=True)[0]
 
 
 def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:

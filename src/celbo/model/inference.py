@@ -50,7 +50,7 @@ class Encoded(NamedTuple):
     library: NDArray[np.float32]
     """``(cells,)``; it includes the counts that `celbo.model.filling.fill_in` gives to missing genes."""
     surprise: NDArray[np.float32]
-    """`celbo.model.surprise.surprise`, ``(cells,)``; NaN if it was not asked for."""
+    """`celbo.model.surprise.surprise`, ``(cells,)``; NaN where it was not asked for."""
 
     def at(self, rows: Rows) -> "Encoded":
         """Return the cells at these positions."""
@@ -110,7 +110,7 @@ def encode(
     source: Source,
     rows: Rows | None = None,
     *,
-    with_surprise: bool = False,
+    surprise_of: NDArray[np.bool_] | None = None,
     also: Callable[[Minibatch, slice], None] | None = None,
 ) -> Encoded:
     """Encode these cells, or all; each cell is read, filled in and encoded once.
@@ -119,8 +119,8 @@ def encode(
     ----------
     vae, source, rows
         The model, the cells, and the positions of those to encode; all if None.
-    with_surprise
-        Whether to decode too, for `Encoded.surprise`.
+    surprise_of
+        Which of these cells to decode too, for `Encoded.surprise`, ``(rows,)``; none if None.
     also
         Called with each chunk.
     """
@@ -132,13 +132,20 @@ def encode(
         mu, logvar = vae.encode(cells.x, context_of(vae, cells))
         mu_z[chunk], logvar_z[chunk] = mu.cpu().numpy(), logvar.cpu().numpy()
         library[chunk] = cells.library[:, 0].cpu().numpy()
-        if with_surprise:
-            surprising[chunk] = surprise(vae, cells, mu).cpu().numpy()
+        if surprise_of is not None and surprise_of[chunk].any():
+            chosen = surprise_of[chunk]
+            surprising[chunk][chosen] = surprise(vae, _dense_part(cells, chosen), mu[chosen]).cpu().numpy()
         if also is not None:
             also(cells, chunk)
 
     for_chunks(vae, source, rows, encode_chunk)
     return Encoded(mu_z, logvar_z, library, surprising)
+
+
+def _dense_part(cells: Minibatch, chosen: NDArray[np.bool_]) -> Minibatch:
+    """Choose cells of a minibatch; their values become dense."""
+    observed = cells.observed if cells.observed is None or cells.observed.dim() == 1 else cells.observed[chosen]
+    return Minibatch(cells.x.to_dense()[chosen], cells.context[chosen], cells.library[chosen], observed)
 
 
 def posterior(vae: VAE, source: Source, rows: Rows | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
