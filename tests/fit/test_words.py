@@ -233,6 +233,7 @@ def test_so_does_a_config_file(celbo_command, tmp_path):
     ("foreign", "says"),
     [
         ("SCVI", "celbo calls it ExpressionVAE"),
+        ("SCANVI", "celbo calls it ExpressionVAE, with labels="),
         ("setup_anndata", "there is no set-up: name columns of obs when you make the model"),
         ("settings", "train=celbo.TrainConfig"),
         ("read_h5ad", "anndata.read_h5ad"),
@@ -245,6 +246,28 @@ def test_a_name_of_another_package_is_explained(foreign, says):
         getattr(celbo, foreign)
 
 
-def test_overwrite_is_explained(fitted, tmp_path):
-    with pytest.raises(UsageError, match="save has no option 'overwrite'; it replaces a model that is there already"):
-        fitted.save(tmp_path / "model", overwrite=True)
+@pytest.mark.parametrize(
+    ("call", "option", "says"),
+    [
+        ("save", "overwrite", "it replaces a model that is there already"),
+        ("save", "save_anndata", "it writes the model without cells"),
+        ("embed", "give_mean", "posterior"),
+        ("expected_expression", "gene_list", "all genes of the model"),
+    ],
+)
+def test_an_option_that_celbo_does_not_need_is_explained(fitted, tmp_path, call, option, says):
+    with pytest.raises(UsageError, match=rf"{call} has no option '{option}'; .*{says}"):
+        getattr(fitted, call)(tmp_path / "model", **{option: True})
+
+
+@pytest.mark.parametrize("second", [["--groupby", "b"], ["--groupby=b"], ["--layer", "x"]])
+def test_a_second_value_of_an_option_is_refused(celbo_command, tmp_path, second):
+    """The last value would be taken, and the first dropped without a word."""
+    done = celbo_command("check", tmp_path / "cells.h5ad", "--groupby", "a", "--layer", "y", *second)
+    assert done.returncode == UsageError.exit_code
+    assert re.search(r"celbo check takes --(groupby|layer) once, and it is given 2 times", done.stderr)
+
+
+def test_options_that_take_several_values_and_switches_may_recur(celbo_command, tmp_path):
+    options = ["--condition", "a", "--condition", "b", "--nuisance", "c", "--nuisance", "d", "--on-disk", "--on-disk"]
+    assert "cells.h5ad does not exist" in celbo_command("check", tmp_path / "cells.h5ad", *options).stdout

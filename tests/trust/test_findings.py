@@ -279,6 +279,22 @@ def test_a_decoder_that_ignores_z_is_called_collapsed(healthy, many):
     assert found.remedies[0].keyword == "remedies=['norm_mu']"
 
 
+def test_too_few_epochs_are_the_first_cause_of_a_collapse(many):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"latent_dim": 3, "hidden_dims": (32,)}
+        trains = (celbo.TrainConfig(max_epochs=n, seed=0) for n in (2, 40))
+        short, usual = (celbo.ExpressionVAE(**options, train=train).fit(many) for train in trains)
+    found = short.diagnose(many)
+    assert found.collapsed
+    assert found.remedies[0].command == "--epochs 200"
+    assert found.remedies[0].why == "training had 2 epochs; without --epochs it is planned for 200"
+    decoder_input(usual)[:] = 0
+    found = usual.diagnose(many)
+    assert found.collapsed
+    assert not [advice for advice in found.remedies if "epochs" in advice.command]
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_live_dimensions_are_counted(healthy, many, k):
     model = copy_of(healthy, many)

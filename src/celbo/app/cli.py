@@ -155,7 +155,7 @@ def check(
     if as_json:
         _print_json(data, result.to_json())
     else:
-        _show_check(result, data, "ready to fit" if model is None else "ready to embed")
+        _show_check(result, data, "fit" if model is None else "embed")
     if result.errors:
         raise typer.Exit(DataError.exit_code)
 
@@ -165,13 +165,15 @@ def _print_json(data: Path, result: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
-def _show_check(result: "Check", data: Path, ready: str) -> None:
+def _show_check(result: "Check", data: Path, command: str) -> None:
     values = "" if result.n_values is None else f", {result.n_values:,} stored values"
     typer.echo(plain(f"{data}: {result.n_cells:,} cells x {result.n_genes:,} genes{values}"))
     for problem in result.problems:
         typer.echo(plain(f"{problem.severity} ({problem.name}): {problem.message}"))
     if not result.errors:
-        typer.echo(ready)
+        n = len(result.problems)
+        doubts = "" if n == 0 else ", with one warning (above)" if n == 1 else f", with {n} warnings (above)"
+        typer.echo(f"ready to {command}{doubts}")
 
 
 @app.command(rich_help_panel=_FIT)

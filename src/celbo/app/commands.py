@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
 import celbo
 from celbo.app.config import READING, contents, read_config
@@ -76,13 +76,14 @@ _COMMAND_NAMES = {python: command for command, python in _PYTHON_NAMES.items()}
 
 
 class Commands(TyperGroup):
-    """The commands. An option of another tool is refused with celbo's name for it."""
+    """The commands. They refuse options of other tools with celbo's name for them, and a second value of an option."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that the arguments name; see `TyperGroup`."""
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None:
             _refuse_other_words(f"celbo {name}", command.params, rest)
+            _refuse_second_values(f"celbo {name}", command.params, rest)
         return name, command, rest
 
 
@@ -98,6 +99,20 @@ def _refuse_other_words(command: str, parameters: Sequence[Any], arguments: Sequ
         ours = [flags[name] for word in words for name in (_COMMAND_NAMES.get(word), word) if name in flags]
         if ours := [option for option in ours if option.startswith("--")]:
             raise UsageError(f"{command} has no option {flag}; celbo calls it {ours[0]} ({command} --help).")
+
+
+def _refuse_second_values(command: str, parameters: Sequence[Any], arguments: Sequence[str]) -> None:
+    """Refuse an option that is given twice but takes one value: the first value would be dropped without a word."""
+    single = {
+        flag: parameter.opts[0]
+        for parameter in parameters
+        if isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_flag)
+        for flag in parameter.opts
+    }
+    given = [single.get(part.partition("=")[0]) for part in takewhile(lambda part: part != "--", arguments)]
+    for option in single.values():
+        if given.count(option) > 1:
+            raise UsageError(f"{command} takes {option} once, and it is given {given.count(option)} times.")
 
 
 def chosen_options(ctx: typer.Context, config: Path | None) -> tuple[dict[str, dict[str, Any]], Reading]:

@@ -128,7 +128,7 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
 
     ``raw`` says how to use the values of raw, if there are any.
     """
-    known = ", ".join(map(repr, layers)) or "none"
+    known = ", ".join(map(repr, layers)) or "no layers"
     if layer is None and not layers:
         advice = f"but they have raw.X. {raw}" if raw else "so there are no counts. Give a file with the counts in X."
         raise DataError(f"these data have no X and no layers, {advice}")
@@ -141,8 +141,8 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
     if layer == "X":
         advice = " If you fit values of X, leave out layer (--layer)."
     raise DataError(
-        f"these data have no layer {layer!r}; they have {known}. "
-        f"A model reads new cells from the layer it was fitted to.{advice}"
+        f"these data have no layer {layer!r}; they have {known}. If the layer is that of a fitted model, it must be "
+        f"here under the same name.{advice}"
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -260,6 +260,17 @@ def plan_run(n_cells: int, config: TrainConfig, recipe: Recipe = _NO_REMEDY) -> 
     steps = planned * steps_per_epoch
     warmup_steps = recipe.warmup_steps(config.warmup_fraction, steps)
     return Plan(n_cells, most, steps_per_epoch, min(_RISE_STEPS, steps // 10), warmup_steps, planned)
+
+
+def usual_epochs(n_cells: int, config: TrainConfig) -> int:
+    """Return for how many epochs training is planned if their number is left open.
+
+    Examples
+    --------
+    >>> usual_epochs(1000, TrainConfig(max_epochs=5))
+    100
+    """
+    return plan_run(n_cells, replace(config, max_epochs=None)).planned_epochs
 
 
 def settle_device(name: str) -> torch.device:

@@ -55,7 +55,7 @@ _TRAIN = {
     "threads": "n_jobs n_threads num_threads num_workers",
 }
 _MODULE = {
-    "ExpressionVAE": "models SCVI SCANVI LinearSCVI CVAE",
+    "ExpressionVAE": "models SCVI LinearSCVI CVAE",
     "simulate_cells": "synthetic_iid simulate",
     "pseudobulk": "get_pseudobulk",
     "LIKELIHOODS": "distributions likelihoods",
@@ -136,9 +136,17 @@ _SENTENCES = {
     "load": "celbo.load(path) reads a model",
     "to_device": "the device is an option of the training: train=celbo.TrainConfig(device=...)",
 }
-_OPTIONS_OF_CALLS = {("save", "overwrite"): "it replaces a model that is there already"}
-"""Options of other tools whose effect a call always has."""
+_OPTIONS_OF_CALLS = {
+    ("save", "overwrite"): "it replaces a model that is there already",
+    ("save", "save_anndata"): "it writes the model without cells; adata.write_h5ad(path) writes cells",
+    ("embed", "give_mean"): "it returns the means; posterior(adata) returns means and log-variances",
+    ("expected_expression", "gene_list"): "it returns all genes of the model, in the order of schema_.genes",
+    ("expected_expression", "n_samples"): "it decodes the mean of z, and draws no samples",
+    ("expected_expression", "return_mean"): "it decodes the mean of z, and draws no samples",
+}
+"""Answers about options of other tools that celbo does not need."""
 _SENTENCES_OF_MODULE = {
+    "SCANVI": "celbo calls it ExpressionVAE, with labels='...', the name of a column of obs",
     "setup_anndata": _SENTENCES["setup_anndata"],
     "settings": "a seed is an option: train=celbo.TrainConfig(seed=...), and seed=... of a question",
     "read_h5ad": "read cells with anndata.read_h5ad, or give their path",

@@ -109,6 +109,10 @@ class Settings:
     norm: str = "layer"
     norm_mu: bool = False
     prior: str = "normal"
+    epochs: int = 0
+    """Epochs that training had."""
+    usual_epochs: int = 0
+    """Epochs of a default plan for as many cells, where training had fewer than a fifth of them; else 0."""
 
     @property
     def samples_z(self) -> bool:
@@ -254,6 +258,10 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
     if not settings.samples_z or _little_to_find(e):
         return advice
     if collapsed or (expected is not None and alive < min(expected, latent_dim)):
+        if settings.usual_epochs:
+            n, why = settings.usual_epochs, f"training had {settings.epochs} epochs"
+            why += f"; without --epochs it is planned for {settings.usual_epochs}"
+            advice.append(Advice("", why, f"--epochs {n}", f"train=celbo.TrainConfig(max_epochs={n})", is_cause=True))
         if settings.likelihood == "gaussian" and settings.dispersion == "fixed":
             add(
                 "learned_sigma",

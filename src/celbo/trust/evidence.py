@@ -6,6 +6,7 @@ from scipy import sparse
 
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.train import usual_epochs
 from celbo.minibatch import Rows, in_chunks, scipy_csr
 from celbo.model.ablation import sensitivity, use_of_latent
 from celbo.model.inference import CHUNK, Encoded, cell_terms
@@ -151,7 +152,8 @@ def _in_all_levels(x: "sparse.csr_matrix", codes: NDArray[np.intp]) -> NDArray[n
 
 def settings_of(fitted: Fitted) -> Settings:
     """Collect the options of a model on which advice depends."""
-    options = fitted.architecture
+    options, n_epochs = fitted.architecture, len(fitted.history)
+    usual = 0 if fitted.reference is None else usual_epochs(int((~fitted.reference.held_out).sum()), fitted.config)
     decoder_dims = options.hidden_dims if options.decoder_dims is None else options.decoder_dims
     return Settings(
         likelihood=fitted.likelihood.name,
@@ -166,6 +168,8 @@ def settings_of(fitted: Fitted) -> Settings:
         norm=options.norm,
         norm_mu=options.norm_mu,
         prior=options.prior,
+        epochs=n_epochs,
+        usual_epochs=usual if 5 * n_epochs < usual and (fitted.config.max_epochs or fitted.stopped) else 0,
     )
 
 
