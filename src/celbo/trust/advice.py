@@ -1,7 +1,7 @@
 """Draw conclusions from evidence: a verdict in one line, the findings, worst first, and remedies in order."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -259,30 +259,9 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
         return advice
     if collapsed or (expected is not None and alive < min(expected, latent_dim)):
         if settings.usual_epochs:
-            n, why = settings.usual_epochs, f"training had {settings.epochs} epochs"
-            why += f"; without --epochs it is planned for {settings.usual_epochs}"
-            advice.append(Advice("", why, f"--epochs {n}", f"train=celbo.TrainConfig(max_epochs={n})", is_cause=True))
-        if settings.likelihood == "gaussian" and settings.dispersion == "fixed":
-            add(
-                "learned_sigma",
-                "sigma is fixed at 1, which hides what z could say; leave out dispersion='fixed'",
-                is_cause=True,
-            )
-        if settings.beta > 1:
-            add("beta:1", f"the KL weighs {settings.beta:g} times what the ELBO gives it", is_cause=True)
-        if max(settings.n_hidden) > 1:
-            why = (
-                "deep stacks learn to do without z, and one hidden layer explains cells as well; leave out hidden_dims"
-            )
-            add("shallow", why, is_cause=True)
-        if settings.warmup_fraction == 0 and not had & _SCHEDULES:
-            add("linear", "the KL weighs in full from the first step, before the encoder says anything", is_cause=True)
-        if settings.norm == "none":
-            add(
-                "layer_norm",
-                "without a norm, training settles before the encoder says anything; leave out norm='none'",
-                is_cause=True,
-            )
+            advice.append(_longer(settings))
+        for remedy, why in _causes(settings, had):
+            add(remedy, why, is_cause=True)
     if collapsed:
         add("norm_mu", "no dimension can fall silent")
         add("linear_decoder", "a decoder that can say little without z")
@@ -302,6 +281,30 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
             if settings.n_hidden[1] >= 2:
                 add("context_skip", f"the decoder ignores {name!r}")
     return advice
+
+
+def _longer(settings: Settings) -> Advice:
+    """Advise as many epochs as training has by default."""
+    n = settings.usual_epochs
+    why = f"training had {settings.epochs} epochs; without --epochs it is planned for {n}"
+    return Advice("", why, f"--epochs {n}", f"train=celbo.TrainConfig(max_epochs={n})", is_cause=True)
+
+
+def _causes(settings: Settings, had: set[str]) -> Iterator[tuple[str, str]]:
+    """List remedies that remove a cause of collapse among the options, and why."""
+    if settings.likelihood == "gaussian" and settings.dispersion == "fixed":
+        yield "learned_sigma", "sigma is fixed at 1, which hides what z could say; leave out dispersion='fixed'"
+    if settings.beta > 1:
+        yield "beta:1", f"the KL weighs {settings.beta:g} times what the ELBO gives it"
+    if max(settings.n_hidden) > 1:
+        yield (
+            "shallow",
+            "deep stacks learn to do without z, and one hidden layer explains cells as well; leave out hidden_dims",
+        )
+    if settings.warmup_fraction == 0 and not had & _SCHEDULES:
+        yield "linear", "the KL weighs in full from the first step, before the encoder says anything"
+    if settings.norm == "none":
+        yield "layer_norm", "without a norm, training settles before the encoder says anything; leave out norm='none'"
 
 
 def _plain(value: Any) -> Any:
