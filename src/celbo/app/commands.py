@@ -104,7 +104,7 @@ def _refuse_other_words(command: str, parameters: Sequence[Any], arguments: Sequ
 def _refuse_second_values(command: str, parameters: Sequence[Any], arguments: Sequence[str]) -> None:
     """Refuse an option that is given twice but takes one value: the first value would be dropped without a word."""
     single = {
-        flag: parameter.opts[0]
+        flag: max(parameter.opts, key=len)
         for parameter in parameters
         if isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_flag)
         for flag in parameter.opts

@@ -268,7 +268,7 @@ def usual_epochs(n_cells: int, config: TrainConfig) -> int:
     Examples
     --------
     >>> usual_epochs(1000, TrainConfig(max_epochs=5))
-    100
+    200
     """
     return plan_run(n_cells, replace(config, max_epochs=None)).planned_epochs
 
