@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import socket
@@ -416,14 +417,27 @@ def test_14_genes_of_another_kind_of_name_are_explained(command, fit, cells, tmp
     assert (code, "var has no column 'symbol' to name genes by; it has 'base_share'" in err) == (3, True), err
 
 
-def test_14_version_numbers_and_capitals_are_noticed(cells):
+def test_14_version_numbers_and_capitals_are_noticed(cells, tmp_path):
     versioned = cells.copy()
     versioned.var_names = [f"ENSG{i:011d}.4" for i in range(60)]
     model = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(8,), train=QUICK).fit(versioned)
     plain = cells.copy()
     plain.var_names = [f"ENSG{i:011d}" for i in range(60)]
-    with pytest.raises(DataError, match=r"Without version numbers 100 % match"):
+    without_versions = plain.copy()
+    with pytest.raises(DataError, match=r"Without version numbers 100 % match") as refused:
         model.embed(plain)
+    assert "no counts" not in str(refused.value)  # the values are there, under other names
+    (advice,) = re.findall(r"in the model, (.*), where model = ", str(refused.value))
+    model.save(tmp_path / "model")
+    exec(advice, {"model": celbo.load(tmp_path / "model"), "adata": plain})
+    np.testing.assert_array_equal(model.embed(plain), model.embed(versioned))
+    of_plain = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(8,), train=QUICK).fit(without_versions)
+    with pytest.raises(DataError, match=r"Without version numbers 100 % match") as refused:
+        of_plain.embed(versioned)
+    other = versioned.copy()
+    (advice,) = re.findall(r"Take them off: (.*regex=True\))", str(refused.value))
+    exec(advice, {"adata": other})
+    assert of_plain.embed(other).shape == (other.n_obs, 2)
     lower = versioned.copy()
     lower.var_names = [name.lower() for name in versioned.var_names]
     with pytest.raises(DataError, match=r"If capitals are ignored 100 % match"):

@@ -1,7 +1,9 @@
 """Labels, partly known: what is told of cells, how surely, and of which nothing is."""
 
+import re
 import warnings
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,6 +118,22 @@ def test_missing_and_unlabelled_cells_are_unknown():
     labels, codes = known_labels(column, "?")
     assert labels.levels == ("a", "b")
     np.testing.assert_array_equal(codes, [1, -1, -1, 0])
+
+
+def test_several_words_for_unknown_are_given_one_name_by_the_advice():
+    obs = pd.DataFrame({"type": ["a", "NA", "", "b", "a"]})
+    adata = anndata.AnnData(np.ones((5, 1)), obs)
+    with pytest.warns(UserWarning, match=r"'', 'NA' \(2 cells\) is used as a label") as warned:
+        known_labels(adata.obs["type"], "unknown")
+    advice, one = re.findall(r"one name, (.*), and unlabelled=(.*) \(--unl", str(warned[0].message))[0]
+    exec(advice, {"adata": adata})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels, codes = known_labels(adata.obs["type"], one.strip("'"))
+    assert labels.levels == ("a", "b")
+    np.testing.assert_array_equal(codes, [0, -1, -1, 1, 0])
+    with pytest.warns(UserWarning, match="replace"):  # one of two is given
+        known_labels(pd.Series(["a", "NA", "", "b"], name="type"), "NA")
 
 
 def test_the_loss_is_that_of_the_labelled_cells_alone():

@@ -108,6 +108,22 @@ def test_layers_with_slashes_in_their_names_are_read_and_suggested(tmp_path, for
         read_adata(path, layer="counts", on_disk=on_disk)
 
 
+def test_cells_drawn_from_a_layer_with_a_slash_can_be_read_by_others(cells, tmp_path, celbo_command):
+    path = tmp_path / "cells.h5ad"
+    with h5py.File(path, "w") as store:
+        write_elem(store, "/", cells)
+        write_elem(store["layers"].require_group("counts"), "raw", sp.csr_matrix(cells.X))
+    fitting = ["fit", path, "-o", tmp_path / "run", "--layer", "counts/raw", "--epochs", "1", "--hidden-dim", "8"]
+    done = celbo_command(*fitting)
+    assert done.returncode == 0, done.stderr
+    done = celbo_command("sample", tmp_path / "run", "-n", "20", "-o", tmp_path / "drawn.h5ad")
+    assert done.returncode == 0, done.stderr
+    assert "the drawn values are in X alone" in done.stderr
+    drawn = anndata.read_h5ad(tmp_path / "drawn.h5ad")
+    assert drawn.shape == (20, cells.n_vars)
+    assert drawn.X.sum() > 0
+
+
 def test_a_layer_that_anndata_wrote_with_a_slash_is_read(tmp_path):
     cells = some_cells()
     cells.layers["counts/raw"] = cells.X
@@ -252,6 +268,14 @@ def test_a_column_that_anndata_cannot_write_does_not_end_a_fit_after_its_trainin
     asked = ["--set", f"batch={cells.obs['batch'].iloc[0]}", "-o", changed, "--n-samples", "2"]
     assert celbo_command("counterfactual", tmp_path / "run", path, *asked).returncode == 0
     assert anndata.read_h5ad(changed).shape == cells.shape
+    with h5py.File(path, "a") as file:
+        var = file["var"]
+        var.copy("_index", "name")
+        var.attrs["_index"] = "name"
+        var.attrs["column-order"] = np.array([*var.attrs["column-order"], "_index"], dtype=h5py.string_dtype())
+    done = celbo_command("express", tmp_path / "run", path, "-o", tmp_path / "means.h5ad")
+    assert done.returncode == 0, done.stderr
+    assert list(anndata.read_h5ad(tmp_path / "means.h5ad").var["_index_"]) == list(cells.var_names)
 
 
 def test_the_command_line_in_a_folder_that_is_gone_says_so(tmp_path):

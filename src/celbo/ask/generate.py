@@ -216,7 +216,12 @@ def new_cells(
         obs[schema.size_factor] = drawn.library / schema.library_scale
     if around is not None:
         obs["around"] = around[drawn.rows].astype(str)
-    layers = {} if schema.layer is None else {schema.layer: values.copy()}
+    layers = {} if schema.layer is None or "/" in schema.layer else {schema.layer: values.copy()}
+    if schema.layer is not None and not layers:
+        warn(
+            f"the drawn values are in X alone: anndata cannot read a layer with a slash in its name, {schema.layer!r}. "
+            "To ask this model about the drawn cells, give that layer a name without a slash, and fit again."
+        )
     return AnnData(
         X=values,
         obs=obs,

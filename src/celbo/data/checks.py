@@ -298,8 +298,8 @@ def check_query(
     check.genes, check.n_genes = var.index, len(var)
     _check_names(check, adata)
     n_present = int((schema.columns(var.index) >= 0).sum()) if var.index.is_unique else len(schema.genes)
+    enough = n_present >= genes_present * len(schema.genes) and n_present > 0
     if n_present < len(schema.genes):
-        enough = n_present >= genes_present * len(schema.genes) and n_present > 0
         rest = (
             "The model fills them in by their expectation."
             if enough
@@ -311,7 +311,8 @@ def check_query(
         check.stored = stored_values(adata, schema.layer).of_genes(kept.positions)
         scan = scan_values(check.stored, summed=check.genes.isin(schema.genes))
         _check_values(check, adata, schema.layer, scan, schema.values, of_model=True)
-        _check_emptiness(check, adata, scan, schema.values, of_model=True)
+        if enough:  # else all genes that match may be empty, because the names are wrong
+            _check_emptiness(check, adata, scan, schema.values, of_model=True)
     if schema.size_factor is not None:
         with check.noting("size-factor"):
             size_factors(adata.obs, schema.size_factor)

@@ -351,9 +351,17 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
     codes = pd.Index(levels).get_indexer(pd.Index(text)).astype(np.int32)
     codes[~is_known] = -1
     if suspects := [level for level in levels if level.strip().casefold() in _READ_AS_UNKNOWN]:
+        names = [*suspects, *([unlabelled] if is_unlabelled.any() else [])]
+        one, obs = names[-1], f"adata.obs[{str(column.name)!r}]"
+        advice = (
+            f"give unlabelled={one!r} (--unlabelled)"
+            if len(names) == 1
+            else f"give all of them one name, {obs} = {obs}.astype(str).replace({names[:-1]!r}, {one!r}), and "
+            f"unlabelled={one!r} (--unlabelled)"
+        )
         warn(
             f"obs column {column.name!r}: {listed(suspects)} ({text.isin(suspects).sum():,} cells) is used as a "
-            f"label. If it means an unknown label, give unlabelled={suspects[0]!r} (--unlabelled)."
+            f"label. If it means an unknown label, {advice}."
         )
     if (single := np.bincount(codes[is_known]) == 1).mean() > 0.5:
         warn(

@@ -94,8 +94,7 @@ def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
         lines.append(f"Yours look like {theirs} ({listed(names[:3])}), the model's are {ours}.")
     hints = _columns_that_match(wanted, var, n_matched)
     if (matched := len(set(map(_unversioned, wanted)) & set(map(_unversioned, present)))) > n_matched:
-        strip = r"adata.var_names.str.replace(r'\.\d+$', '', regex=True)"
-        hints.append(f"Without version numbers {_percent(matched, n)} match: {strip}.")
+        hints.append(f"Without version numbers {_percent(matched, n)} match. {_how_to_match_versions(genes, names)}")
     if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in present})) > n_matched:
         hints.append(f"If capitals are ignored {_percent(matched, n)} match: symbols of another species, perhaps.")
     if not hints and ours != theirs:
@@ -118,6 +117,17 @@ def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, n_matched: i
         f"var[{best!r}] matches {matches[best]:,} of {len(wanted):,} ({_percent(matches[best], len(wanted))}): use "
         f"--gene-column {best}, or adata.var_names = adata.var[{best!r}]."
     ]
+
+
+def _how_to_match_versions(genes: Sequence[str], names: Sequence[str]) -> str:
+    """Say how to give cells the names of the model's genes, up to version numbers."""
+    if all(gene == _unversioned(gene) for gene in genes):
+        return r"Take them off: adata.var_names = adata.var_names.str.replace(r'\.\d+$', '', regex=True)."
+    no_version = "The model's names have them: give each gene its name in the model, "
+    return (
+        f"{no_version}names = {{gene.partition('.')[0]: gene for gene in model.schema_.genes}}; adata.var_names = "
+        "[names.get(name.partition('.')[0], name) for name in adata.var_names], where model = celbo.load('RUN/model')."
+    )
 
 
 def _unversioned(name: str) -> str:

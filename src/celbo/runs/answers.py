@@ -186,12 +186,15 @@ def _holds_cells(path: Path, is_ours: Callable[[AnnData], bool]) -> bool:
 
 
 def _write_cells(cells: AnnData, path: Path, write: Callable[[Path], object] | None = None) -> None:
-    cells.obs = cells.obs.rename(columns=_RESERVED)
+    cells.obs, cells.var = (table.rename(columns=_RESERVED) for table in (cells.obs, cells.var))
     try:
         with settings.override(allow_write_nullable_strings=True):  # in pandas 3 all text is nullable
             _write(path, write or partial(write_cells, cells))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(f"obs cannot be written to {path}: {error}. Drop that column, or make it text.") from error
+        reason = str(error).rstrip(".")
+        raise DataError(
+            f"obs or var cannot be written to {path}: {reason}. Rename that column, make it text, or drop it."
+        ) from error
 
 
 def write_file(path: Path, content: str | bytes) -> None:

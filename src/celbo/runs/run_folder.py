@@ -122,8 +122,9 @@ def write_run(
 ) -> dict[str, Any]:
     """Write model, embedding, metrics, history and record of the run; `celbo.runs.reporting` writes the report.
 
-    The names of the files are `celbo.runs.claims.WRITTEN`. The model is saved first, so that nothing can lose it; then
-    files of an earlier run are removed. A process that is killed between the two leaves the new model beside them.
+    The names of the files are `celbo.runs.claims.WRITTEN`. In a new folder the model is saved first, so that nothing
+    can lose it. An earlier run is replaced when everything has been computed, so that an interrupt until then leaves it
+    whole; if computing fails, the model replaces it alone.
 
     Parameters
     ----------
@@ -155,18 +156,21 @@ def write_run(
     dict
         The verdict, the metrics and the recovery, as the report shows them; and ``stopped``, why training ended early.
     """
-    model.save(folder / "model", keep_reference=keep_reference)
-    if (folder / "run.json").exists():  # of an earlier run
-        for name in set(WRITTEN) - {"model"}:
-            Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
+    is_new = not (folder / "run.json").exists()
+    if is_new:
+        _save_model(folder, model, keep_reference)
+    cells, whole = cells.seen_by(model.fitted_), False
+    try:
+        metrics, diagnosis = measure(model, cells, seconds), _diagnose(model, cells)
+        embedded, whole = embedding(model.fitted_, cells), True
+    finally:
+        if not is_new and (whole or isinstance(sys.exception(), Exception)):
+            _save_model(folder, model, keep_reference)
     run = _record(folder, model, cells, source, reading)
     run["notes"] = [*dict.fromkeys(notes), *map(str, choices), *_notes(model)]
     run["recovery"] = None if recovery is None else list(recovery)
     write_file(folder / "run.json", _json(run))
-    cells = cells.seen_by(model.fitted_)
-    metrics = measure(model, cells, seconds)
-    diagnosis = _diagnose(model, cells)
-    write_embedding(embedding(model.fitted_, cells), folder / "embedding.h5ad")
+    write_embedding(embedded, folder / "embedding.h5ad")
     if trail is not None:
         write_file(folder / "cure.json", _json([asdict(step) for step in trail]))
     if choices:
@@ -181,6 +185,13 @@ def write_run(
         "recovery": run["recovery"],
         "stopped": run["stopped"],
     }
+
+
+def _save_model(folder: Path, model: ExpressionVAE, keep_reference: bool) -> None:
+    """Save the model, then remove the other files of an earlier run."""
+    model.save(folder / "model", keep_reference=keep_reference)
+    for name in set(WRITTEN) - {"model"}:
+        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
 
 
 def _record(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,11 +147,13 @@ class Evidence(NamedTuple):
     lost_by_condition: Mapping[str, Floats]
     """Reconstruction lost when a condition is permuted, ``(cells,)``."""
     conditions: Mapping[str, NDArray[Any]]
-    """Each cell's level, or value, ``(cells,)``."""
+    """Number of each cell's level, or its value, ``(cells,)``."""
     types: NDArray[Any] | None = None
     """Known types of the cells. Leakage is measured within types."""
     principal: Floats | None = None
     """Principal components of log-normalised values, ``(cells, n)``, where types are known."""
+    level_names: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Names of the levels of each categorical condition."""
     overlaps: Sequence[Overlap] = ()
     """Whether the levels of each nuisance overlap in the counts."""
     settings: Settings = Settings()
@@ -184,7 +187,8 @@ def conclude(evidence: Evidence) -> Diagnosis:
     for name, lost in e.lost_by_condition.items():
         nuisance = name in settings.nuisance
         findings.append(condition_ablation(name, lost, nuisance=nuisance))
-        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance))
+        names = e.level_names.get(name, ())
+        findings.append(condition_leakage(name, e.mu_z, e.conditions[name], e.types, nuisance=nuisance, names=names))
     findings += [level_overlap(overlap) for overlap in e.overlaps]
     if e.types is not None and e.principal is not None:
         removed = [levels for name, levels in e.conditions.items() if np.issubdtype(levels.dtype, np.integer)]

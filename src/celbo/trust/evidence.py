@@ -97,6 +97,7 @@ def gather(
             for condition, codes in zip(schema.conditions, cells.codes[rows].T, strict=True)
         },
         types=types,
+        level_names={each.name: each.levels for each in schema.conditions if each.levels is not None},
         overlaps=overlaps(fitted, cells, seed=seed),
         settings=settings,
     )

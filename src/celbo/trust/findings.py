@@ -267,12 +267,14 @@ def condition_leakage(
     types: NDArray[Any] | None = None,
     *,
     nuisance: bool = False,
+    names: Sequence[str] = (),
     seed: int = 0,
 ) -> Finding:
     """Measure how well mu_z predicts a condition, within types if they are known; 0 at chance, 1 with certainty.
 
     The predictors are 15 nearest neighbours, over 5 folds. The score is the balanced accuracy,
-    ``(accuracy - 1/L) / (1 - 1/L)``; for a continuous condition, the share of its variance that is explained.
+    ``(accuracy - 1/L) / (1 - 1/L)``; for a continuous condition, the share of its variance that is explained. ``names``
+    are those of the levels.
     """
     rows = random_stream(seed, Stream.LEAKAGE).permutation(len(mu_z))[:3000]
     groups = np.zeros(len(rows), int) if types is None else np.unique(types[rows].astype(str), return_inverse=True)[1]
@@ -286,7 +288,8 @@ def condition_leakage(
     where = "" if types is None else " within types"
     if not scores:
         meaning = f"cannot be measured: {name!r} does not differ{where}, or in fewer than 10 cells of a level"
-        of_one = None if types is None else types_of_one_level(types, levels)
+        named = np.asarray(names, object)[levels] if names else levels
+        of_one = None if types is None else types_of_one_level(types, named)
         if of_one is not None and of_one.doubtful:
             meaning = f"cannot be measured: {of_one.sentence(name)}"
         return Finding(f"leakage of {name}", None, f"below {LEAKS / 2}", "watch", meaning)

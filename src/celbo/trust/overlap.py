@@ -124,7 +124,7 @@ def level_overlap(overlap: Overlap) -> Finding:
     if overlap.apart:
         return Finding(name, value, expected, "watch", overlap.doubt, overlap.advice)
     n = len(overlap.groups[0])
-    meaning = f"{n} of {overlap.levels} levels of {overlap.name!r} that were compared have the same groups of cells"
+    meaning = f"in {n} of {overlap.levels} levels of {overlap.name!r} that were compared, no groups of their own show"
     return Finding(name, value, expected, "good", meaning)
 
 
