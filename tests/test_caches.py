@@ -2,12 +2,11 @@
 
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
 from celbo import caches
-from celbo.caches import can_write, private_folder, settle_torch_folder
+from celbo.caches import can_write, private_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs users and modes of POSIX")
 
@@ -79,26 +78,6 @@ def test_without_a_temporary_folder_there_is_none(temporary, monkeypatch):
         monkeypatch.setenv("TMPDIR", parent)
         assert private_folder() is None
     assert not list(temporary.iterdir())
-
-
-@pytest.mark.parametrize("missing", ["a temporary folder", "a name", "nothing"])
-def test_torch_gets_a_folder_where_it_would_find_none(monkeypatch, missing):
-    def fail(error):
-        raise error
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    if missing == "a temporary folder":
-        monkeypatch.setattr("tempfile.gettempdir", lambda: fail(FileNotFoundError()))
-    elif missing == "a name":
-        monkeypatch.setattr("getpass.getuser", lambda: fail(KeyError("uid not found: 1234")))
-    settle_torch_folder()
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    assert (folder is None) == (missing == "nothing")
-    assert folder is None or Path(folder).is_dir()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/of/the/user")
-    settle_torch_folder()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/of/the/user"
 
 
 def test_a_folder_is_made_to_see_whether_it_can_be_written_to(tmp_path):

@@ -1,13 +1,12 @@
 """Find a folder for files that only save time, such as compiled code, where the usual folders cannot be written to."""
 
-import getpass
 import os
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["can_write", "private_folder", "settle_torch_folder"]
+__all__ = ["can_write", "private_folder"]
 
 _SHARED = ("/tmp", "/var/tmp")
 """Temporary folders of all users."""
@@ -51,22 +50,6 @@ def private_folder() -> Path | None:
         if _is_private(folder) and can_write(folder):
             return folder
     return None
-
-
-def settle_torch_folder() -> None:
-    """Name a folder for torch's compiler where torch would find none. Call it before an optimizer is made.
-
-    The first optimizer of a process makes torch look for that folder below the temporary folder, by the name of the
-    user. It fails without a temporary folder, and some versions fail for a user without a name. celbo compiles
-    nothing with torch, so a folder that can only be read is enough.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    try:
-        tempfile.gettempdir()
-        getpass.getuser()
-    except (OSError, KeyError, ModuleNotFoundError):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parent)
 
 
 def _is_private(folder: Path) -> bool:

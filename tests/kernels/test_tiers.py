@@ -186,6 +186,37 @@ def test_a_sparse_product_equals_the_dense_one(tier, shape, density, units):
     torch.testing.assert_close(gradient.cpu(), grad.t() @ x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 1000, 300_001])
+def test_adam_is_torchs_in_float64(tier, n):
+    """Gradients of all sizes, a factor, an average; from 200,000 numbers on threads share the work."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=generator)
+    weights, state = start.clone(), reference.AdamState.of(start)
+    exact = torch.nn.Parameter(start.double())
+    optimizer, average = torch.optim.Adam([exact], lr=0.01), start.double()
+    with threads(2):
+        for step in range(1, 9):
+            gradient = torch.randn(n, generator=generator) * 10 ** torch.randn(n, generator=generator)
+            kernels.adam(weights, gradient, state, factor=0.5, rate=0.01, step=step, share=9 / (step + 8))
+            exact.grad = 0.5 * gradient.double()
+            optimizer.step()
+            average.lerp_(exact.detach(), 9 / (step + 8))
+    torch.testing.assert_close(weights.double(), exact.detach(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(state.average.double(), average, rtol=0, atol=2e-6)
+
+
+def test_adam_leaves_numbers_without_a_gradient_alone(tier):
+    n = 1000
+    weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    before, state = weights.clone(), reference.AdamState.of(weights)
+    gradient = torch.zeros(n)
+    gradient[::2] = 1
+    for step in (1, 2):
+        kernels.adam(weights, gradient, state, factor=1.0, rate=0.1, step=step, share=0.5)
+    assert torch.equal(weights[1::2], before[1::2])
+    torch.testing.assert_close(weights[::2], before[::2] - 0.2)
+
+
 def test_float64_is_the_references(tier):
     x = some_counts(4, 6).double()
     inputs = take("nb", [part.double() for part in some_inputs(x.float())])

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from celbo.caches import settle_torch_folder
 from celbo.errors import DivergedError
 from celbo.fit.remedies import Recipe, linear_warmup
+from celbo.kernels.dispatch import adam
+from celbo.kernels.reference import AdamState
 from celbo.minibatch import Minibatch, Rows
 from celbo.model.classifier import label_loss
 from celbo.model.objective import ElboTerms, Objective
@@ -45,9 +46,8 @@ class TrainingState:
     vae: VAE
     weights: Tensor
     """All weights in one vector. The model's parameters are views of it, and their gradients of its gradient."""
-    average: Tensor
-    """Running average of the weights."""
-    optimizer: torch.optim.Optimizer
+    adam: AdamState
+    """What Adam remembers, and the running average of the weights."""
     learning_rate: float
     """Highest learning rate from here on."""
     last_good: dict[str, Tensor]
@@ -56,6 +56,8 @@ class TrainingState:
     """Which numbers of the weights stay as they are, bool; None if all are learned."""
     step: int = 0
     """Steps taken so far."""
+    adam_steps: int = 0
+    """Steps since Adam began with moments of 0."""
     chances: int = _SECOND_CHANCES
     kl_weight: float = 0.0
     """Weight of the KL in the last step."""
@@ -118,7 +120,6 @@ def start_training(vae: VAE, learning_rate: float, learned: Mapping[str, Tensor]
         By name of each parameter, which of its numbers are learned (bool, of its shape); None for all.
     """
     weights = _as_one(vae)
-    settle_torch_folder()
     frozen = None
     if learned is not None:
         masks = [~_tall(learned[name]).reshape(-1) for name, _ in vae.named_parameters()]
@@ -126,8 +127,7 @@ def start_training(vae: VAE, learning_rate: float, learned: Mapping[str, Tensor]
     return TrainingState(
         vae=vae,
         weights=weights,
-        average=weights.detach().clone(),
-        optimizer=torch.optim.Adam([weights], fused=True),
+        adam=AdamState.of(weights),
         learning_rate=learning_rate,
         last_good=state_of(vae),
         frozen=frozen,
@@ -176,26 +176,27 @@ def take_step(
     DivergedError
         If the model has gone back too often.
     """
-    vae, weights, optimizer = state.vae, state.weights, state.optimizer
+    vae, weights = state.vae, state.weights
+    assert weights.grad is not None
     context = context_of(vae, minibatch)
     generator = _step_generator(seed, epoch, state.step)
     noise = draw_noise(vae, len(rows), generator, weights.device)
     terms = objective.terms(vae, minibatch.x, context, minibatch.library, noise, minibatch.observed)
     state.kl_weight = recipe.kl_weight(state.step, warmup_steps)
     loss, memory = loss_of(vae, terms, minibatch, recipe, state.kl_weight, state.memory, generator)
-    optimizer.zero_grad(set_to_none=False)
+    weights.grad.zero_()
     loss.backward()
-    if state.frozen is not None and weights.grad is not None:
+    if state.frozen is not None:
         weights.grad.masked_fill_(state.frozen, 0)
-    norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip)
-    optimizer.param_groups[0]["lr"] = state.learning_rate * linear_warmup(state.step, rise_steps)
+    norm = float(weights.grad.norm())
+    rate = state.learning_rate * linear_warmup(state.step, rise_steps)
     state.step += 1
-    if not torch.isfinite(loss + norm):
+    if not math.isfinite(float(loss.detach()) + norm):
         _go_back(state, terms, rows)
         return None
-    state.memory = memory
-    optimizer.step()
-    state.average.lerp_(weights.detach(), (_AVERAGED + 1) / (state.step + _AVERAGED))
+    state.memory, state.adam_steps = memory, state.adam_steps + 1
+    factor, share = min(1.0, gradient_clip / (norm + 1e-6)), (_AVERAGED + 1) / (state.step + _AVERAGED)
+    adam(weights.data, weights.grad, state.adam, factor=factor, rate=rate, step=state.adam_steps, share=share)
     return terms
 
 
@@ -227,7 +228,7 @@ def loss_of(
 def averaged(state: TrainingState) -> Iterator[None]:
     """Put the running average in the place of the weights for a while."""
     weights = state.weights.detach().clone()
-    state.weights.data.copy_(state.average)
+    state.weights.data.copy_(state.adam.average)
     try:
         yield
     finally:
@@ -294,5 +295,7 @@ def _go_back(state: TrainingState, terms: ElboTerms, rows: Rows) -> None:
             "Start with a lower one (learning_rate, --learning-rate), and look at these cells for extreme values."
         )
     state.vae.load_state_dict(state.last_good)
-    state.optimizer.state.clear()
-    state.average.copy_(state.weights.detach())
+    state.adam_steps = 0
+    for moment in (state.adam.first, state.adam.second):
+        moment.zero_()
+    state.adam.average.copy_(state.weights.detach())

@@ -11,7 +11,7 @@ from numba import njit
 
 from celbo.kernels.cached import cached
 
-__all__ = ["nb", "poisson", "times"]
+__all__ = ["adam", "nb", "poisson", "times"]
 
 # Without an explicit False a function inherits its caller's fastmath, which removes compensation of rounding errors.
 _scalar: Any = njit(nogil=True, error_model="numpy", fastmath=False)
@@ -339,6 +339,19 @@ def times(starts, columns, values, dense, out):
             for i in range(len(into)):
                 into[i] += u * a[i]
             k += 1
+
+
+@cached
+@_vector
+def adam(weights, gradient, first, second, average, factor, rate, floor, share):
+    """Take a step of Adam and update the running average; see `celbo.kernels.reference.adam`."""
+    for k in range(len(weights)):
+        g = gradient[k] * factor
+        m = first[k] + _f(0.1) * (g - first[k])
+        v = second[k] + _f(0.001) * (g * g - second[k])
+        w = weights[k] - rate * m / (np.sqrt(v) + floor)
+        first[k], second[k], weights[k] = m, v, w
+        average[k] += share * (w - average[k])
 
 
 # Elementary functions have no branches or tables, so that the compiler vectorises loops over them. Relative errors are

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celbo.kernels import compiled
-from celbo.kernels.reference import DecodedCounts
+from celbo.kernels.reference import AdamState, DecodedCounts, adam_constants
 from celbo.kernels.threads import in_threads, n_threads
 
-__all__ = ["decoded_log_prob", "sparse_linear"]
+__all__ = ["adam", "decoded_log_prob", "sparse_linear"]
 
 Csr = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
@@ -30,6 +30,8 @@ _LOG_THETA_RANGE = (-60.0, 40.0)
 """This range is wider than that of any model, and no product of sixteen factors overflows in it."""
 _DENSEST = 0.2
 """Above this share of non-zero values, a dense product is faster."""
+_NUMBERS_OF_A_THREAD = 100_000
+"""Adam shares its work among threads if each gets this many numbers."""
 _NO_GATES = np.empty((0, 0), np.float32)
 
 
@@ -47,6 +49,22 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
         return _run(counts, None)[0]
     result: Tensor = _Fused.apply(*counts)  # type: ignore[no-untyped-call]
     return result
+
+
+def adam(
+    weights: Tensor, gradient: Tensor, state: AdamState, *, factor: float, rate: float, step: int, share: float
+) -> None:
+    """See `celbo.kernels.reference.adam`."""
+    vectors = [vector.detach().numpy() for vector in (weights, gradient, *state)]
+    constants = [np.float32(number) for number in (factor, *adam_constants(rate, step), share)]
+    n = max(1, min(n_threads(), len(weights) // _NUMBERS_OF_A_THREAD))
+    edges = [turn * len(weights) // n for turn in range(n + 1)]
+
+    def work(turn: int) -> None:
+        part = slice(edges[turn], edges[turn + 1])
+        compiled.adam(*(vector[part] for vector in vectors), *constants)
+
+    in_threads(work, n)
 
 
 class _Fused(torch.autograd.Function):

@@ -13,9 +13,9 @@ from types import ModuleType
 from torch import Tensor, device, empty, float32
 
 from celbo.errors import UsageError
-from celbo.kernels.reference import DecodedCounts
+from celbo.kernels.reference import AdamState, DecodedCounts
 
-__all__ = ["decoded_log_prob", "load_kernels", "sparse_linear", "use"]
+__all__ = ["adam", "decoded_log_prob", "load_kernels", "sparse_linear", "use"]
 
 TIERS = ("auto", "reference", "cpu", "gpu")
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
@@ -47,6 +47,13 @@ def decoded_log_prob(counts: DecodedCounts) -> Tensor:
     """See `celbo.kernels.reference.decoded_log_prob`."""
     result: Tensor = _tier(counts.h).decoded_log_prob(counts)
     return result
+
+
+def adam(
+    weights: Tensor, gradient: Tensor, state: AdamState, *, factor: float, rate: float, step: int, share: float
+) -> None:
+    """See `celbo.kernels.reference.adam`."""
+    _tier(weights).adam(weights, gradient, state, factor=factor, rate=rate, step=step, share=share)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from celbo.errors import UsageError
 from celbo.kernels import blocks
-from celbo.kernels.reference import DecodedCounts
+from celbo.kernels.reference import DecodedCounts, adam
 
-__all__ = ["decoded_log_prob", "sparse_linear"]
+__all__ = ["adam", "decoded_log_prob", "sparse_linear"]
 
 _INTERPRETED = not isinstance(blocks.nb, triton.JITFunction)
 _BLOCK = 65536 if _INTERPRETED else 512

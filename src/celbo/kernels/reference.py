@@ -5,6 +5,7 @@ binomial near its Poisson limit (at theta = 1e6 no digit is right). They evaluat
 times the rest, only at non-zero counts.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "AdamState",
     "DecodedCounts",
+    "adam",
+    "adam_constants",
     "decoded_log_prob",
     "nb_log_prob",
     "poisson_log_prob",
@@ -24,6 +28,48 @@ __all__ = [
 # Above this value, digamma(y) - log(y) uses its asymptotic series, whose first neglected term is 1e-17 here. Below,
 # digamma is exact enough, because a small theta does not amplify the rounding errors of the logarithms.
 _SERIES_FROM = 64.0
+
+
+class AdamState(NamedTuple):
+    """What Adam remembers of one vector of numbers."""
+
+    first: Tensor
+    """Running mean of the gradient."""
+    second: Tensor
+    """Running mean of the squared gradient."""
+    average: Tensor
+    """Running average of the numbers."""
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> "AdamState":
+        """Return the state before the first step of these numbers, ``(n,)``."""
+        numbers = numbers.detach()
+        return cls(torch.zeros_like(numbers), torch.zeros_like(numbers), numbers.clone())
+
+
+def adam(
+    weights: Tensor, gradient: Tensor, state: AdamState, *, factor: float, rate: float, step: int, share: float
+) -> None:
+    r"""Take step number ``step`` of Adam (Kingma & Ba 2015) in place, with the gradient times ``factor``.
+
+    .. math::
+        m \leftarrow .9 m + .1 g, \quad v \leftarrow .999 v + .001 g^2, \quad
+        w \leftarrow w - \mathrm{rate} \frac{m / (1 - .9^t)}{\sqrt{v / (1 - .999^t)} + 10^{-8}}
+
+    Then the average moves by ``share`` of its distance to the weights.
+    """
+    rate, floor = adam_constants(rate, step)
+    gradient = gradient * factor
+    state.first.lerp_(gradient, 0.1)
+    state.second.lerp_(gradient.square(), 0.001)
+    weights.sub_(rate * state.first / (state.second.sqrt() + floor))
+    state.average.lerp_(weights, share)
+
+
+def adam_constants(rate: float, step: int) -> tuple[float, float]:
+    """Return the rate and the smallest denominator of a step of Adam, with both corrections of its bias in them."""
+    root = math.sqrt(1 - 0.999**step)
+    return rate * root / (1 - 0.9**step), 1e-8 * root
 
 
 def nb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:

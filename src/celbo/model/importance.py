@@ -5,14 +5,15 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celbo.caches import settle_torch_folder
+from celbo.kernels.dispatch import adam
+from celbo.kernels.reference import AdamState
 from celbo.minibatch import Minibatch, Rows, Source, csr_tensor, scipy_csr
 from celbo.model.inference import Block, encoded_blocks, evaluating
 from celbo.model.objective import kl_to_prior, log_prob_of_cells
@@ -172,22 +173,19 @@ def _refine(
 ) -> tuple[Tensor, Tensor]:
     """Maximise each cell's ELBO over its own mean and log-variance."""
     mu_z, logvar_z = mu_z.clone().requires_grad_(), logvar_z.clone().requires_grad_()
-    groups: list[dict[str, Any]] = [{"params": [mu_z]}, {"params": [logvar_z], "lr": 2 * _LEARNING_RATE}]
-    settle_torch_folder()
-    optimizer = torch.optim.Adam(groups, lr=_LEARNING_RATE)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    learned = [(mu_z, _LEARNING_RATE), (logvar_z, 2 * _LEARNING_RATE)]
+    states = [AdamState.of(q.view(-1)) for q, _ in learned]
     context = context_of(vae, cells)
     for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / steps)
         eps = _normal(noise, 1, vae.latent_dim)[0].to(mu_z.device)
         z = mu_z + (0.5 * logvar_z).exp() * eps
         p = vae.likelihood(z, context=context, library=cells.library)
         kl = kl_to_prior(vae, mu_z, logvar_z, z, context).sum(-1)
         loss = (kl - log_prob_of_cells(p, cells.x, cells.observed)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        gradients = torch.autograd.grad(loss, [mu_z, logvar_z])
+        for (q, rate), gradient, state in zip(learned, gradients, states, strict=True):
+            rate *= 1 - step / steps
+            adam(q.data.view(-1), gradient.reshape(-1), state, factor=1.0, rate=rate, step=step + 1, share=0.0)
     return mu_z.detach(), logvar_z.detach()
 
 
