@@ -18,8 +18,7 @@ _IMPORTED = [
     *("celbo.app.cli", "celbo.app.demo", "celbo.ask.mapping", "celbo.estimator", "celbo.kernels.cpu"),
     *("celbo.report.page", "celbo.runs.reporting", "celbo.runs.run_folder", "celbo.trials.curing"),
     *("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.cluster", "sklearn.decomposition"),
-    *("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "torch._dynamo"),
-    "torch._decomp.decompositions_for_jvp",
+    *("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"),
 ]
 _SECONDS = 300
 """A child that runs longer is ended by SIGALRM."""
