@@ -121,17 +121,17 @@ def test_missing_and_unlabelled_cells_are_unknown():
 
 
 def test_several_words_for_unknown_are_given_one_name_by_the_advice():
-    obs = pd.DataFrame({"type": ["a", "NA", "", "b", "a"]})
+    obs = pd.DataFrame({"type": pd.Series(["a", "NA", "", "b", None], dtype=object)})
     adata = anndata.AnnData(np.ones((5, 1)), obs)
-    with pytest.warns(UserWarning, match=r"'', 'NA' \(2 cells\) is used as a label") as warned:
+    with pytest.warns(UserWarning, match=r"'', 'NA' \(2 cells\) are used as labels") as warned:
         known_labels(adata.obs["type"], "unknown")
     advice, one = re.findall(r"one name, (.*), and unlabelled=(.*) \(--unl", str(warned[0].message))[0]
     exec(advice, {"adata": adata})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*unknown label")
         labels, codes = known_labels(adata.obs["type"], one.strip("'"))
     assert labels.levels == ("a", "b")
-    np.testing.assert_array_equal(codes, [0, -1, -1, 1, 0])
+    np.testing.assert_array_equal(codes, [0, -1, -1, 1, -1])
     with pytest.warns(UserWarning, match="replace"):  # one of two is given
         known_labels(pd.Series(["a", "NA", "", "b"], name="type"), "NA")
 

@@ -51,3 +51,15 @@ def test_genes_are_chosen_within_the_nuisance_if_there_is_one(cells):
     both = celbo.ExpressionVAE(nuisance=["batch"], **options).prepare(cells).schema
     assert "within levels of 'batch'" in both.selection
     assert "within levels of 'treatment'" in celbo.ExpressionVAE(**options).prepare(cells).schema.selection
+
+
+@pytest.mark.parametrize("n", [60, 250], ids=["few cells", "most cells"])
+def test_surprise_is_computed_where_it_is_asked_for(fitted, cells, monkeypatch, n):
+    monkeypatch.setattr("celbo.model.inference.CHUNK", 50)
+    opened = open_cells(fitted.fitted_, cells)
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.permutation(cells.n_obs)[:n])
+    wanted = rng.random(n) < 0.3
+    found = opened.encoded_at(rows, surprise_of=wanted).surprise
+    np.testing.assert_allclose(found[wanted], opened.surprise[rows][wanted], rtol=1e-4, atol=1e-4)
+    assert np.isnan(found[~wanted]).all()

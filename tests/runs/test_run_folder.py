@@ -59,3 +59,18 @@ def test_a_whole_run_replaces_the_earlier_one(written):
     assert celbo.load(folder).train.seed == 1
     assert not (folder / "report.html").exists()  # it is drawn from the new files
     assert (folder / "embedding.h5ad").exists()
+
+
+def test_in_a_new_folder_an_interrupt_leaves_the_model(written, tmp_path, monkeypatch):
+    _, model, prepared = written
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "measure", interrupted)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "cure.json").write_text("of the user")
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "new", model, prepared, seconds=1.0, source="cells")
+    assert celbo.load(tmp_path / "new" / "model").train.seed == 1
+    assert (tmp_path / "new" / "cure.json").read_text() == "of the user"

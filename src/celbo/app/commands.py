@@ -81,7 +81,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that the arguments name; see `TyperGroup`."""
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None:
+        if command is not None and not ctx.resilient_parsing:  # which completes words in a shell
             _refuse_other_words(f"celbo {name}", command.params, rest)
             _refuse_second_values(f"celbo {name}", command.params, rest)
         return name, command, rest
@@ -109,7 +109,8 @@ def _refuse_second_values(command: str, parameters: Sequence[Any], arguments: Se
         if isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_flag)
         for flag in parameter.opts
     }
-    given = [single.get(part.partition("=")[0]) for part in takewhile(lambda part: part != "--", arguments)]
+    before = takewhile(lambda part: part != "--", arguments)
+    given = [single.get(part.partition("=")[0] if part.startswith("--") else part[:2]) for part in before]
     for option in single.values():
         if given.count(option) > 1:
             raise UsageError(f"{command} takes {option} once, and it is given {given.count(option)} times.")

@@ -202,6 +202,7 @@ def new_cells(
 ) -> AnnData:
     """Make an AnnData of drawn values that the model itself can read, with ``obsm["z"]``.
 
+    Files cannot hold a layer with a slash in its name, so the values of such a layer are in X alone.
     obs has ``library``, the conditions, and the names of the cells that the new cells are drawn ``around``, if given.
     ``uns["celbo_sample"]`` says how the cells were drawn.
     """
@@ -220,7 +221,7 @@ def new_cells(
     if schema.layer is not None and not layers:
         warn(
             f"the drawn values are in X alone: anndata cannot read a layer with a slash in its name, {schema.layer!r}. "
-            "To ask this model about the drawn cells, give that layer a name without a slash, and fit again."
+            "To ask this model about the drawn cells in Python, set drawn.layers[...] = drawn.X under that name."
         )
     return AnnData(
         X=values,

@@ -356,12 +356,13 @@ def known_labels(column: "pd.Series[str]", unlabelled: str) -> tuple[Condition, 
         advice = (
             f"give unlabelled={one!r} (--unlabelled)"
             if len(names) == 1
-            else f"give all of them one name, {obs} = {obs}.astype(str).replace({names[:-1]!r}, {one!r}), and "
+            else f"give all of them one name, {obs} = {obs}.astype(object).replace({names[:-1]!r}, {one!r}), and "
             f"unlabelled={one!r} (--unlabelled)"
         )
         warn(
-            f"obs column {column.name!r}: {listed(suspects)} ({text.isin(suspects).sum():,} cells) is used as a "
-            f"label. If it means an unknown label, {advice}."
+            f"obs column {column.name!r}: {listed(suspects)} ({text.isin(suspects).sum():,} cells) "
+            f"{'is used as a label. If it means' if len(suspects) == 1 else 'are used as labels. If they mean'} an "
+            f"unknown label, {advice}."
         )
     if (single := np.bincount(codes[is_known]) == 1).mean() > 0.5:
         warn(

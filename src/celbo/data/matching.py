@@ -94,7 +94,7 @@ def explain_mismatch(genes: Sequence[str], var: pd.DataFrame) -> str:
         lines.append(f"Yours look like {theirs} ({listed(names[:3])}), the model's are {ours}.")
     hints = _columns_that_match(wanted, var, n_matched)
     if (matched := len(set(map(_unversioned, wanted)) & set(map(_unversioned, present)))) > n_matched:
-        hints.append(f"Without version numbers {_percent(matched, n)} match. {_how_to_match_versions(genes, names)}")
+        hints.append(f"Without version numbers {_percent(matched, n)} match. {_how_to_match_versions(genes)}")
     if (matched := len({gene.upper() for gene in wanted} & {name.upper() for name in present})) > n_matched:
         hints.append(f"If capitals are ignored {_percent(matched, n)} match: symbols of another species, perhaps.")
     if not hints and ours != theirs:
@@ -119,14 +119,16 @@ def _columns_that_match(wanted: Collection[str], var: pd.DataFrame, n_matched: i
     ]
 
 
-def _how_to_match_versions(genes: Sequence[str], names: Sequence[str]) -> str:
+def _how_to_match_versions(genes: Sequence[str]) -> str:
     """Say how to give cells the names of the model's genes, up to version numbers."""
     if all(gene == _unversioned(gene) for gene in genes):
         return r"Take them off: adata.var_names = adata.var_names.str.replace(r'\.\d+$', '', regex=True)."
-    no_version = "The model's names have them: give each gene its name in the model, "
     return (
-        f"{no_version}names = {{gene.partition('.')[0]: gene for gene in model.schema_.genes}}; adata.var_names = "
-        "[names.get(name.partition('.')[0], name) for name in adata.var_names], where model = celbo.load('RUN/model')."
+        "The model's names have them: give each gene its name in the model, "
+        r"cut = lambda name: __import__('re').sub(r'\.\d+$', '', name); genes = model.schema_.genes; "
+        "names = {cut(gene): gene for gene in genes} | {gene: gene for gene in genes}; adata.var_names = "
+        "[names.get(name, names.get(cut(name), name)) for name in adata.var_names], where model = "
+        "celbo.load('RUN/model')."
     )
 
 

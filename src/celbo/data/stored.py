@@ -141,8 +141,8 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
     if layer == "X":
         advice = " If you fit values of X, leave out layer (--layer)."
     raise DataError(
-        f"these data have no layer {layer!r}; they have {known}. If the layer is that of a fitted model, it must be "
-        f"here under the same name.{advice}"
+        f"these data have no layer {layer!r}; they have {known}. Cells for a fitted model need the layer of the "
+        f"fit.{advice}"
     )
 
 

@@ -12,6 +12,7 @@ from celbo.minibatch import Rows
 from celbo.streams import Stream, random_stream
 
 __all__ = [
+    "MOST_KEPT",
     "READINGS",
     "Reference",
     "has_conditions",
@@ -25,7 +26,7 @@ __all__ = [
 
 READINGS = ("unlikely", "distance", "mixture", "ambient")
 """Readings that show whether a cell is unusual; `celbo.ask.readings` computes them. The last two are of counts."""
-_REFERENCE_CELLS = 50_000
+MOST_KEPT = 50_000
 """Largest number of training cells whose posteriors are kept with a model."""
 _NEAR_VALUE = 0.25
 """A cell has a continuous condition if its value is within this many standard deviations."""
@@ -105,7 +106,7 @@ def reference_from(
 
 def reference_rows(split: Split, seed: int) -> Rows:
     """Choose the cells of fit that are kept as a reference, in their order: all held-out cells, and training cells."""
-    chosen = random_stream(seed, Stream.REFERENCE).permutation(split.train)[:_REFERENCE_CELLS]
+    chosen = random_stream(seed, Stream.REFERENCE).permutation(split.train)[:MOST_KEPT]
     return np.sort(np.concatenate([chosen, split.validation]))
 
 

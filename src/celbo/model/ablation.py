@@ -136,8 +136,9 @@ def sensitivity(
             z, context = torch.from_numpy(mu_z[start : start + CHUNK]).to(device), context_of(vae, cells)
             with torch.no_grad():
                 variance = vae.likelihood(z, context=context, library=cells.library).variance.double().clamp(min=1e-30)
-            for j, slope in enumerate(_slopes(vae, z, context, cells.library)):
-                total[j] += (slope.double().square() / variance).sum().cpu()
+            with torch.enable_grad():
+                for j, slope in enumerate(_slopes(vae, z, context, cells.library)):
+                    total[j] += (slope.double().square() / variance).sum().cpu()
     moved: NDArray[np.float64] = total.numpy() / len(rows) * mu_z.var(0, dtype=np.float64)
     return moved
 
@@ -145,16 +146,15 @@ def sensitivity(
 def _slopes(vae: VAE, z: Tensor, context: Tensor | None, library: Tensor) -> Iterator[Tensor]:
     """Compute ``d m / d z_j`` of the decoded mean m for each j, ``(cells, genes)`` each.
 
-    The gradient in z of ``m @ v`` is linear in v, and the derivative of its j-th part in v is the slope. This needs m
-    once; forward mode needs it for each j, and torch takes a second to load it.
+    The gradient in z of ``m @ v`` is linear in v, and the derivative of its j-th part in v is the slope. The decoder
+    runs once for all dimensions; forward mode would run it once for each, and torch takes a second to load that mode.
     """
-    with torch.enable_grad():
-        z = z.requires_grad_()
-        m = vae.decode(z, context, library)
-        v = torch.zeros_like(m, requires_grad=True)
-        (gradient,) = torch.autograd.grad(m, z, v, create_graph=True)
-        for j in range(z.shape[1]):
-            yield torch.autograd.grad(gradient[:, j].sum(), v, retain_graph=True)[0]
+    z = z.requires_grad_()
+    m = vae.decode(z, context, library)
+    v = torch.zeros_like(m, requires_grad=True)
+    (gradient,) = torch.autograd.grad(m, z, v, create_graph=True)
+    for j in range(z.shape[1]):
+        yield torch.autograd.grad(gradient[:, j].sum(), v, retain_graph=True)[0]
 
 
 def in_brief(context: sparse.csr_matrix) -> NDArray[np.floating[Any]]:

@@ -123,8 +123,9 @@ def write_run(
     """Write model, embedding, metrics, history and record of the run; `celbo.runs.reporting` writes the report.
 
     The names of the files are `celbo.runs.claims.WRITTEN`. In a new folder the model is saved first, so that nothing
-    can lose it. An earlier run is replaced when everything has been computed, so that an interrupt until then leaves it
-    whole; if computing fails, the model replaces it alone.
+    can lose it. An earlier run is replaced when everything has been computed: an interrupt until then leaves it whole,
+    and the new model is lost; if computing fails, the model replaces it alone. A process that is killed while the model
+    is being saved may leave it beside the earlier run's files.
 
     Parameters
     ----------
@@ -156,16 +157,16 @@ def write_run(
     dict
         The verdict, the metrics and the recovery, as the report shows them; and ``stopped``, why training ended early.
     """
-    is_new = not (folder / "run.json").exists()
-    if is_new:
-        _save_model(folder, model, keep_reference)
+    replaces_run = (folder / "run.json").exists()
+    if not replaces_run:
+        model.save(folder / "model", keep_reference=keep_reference)
     cells, whole = cells.seen_by(model.fitted_), False
     try:
         metrics, diagnosis = measure(model, cells, seconds), _diagnose(model, cells)
         embedded, whole = embedding(model.fitted_, cells), True
     finally:
-        if not is_new and (whole or isinstance(sys.exception(), Exception)):
-            _save_model(folder, model, keep_reference)
+        if replaces_run and (whole or isinstance(sys.exception(), Exception)):
+            _replace_run(folder, model, keep_reference)
     run = _record(folder, model, cells, source, reading)
     run["notes"] = [*dict.fromkeys(notes), *map(str, choices), *_notes(model)]
     run["recovery"] = None if recovery is None else list(recovery)
@@ -187,8 +188,8 @@ def write_run(
     }
 
 
-def _save_model(folder: Path, model: ExpressionVAE, keep_reference: bool) -> None:
-    """Save the model, then remove the other files of an earlier run."""
+def _replace_run(folder: Path, model: ExpressionVAE, keep_reference: bool) -> None:
+    """Save the model, then remove the other files of the earlier run."""
     model.save(folder / "model", keep_reference=keep_reference)
     for name in set(WRITTEN) - {"model"}:
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from scipy import sparse
 
 from celbo.fit.cells import Cells
 from celbo.fit.fitted import Fitted
+from celbo.fit.reference import MOST_KEPT
 from celbo.fit.train import usual_epochs
 from celbo.minibatch import Rows, in_chunks, scipy_csr
 from celbo.model.ablation import sensitivity, use_of_latent
@@ -154,7 +155,8 @@ def _in_all_levels(x: "sparse.csr_matrix", codes: NDArray[np.intp]) -> NDArray[n
 def settings_of(fitted: Fitted) -> Settings:
     """Collect the options of a model on which advice depends."""
     options, n_epochs = fitted.architecture, len(fitted.history)
-    usual = 0 if fitted.reference is None else usual_epochs(int((~fitted.reference.held_out).sum()), fitted.config)
+    n_training = 0 if fitted.reference is None else int((~fitted.reference.held_out).sum())
+    usual = usual_epochs(n_training, fitted.config) if 0 < n_training < MOST_KEPT else 0  # else their number is unknown
     decoder_dims = options.hidden_dims if options.decoder_dims is None else options.decoder_dims
     return Settings(
         likelihood=fitted.likelihood.name,

@@ -124,7 +124,9 @@ def level_overlap(overlap: Overlap) -> Finding:
     if overlap.apart:
         return Finding(name, value, expected, "watch", overlap.doubt, overlap.advice)
     n = len(overlap.groups[0])
-    meaning = f"in {n} of {overlap.levels} levels of {overlap.name!r} that were compared, no groups of their own show"
+    meaning = (
+        f"{n} of the {overlap.levels} levels of {overlap.name!r} that were compared show no groups that others lack"
+    )
     return Finding(name, value, expected, "good", meaning)
 
 
