@@ -221,7 +221,7 @@ def new_cells(
     if schema.layer is not None and not layers:
         warn(
             f"the drawn values are in X alone: anndata cannot read a layer with a slash in its name, {schema.layer!r}. "
-            "To ask this model about the drawn cells in Python, set drawn.layers[...] = drawn.X under that name."
+            f"To ask this model about drawn cells in Python, set drawn.layers[{schema.layer!r}] = drawn.X."
         )
     return AnnData(
         X=values,

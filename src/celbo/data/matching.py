@@ -125,7 +125,7 @@ def _how_to_match_versions(genes: Sequence[str]) -> str:
         return r"Take them off: adata.var_names = adata.var_names.str.replace(r'\.\d+$', '', regex=True)."
     return (
         "The model's names have them: give each gene its name in the model, "
-        r"cut = lambda name: __import__('re').sub(r'\.\d+$', '', name); genes = model.schema_.genes; "
+        r"import re; cut = lambda name: re.sub(r'\.\d+$', '', name); genes = model.schema_.genes; "
         "names = {cut(gene): gene for gene in genes} | {gene: gene for gene in genes}; adata.var_names = "
         "[names.get(name, names.get(cut(name), name)) for name in adata.var_names], where model = "
         "celbo.load('RUN/model')."

@@ -35,6 +35,8 @@ from celbo.trust.overlap import Overlap, level_overlap
 __all__ = ["Advice", "Diagnosis", "Evidence", "Settings", "conclude"]
 
 _SCHEDULES = {"linear", "sigmoid", "cosine", "cyclical", "autoencoder_start"}
+_SHORT = 0.2
+"""Training with a smaller share of the epochs of a default plan may have been too short."""
 _GRAVITY = {"good": 0, "watch": 1, "bad": 2}
 
 
@@ -112,8 +114,8 @@ class Settings:
     prior: str = "normal"
     epochs: int = 0
     """Epochs that training had."""
-    usual_epochs: int = 0
-    """Epochs of a default plan for as many cells, where training had fewer than a fifth of them; else 0."""
+    planned_epochs: int = 0
+    """Epochs of a default plan for as many cells; 0 if training came to its own end, or the number is not known."""
 
     @property
     def samples_z(self) -> bool:
@@ -262,7 +264,7 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
     if not settings.samples_z or _little_to_find(e):
         return advice
     if collapsed or (expected is not None and alive < min(expected, latent_dim)):
-        if settings.usual_epochs:
+        if settings.epochs < _SHORT * settings.planned_epochs:
             advice.append(_longer(settings))
         for remedy, why in _causes(settings, had):
             add(remedy, why, is_cause=True)
@@ -289,7 +291,7 @@ def _advise(e: Evidence, collapsed: bool, alive: int, findings: Mapping[str, Fin
 
 def _longer(settings: Settings) -> Advice:
     """Advise as many epochs as training has by default."""
-    n = settings.usual_epochs
+    n = settings.planned_epochs
     why = f"training had {settings.epochs} epochs; without --epochs it is planned for {n}"
     return Advice("", why, f"--epochs {n}", f"train=celbo.TrainConfig(max_epochs={n})", is_cause=True)
 

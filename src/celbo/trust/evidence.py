@@ -154,9 +154,7 @@ def _in_all_levels(x: "sparse.csr_matrix", codes: NDArray[np.intp]) -> NDArray[n
 
 def settings_of(fitted: Fitted) -> Settings:
     """Collect the options of a model on which advice depends."""
-    options, n_epochs = fitted.architecture, len(fitted.history)
-    n_training = 0 if fitted.reference is None else int((~fitted.reference.held_out).sum())
-    usual = usual_epochs(n_training, fitted.config) if 0 < n_training < MOST_KEPT else 0  # else their number is unknown
+    options = fitted.architecture
     decoder_dims = options.hidden_dims if options.decoder_dims is None else options.decoder_dims
     return Settings(
         likelihood=fitted.likelihood.name,
@@ -171,9 +169,18 @@ def settings_of(fitted: Fitted) -> Settings:
         norm=options.norm,
         norm_mu=options.norm_mu,
         prior=options.prior,
-        epochs=n_epochs,
-        usual_epochs=usual if 5 * n_epochs < usual and (fitted.config.max_epochs or fitted.stopped) else 0,
+        epochs=len(fitted.history),
+        planned_epochs=_planned_epochs(fitted),
     )
+
+
+def _planned_epochs(fitted: Fitted) -> int:
+    """Epochs of a default plan; 0 if training came to its own end, or how many cells it had is not known."""
+    came_to_its_end = fitted.config.max_epochs is None and not fitted.stopped
+    n_training = 0 if fitted.reference is None else int((~fitted.reference.held_out).sum())
+    if came_to_its_end or not 0 < n_training < MOST_KEPT:  # a full reference does not have all training cells
+        return 0
+    return usual_epochs(n_training, fitted.config)
 
 
 def dispersion_of_simpler(settings: Settings) -> str:
