@@ -54,18 +54,25 @@ def fitted_run(tmp_path_factory, data):
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(fitted_run, data, tmp_path):
+@pytest.mark.parametrize(("at", "of_the_new"), [("measure", False), ("_record", True)])
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(
+    fitted_run, data, tmp_path, at, of_the_new
+):
+    """Killed before all is computed: the earlier run is whole. Killed after it: the new model, and nothing earlier."""
     shutil.copytree(fitted_run[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     dying = (
         "import os, signal; from celbo.app import cli; from celbo.runs import run_folder\n"
-        "run_folder.measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"run_folder.{at} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "cli.main()"
     )
     arguments = ["fit", data, "-o", tmp_path / "run", "--epochs", "2", "--latent-dim", "4"]
     done = subprocess.run([sys.executable, "-c", dying, *map(str, arguments)], capture_output=True, env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "run.json", ".celbo-lock"}
-    assert celbo.load(tmp_path / "run").latent_dim == 4
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert after.keys() - {".celbo-lock"} == (set() if of_the_new else before.keys() - {".celbo-lock"})
+    assert all(after[name] == before[name] for name in after.keys() - {".celbo-lock"})
+    assert celbo.load(tmp_path / "run").latent_dim == (4 if of_the_new else 3)
     assert run_celbo("fit", data, "-o", tmp_path / "run", "--epochs", "1").returncode == 0
 
 
