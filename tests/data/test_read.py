@@ -185,6 +185,8 @@ def test_counts_in_raw_alone_are_reached_by_the_command_of_the_message(tmp_path,
     if not has_x and form == "h5ad":
         with h5py.File(path, "a") as file:
             del file["X"]
+        add_reserved_column(path, "obs")
+        add_reserved_column(path, "raw/var")
     elif not has_x:
         del zarr.open_group(path, mode="a")["X"]
     try:
@@ -245,19 +247,19 @@ def test_a_part_that_anndata_does_not_know_is_named_without_words_of_its_code(tm
     assert "IOSpec" not in str(raised.value)
 
 
-def with_reserved_column(cells, path):
-    """Write a file whose obs has a column `_index` beside its index, as converters from R do."""
-    cells.write_h5ad(path)
+def add_reserved_column(path, name):
+    """Add a column `_index` beside the index of a table, as converters from R do."""
     with h5py.File(path, "a") as file:
-        obs = file["obs"]
-        obs.copy("_index", "name")
-        obs.attrs["_index"] = "name"
-        obs.attrs["column-order"] = np.array([*obs.attrs["column-order"], "_index"], dtype=h5py.string_dtype())
+        table = file[name]
+        table.copy("_index", "name")
+        table.attrs["_index"] = "name"
+        table.attrs["column-order"] = np.array([*table.attrs["column-order"], "_index"], dtype=h5py.string_dtype())
 
 
 def test_a_column_that_anndata_cannot_write_does_not_end_a_fit_after_its_training(cells, tmp_path, celbo_command):
     path = tmp_path / "cells.h5ad"
-    with_reserved_column(cells, path)
+    cells.write_h5ad(path)
+    add_reserved_column(path, "obs")
     fitting = ["fit", path, "-o", tmp_path / "run", "--epochs", "1", "--hidden-dim", "8", "--condition", "batch"]
     done = celbo_command(*fitting)
     assert done.returncode == 0, done.stderr
@@ -268,11 +270,7 @@ def test_a_column_that_anndata_cannot_write_does_not_end_a_fit_after_its_trainin
     asked = ["--set", f"batch={cells.obs['batch'].iloc[0]}", "-o", changed, "--n-samples", "2"]
     assert celbo_command("counterfactual", tmp_path / "run", path, *asked).returncode == 0
     assert anndata.read_h5ad(changed).shape == cells.shape
-    with h5py.File(path, "a") as file:
-        var = file["var"]
-        var.copy("_index", "name")
-        var.attrs["_index"] = "name"
-        var.attrs["column-order"] = np.array([*var.attrs["column-order"], "_index"], dtype=h5py.string_dtype())
+    add_reserved_column(path, "var")
     done = celbo_command("express", tmp_path / "run", path, "-o", tmp_path / "means.h5ad")
     assert done.returncode == 0, done.stderr
     assert list(anndata.read_h5ad(tmp_path / "means.h5ad").var["_index_"]) == list(cells.var_names)

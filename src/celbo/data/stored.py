@@ -157,7 +157,10 @@ def use_raw(path: Path | None) -> str:
     if path is None:
         return "To use raw.X, take adata.raw.to_adata()."
     read = "read_zarr" if path.is_dir() else "read_h5ad"
-    command = python_command(f"anndata.{read}({quoted(path)}).raw.to_adata()", "anndata", path, "raw")
+    cells = f"anndata.{read}({quoted(path)}).raw.to_adata()"
+    # Converters from R leave columns '_index', which anndata does not write.
+    rename = 'cells.obs, cells.var = (table.rename(columns={"_index": "_index_"}) for table in (cells.obs, cells.var))'
+    command = python_command("cells", f"anndata; cells = {cells}; {rename}", path, "raw")
     return f"To use raw.X, make an .h5ad file of it, and give celbo that file: {command}"
 
 
