@@ -417,7 +417,7 @@ def test_14_genes_of_another_kind_of_name_are_explained(command, fit, cells, tmp
     assert (code, "var has no column 'symbol' to name genes by; it has 'base_share'" in err) == (3, True), err
 
 
-def test_14_version_numbers_and_capitals_are_noticed(cells, tmp_path):
+def test_14_version_numbers_and_capitals_are_noticed(cells, tmp_path, monkeypatch):
     versioned = cells.copy()
     versioned.var_names = [f"ENSG{i:011d}.4" for i in range(60)]
     model = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(8,), train=QUICK).fit(versioned)
@@ -427,10 +427,12 @@ def test_14_version_numbers_and_capitals_are_noticed(cells, tmp_path):
     with pytest.raises(DataError, match=r"Without version numbers 100 % match") as refused:
         model.embed(plain)
     assert "no counts" not in str(refused.value)  # the values are there, under other names
-    (advice,) = re.findall(r"in the model, (.*), where model = ", str(refused.value))
-    model.save(tmp_path / "model")
-    exec(advice, {"model": celbo.load(tmp_path / "model"), "adata": plain})
-    np.testing.assert_array_equal(model.embed(plain), model.embed(versioned))
+    (advice,) = re.findall(r"in Python: (import .*?write_h5ad\('NEW.h5ad'\))", str(refused.value))
+    model.save(tmp_path / "RUN")
+    plain.write_h5ad(tmp_path / "CELLS.h5ad")
+    monkeypatch.chdir(tmp_path)
+    exec(advice, {})
+    np.testing.assert_array_equal(model.embed("NEW.h5ad"), model.embed(versioned))
     of_plain = celbo.ExpressionVAE(latent_dim=2, hidden_dims=(8,), train=QUICK).fit(without_versions)
     with pytest.raises(DataError, match=r"Without version numbers 100 % match") as refused:
         of_plain.embed(versioned)

@@ -55,7 +55,7 @@ def fitted_run(tmp_path_factory, data):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("at", "of_the_new"), [("measure", False), ("_record", True)])
-def test_a_run_that_is_killed_while_it_replaces_another_leaves_nothing_of_both(
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_one_of_both_whole(
     fitted_run, data, tmp_path, at, of_the_new
 ):
     """Killed before all is computed: the earlier run is whole. Killed after it: the new model, and nothing earlier."""

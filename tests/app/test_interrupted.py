@@ -13,6 +13,7 @@ import pytest
 
 import celbo
 from celbo.app import terminal
+from celbo.fit import fitted
 from celbo.kernels.dispatch import adam
 from celbo.runs.claims import WRITTEN
 
@@ -115,8 +116,26 @@ def test_where_nothing_can_be_kept_nothing_is_written(data, tmp_path, celbo_comm
     done = celbo_command("fit", data, "-o", tmp_path / "run", "--hidden-dim", "8", "--epochs", "8", *auto)
     assert done.returncode == 130
     assert "interrupted" in done.stderr
+    assert "nothing of this fit is kept" in done.stderr or auto
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_interrupt_after_training_loses_nothing(data, tmp_path, celbo_command, monkeypatch):
+    measured, reference_of = [], fitted._reference_of
+
+    def interrupted(*arguments):
+        measured.append(arguments)
+        if len(measured) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return reference_of(*arguments)
+
+    monkeypatch.setattr("celbo.fit.fitted._reference_of", interrupted)
+    done = celbo_command("fit", data, "-o", tmp_path / "run", "--hidden-dim", "8", "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(measured) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"] is None
+    assert celbo.load(tmp_path / "run").fitted_.reference is not None
 
 
 def test_remedies_are_not_tried_on_an_interrupted_fit(data, tmp_path, celbo_command, monkeypatch):

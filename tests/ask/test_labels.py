@@ -67,7 +67,7 @@ def test_a_type_that_was_never_labelled_is_told_from_the_others_by_p_known(many)
     assert roc_auc_score(is_it[asked], -found["p_known"][asked]) > 0.95
     told, wrong = ((found["label"][cells] == NONE_OF_THESE).mean() for cells in (is_it, ~is_it))
     assert wrong < 0.02
-    assert told > 20 * wrong
+    assert told > max(20 * wrong, 0.05)
 
 
 @pytest.mark.long

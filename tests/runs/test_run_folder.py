@@ -1,5 +1,7 @@
 """A run that replaces an earlier one: all of it or nothing."""
 
+from pathlib import Path
+
 import pytest
 
 import celbo
@@ -51,6 +53,23 @@ def test_a_failure_keeps_the_new_model_and_nothing_that_contradicts_it(written, 
         write_run(folder, model, prepared, seconds=1.0, source="cells")
     assert {path.name for path in folder.iterdir()} & set(WRITTEN) == {"model"}
     assert celbo.load(folder / "model").train.seed == 1
+
+
+def test_a_run_is_marked_as_one_until_nothing_earlier_is_left(written, monkeypatch):
+    """A replacement that is killed half way is replaced whole by the next run."""
+    folder, model, prepared = written
+    (folder / "cure.json").write_text("of the first run")
+    removed, unlink = [], Path.unlink
+
+    def noted(path, **options):
+        removed.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    write_run(folder, model, prepared, seconds=1.0, source="cells")
+    earlier = [name for name in removed if name in WRITTEN]
+    assert set(earlier) >= {"cure.json", "report.html"}
+    assert earlier[-1] == "run.json"
 
 
 def test_a_whole_run_replaces_the_earlier_one(written):

@@ -129,6 +129,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        say("nothing of this fit is kept.")
         sys.exit(INTERRUPTED)
     finally:
         _keeps_fit = False

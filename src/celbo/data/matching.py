@@ -124,11 +124,11 @@ def _how_to_match_versions(genes: Sequence[str]) -> str:
     if all(gene == _unversioned(gene) for gene in genes):
         return r"Take them off: adata.var_names = adata.var_names.str.replace(r'\.\d+$', '', regex=True)."
     return (
-        "The model's names have them: give each gene its name in the model, "
-        r"import re; cut = lambda name: re.sub(r'\.\d+$', '', name); genes = model.schema_.genes; "
+        "The model's names have them. Give each gene its name in the model, in Python: import re, anndata, celbo; "
+        "genes = celbo.load('RUN').schema_.genes; adata = anndata.read_h5ad('CELLS.h5ad'); "
+        r"cut = lambda name: re.sub(r'\.\d+$', '', name); "
         "names = {cut(gene): gene for gene in genes} | {gene: gene for gene in genes}; adata.var_names = "
-        "[names.get(name, names.get(cut(name), name)) for name in adata.var_names], where model = "
-        "celbo.load('RUN/model')."
+        "[names.get(name, names.get(cut(name), name)) for name in adata.var_names]; adata.write_h5ad('NEW.h5ad')"
     )
 
 

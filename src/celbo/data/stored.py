@@ -141,8 +141,8 @@ def raise_no_layer(layer: str | None, layers: Sequence[str], raw: str = "") -> N
     if layer == "X":
         advice = " If you fit values of X, leave out layer (--layer)."
     raise DataError(
-        f"these data have no layer {layer!r}; they have {known}. Cells for a fitted model need the layer of the "
-        f"fit.{advice}"
+        f"these data have no layer {layer!r}; they have {known}. Name one of these with --layer (layer=...). New cells "
+        f"for a fitted model must have the layer that it was fitted to.{advice}"
     )
 
 

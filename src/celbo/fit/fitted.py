@@ -105,8 +105,8 @@ def fit_model(
 ) -> Fitted:
     """Train a model on cells, and keep where the cells lie in its latent space.
 
-    An interrupt (Ctrl-C) in training, after the first epoch, ends training: the model has the best weights so far.
-    Any other interrupt goes on.
+    The first interrupt (Ctrl-C) in training, after the first epoch, ends training: the model has the best weights so
+    far. The first interrupt after training loses nothing: the fit comes to its end. Any other interrupt goes on.
 
     Parameters
     ----------
@@ -155,7 +155,12 @@ def fit_model(
         stopped=stopped,
         split=split,
     )
-    reference = _reference_of(fitted, cells.seen_by(fitted), split)
+    try:
+        reference = _reference_of(fitted, cells.seen_by(fitted), split)
+    except KeyboardInterrupt:
+        if stopped:  # the second interrupt
+            raise
+        reference = _reference_of(fitted, cells.seen_by(fitted), split)
     if vae.classifier is not None:
         calibrate(vae.classifier, reference.mu_z[reference.held_out], reference.labels[reference.held_out])
     return replace(fitted, reference=reference)

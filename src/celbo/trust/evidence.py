@@ -176,7 +176,8 @@ def settings_of(fitted: Fitted) -> Settings:
 
 def _planned_epochs(fitted: Fitted) -> int:
     """Epochs of a default plan; 0 if training came to its own end, or how many cells it had is not known."""
-    came_to_its_end = fitted.config.max_epochs is None and not fitted.stopped
+    most = fitted.config.max_epochs
+    came_to_its_end = not fitted.stopped and (most is None or len(fitted.history) < most)
     n_training = 0 if fitted.reference is None else int((~fitted.reference.held_out).sum())
     if came_to_its_end or not 0 < n_training < MOST_KEPT:  # a full reference does not have all training cells
         return 0
