@@ -22,7 +22,7 @@ from celbo.data.read import read_adata
 from celbo.errors import ModelFileError, UsageError, warn
 from celbo.fit import options as fit_options
 from celbo.fit.cells import Cells
-from celbo.fit.fitted import Fitted, fit_model
+from celbo.fit.fitted import Fitted, fit_model, in_spite_of_an_interrupt
 from celbo.fit.older import modern_options
 from celbo.fit.remedies import Recipe
 from celbo.fit.saved import read_fitted, take_weights, write_fitted
@@ -124,8 +124,9 @@ class ExpressionVAE(metaclass=Hinted):
         """Learn from cells with raw counts.
 
         An interrupt (Ctrl-C, or the stop button of a notebook) ends training: the model gets its best weights so far,
-        with a warning, and ``fitted_.stopped`` is "interrupted". Before the end of the first epoch, and after training,
-        an interrupt ends `fit` with a `KeyboardInterrupt`; the model then stays as it was.
+        with a warning, and ``fitted_.stopped`` is "interrupted". Before the end of the first epoch an interrupt ends
+        `fit` with a `KeyboardInterrupt`, and the model stays as it was. So does a second interrupt after training. A
+        first one after training is passed over, and `fit` comes to its end.
 
         Parameters
         ----------
@@ -153,10 +154,10 @@ class ExpressionVAE(metaclass=Hinted):
         settle_device(self.train.device)  # before anything is read
         cells = adata if isinstance(adata, Cells) else self.prepare(adata)
         check_prepared(cells, fit_options.data_options(self.get_params()))
-        fitted = fit_model(cells, progress=progress, track=track, **parts)
-        cells = cells.seen_by(fitted)
-        fitted = readings.with_readings(fitted, cells)
-        doubts = diagnosing.doubts_of_fit(fitted, cells)
+        trained = fit_model(cells, progress=progress, track=track, **parts)
+        cells = cells.seen_by(trained)
+        fitted = in_spite_of_an_interrupt(lambda: readings.with_readings(trained, cells), trained.stopped)
+        doubts = in_spite_of_an_interrupt(lambda: diagnosing.doubts_of_fit(fitted, cells), trained.stopped)
         self.fitted_ = replace(fitted, options=self.options())
         for doubt in doubts:
             warn(doubt)

@@ -13,9 +13,11 @@ import pytest
 
 import celbo
 from celbo.app import terminal
+from celbo.ask import readings
 from celbo.fit import fitted
 from celbo.kernels.dispatch import adam
 from celbo.runs.claims import WRITTEN
+from celbo.trust import diagnosing
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
 LONG = ("--epochs", "100000", "--patience", "100000", "--latent-dim", "2", "--hidden-dim", "8")
@@ -121,16 +123,19 @@ def test_where_nothing_can_be_kept_nothing_is_written(data, tmp_path, celbo_comm
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_an_interrupt_after_training_loses_nothing(data, tmp_path, celbo_command, monkeypatch):
-    measured, reference_of = [], fitted._reference_of
+@pytest.mark.parametrize(
+    ("module", "step"), [(fitted, "_reference_of"), (readings, "with_readings"), (diagnosing, "doubts_of_fit")]
+)
+def test_an_interrupt_after_training_loses_nothing(data, tmp_path, celbo_command, monkeypatch, module, step):
+    measured, whole = [], getattr(module, step)
 
     def interrupted(*arguments):
         measured.append(arguments)
         if len(measured) == 1:
             signal.raise_signal(signal.SIGINT)
-        return reference_of(*arguments)
+        return whole(*arguments)
 
-    monkeypatch.setattr("celbo.fit.fitted._reference_of", interrupted)
+    monkeypatch.setattr(module, step, interrupted)
     done = celbo_command("fit", data, "-o", tmp_path / "run", "--hidden-dim", "8", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert len(measured) == 2

@@ -137,7 +137,7 @@ def test_before_the_first_epoch_has_ended_there_is_nothing_to_keep(few):
 def test_an_interrupt_after_training_leaves_the_old_fit_as_a_whole(few):
     """At calls all over the time from the last step to the return of fit: the old fit, or all of the new one.
 
-    The first interrupt while the reference is made is survived.
+    The first interrupt is passed over, except between the parts of the work and among the warnings.
     """
     model = ExpressionVAE(latent_dim=2, hidden_dims=(8,), labels="cell_type", train=TrainConfig(max_epochs=2))
     prepared, calls = model.prepare(few), []
@@ -172,9 +172,8 @@ def test_an_interrupt_after_training_leaves_the_old_fit_as_a_whole(few):
             assert model.fitted_.options == model.options()
             model.fitted_ = old
         was_sent, n = len(calls) >= n, n * 5 // 4 + 1
-    assert {"old", "interrupted", "new"} == set(outcomes) - {"warnings"}
-    assert outcomes.count("old") > 5
-    assert outcomes.count("new") > 1
+    assert {"interrupted", "new"} <= set(outcomes) <= {"old", "interrupted", "new", "warnings"}
+    assert outcomes.count("new") > 5
     np.testing.assert_array_equal(model.embed(few), answer)
 
 

@@ -1,9 +1,9 @@
 """Fitted: everything that fitting makes and that a question to the model needs; and the function that makes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,16 @@ from celbo.model.objective import Objective
 from celbo.model.vae import VAE
 from celbo.streams import Stream, random_stream
 
-__all__ = ["Fitted", "cells_to_measure", "doubts_of_training", "fit_model", "split_again"]
+__all__ = [
+    "Fitted",
+    "cells_to_measure",
+    "doubts_of_training",
+    "fit_model",
+    "in_spite_of_an_interrupt",
+    "split_again",
+]
+
+T = TypeVar("T")
 
 _CENTRES = 15
 """Typical positions in the latent space that cells are compared with."""
@@ -155,15 +164,28 @@ def fit_model(
         stopped=stopped,
         split=split,
     )
-    try:
-        reference = _reference_of(fitted, cells.seen_by(fitted), split)
-    except KeyboardInterrupt:
-        if stopped:  # the second interrupt
-            raise
-        reference = _reference_of(fitted, cells.seen_by(fitted), split)
+    reference = in_spite_of_an_interrupt(lambda: _reference_of(fitted, cells.seen_by(fitted), split), stopped)
     if vae.classifier is not None:
         calibrate(vae.classifier, reference.mu_z[reference.held_out], reference.labels[reference.held_out])
     return replace(fitted, reference=reference)
+
+
+def in_spite_of_an_interrupt(work: Callable[[], T], stopped: str | None) -> T:
+    """Do work that follows training. The first interrupt starts it again, so that no trained model is lost.
+
+    Parameters
+    ----------
+    work
+        The work.
+    stopped
+        Why training ended early. If an interrupt ended it, another one goes on.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        if stopped:
+            raise
+    return work()
 
 
 def doubts_of_training(fitted: Fitted) -> list[str]:
