@@ -14,12 +14,15 @@ import torch
 
 import celbo
 from celbo import ExpressionVAE, ModelFileError, TrainConfig
+from celbo.ask import readings
 from celbo.checkpoint import read_folder, write_folder
 from celbo.data.checks import check_adata
 from celbo.data.sources import open_source
+from celbo.fit import fitted
 from celbo.fit.steps import state_of
 from celbo.fit.train import Interrupted, epochs, plan_run, split_cells
 from celbo.kernels.dispatch import adam
+from celbo.trust import diagnosing
 
 PACKAGE = str(Path(celbo.__file__).parent)
 
@@ -175,6 +178,24 @@ def test_an_interrupt_after_training_leaves_the_old_fit_as_a_whole(few):
     assert {"interrupted", "new"} <= set(outcomes) <= {"old", "interrupted", "new", "warnings"}
     assert outcomes.count("new") > 5
     np.testing.assert_array_equal(model.embed(few), answer)
+
+
+@pytest.mark.parametrize(
+    ("module", "step"), [(fitted, "_reference_of"), (readings, "with_readings"), (diagnosing, "doubts_of_fit")]
+)
+def test_a_second_interrupt_after_training_leaves_the_old_fit_as_a_whole(few, monkeypatch, module, step):
+    model = ExpressionVAE(latent_dim=2, hidden_dims=(8,), train=TrainConfig(max_epochs=2)).fit(few, progress=False)
+    old, calls = model.fitted_, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(few, progress=False)
+    assert len(calls) == 2
+    assert model.fitted_ is old
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def write_run(
 def _replace_run(folder: Path, model: ExpressionVAE, keep_reference: bool) -> None:
     """Save the model, then remove the other files of the earlier run."""
     model.save(folder / "model", keep_reference=keep_reference)
-    for name in sorted(set(WRITTEN) - {"model"}, key=lambda name: name == "run.json"):  # it marks a run: the last
+    for name in [*sorted(set(WRITTEN) - {"model", "run.json"}), "run.json"]:  # which marks the folder of a run
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
 
 
